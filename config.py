@@ -1,0 +1,263 @@
+"""Every knob of SCHNet once: one frozen dataclass, one loader.
+
+    cfg = load_config("configs/cihp.yaml", ["lr=3e-4", "batch_size=8"])
+
+A YAML file lists only what differs from the defaults below, which are the paper's network and training.
+The comment behind a field says where its value comes from: a section of the paper (§), a named source, or "ours".
+An unknown key, a wrong type or values that contradict each other raise `ConfigError` with one line that names the key.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+DATASETS = ("lip", "cihp", "ppp", "synthetic", "custom")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Config:
+    # data (§4.1, §4.2)
+    dataset: str = "synthetic"                             # lip | cihp | ppp | synthetic | custom
+    data_root: str = ""                                    # folder of the data set (unused by synthetic)
+    train_images: str = "images/train"                     # the next six: custom only, below data_root
+    train_labels: str = "labels/train"
+    val_images: str = "images/val"
+    val_labels: str = "labels/val"
+    train_list: str = ""                                   # a text file of names, one a line; "": every photo of the folder
+    val_list: str = ""
+    classes: tuple[str, ...] = ()                          # custom only: names, label 0 first
+    palette: tuple[tuple[int, int, int], ...] = ()         # custom only: RGB per class; (): distinct colours are made
+    flip_pairs: tuple[tuple[int, int], ...] = ()           # custom only: labels that change places in a mirror
+    synthetic_size: tuple[int, int] = (480, 480)           # synthetic only: height, width in pixels
+    synthetic_train: int = 100_000                         # synthetic only: figures; drawn when asked for, so the number is free
+    synthetic_val: int = 200
+    crop_size: tuple[int, int] = (480, 480)                # §4.2: height, width of a training sample
+    base_size: int = 480                                   # ours: long side of a photo at scale 1, in training and testing
+    scale_range: tuple[float, float] = (0.5, 2.0)          # §4.2
+    max_class_share: float = 0.75                          # mmsegmentation: crop again while one class fills more than this
+    photometric: bool = True                               # §4.2: photometric distortion
+    flip_prob: float = 0.5                                 # §4.2: random left-right flipping
+    workers: int = 4                                       # loader processes per training process
+
+    # network (§3, §4.2)
+    backbone: str = "sam"                                  # sam | clip: "CLIP alone" is row 1 of Table 6
+    srm: bool = True                                       # Eqs. 1, 2, 4 (rows 3 and 4 of Table 6)
+    ftm: bool = True                                       # Eqs. 5, 6 (row 4 of Table 6)
+    sam_weights: str = "weights/sam_vit_l_0b3195.pth"      # §4.2; "": random weights
+    clip_weights: str = "weights/ViT-B-16.pt"              # §4.2; "": random weights
+    vocab: str = "weights/bpe_simple_vocab_16e6.txt.gz"    # CLIP's merges; "": bytes, for random weights only
+    freeze: bool = True                                    # §4.3: SAM (but its patch embedding) and CLIP stay as they are
+    sam_dim: int = 1024                                    # §4.2: ViT-L
+    sam_depth: int = 24
+    sam_heads: int = 16
+    sam_window: int = 14
+    sam_grid: int = 64                                     # side of the absolute position table: a 1024 px image
+    clip_dim: int = 768                                    # §4.2: ViT-B/16
+    clip_depth: int = 12
+    clip_heads: int = 12
+    clip_grid: int = 14                                    # side of the position table: a 224 px image
+    clip_taps: tuple[int, ...] = (3, 5, 7, 11)             # §3.1, 0-based: DenseCLIP's indices, block 11 is the last
+    clip_embed: int = 512                                  # width of f_cls and f_txt
+    text_dim: int = 512
+    text_depth: int = 12
+    text_heads: int = 8
+    prompt: str = "a photo of a {class}."                  # ours: the paper has "prompts from labels"
+    sim_scale: float | None = None                         # Eq. 1; null: CLIP's learned scale (100); 1.0: as printed
+    srm_sites: int = 5                                     # Eq. 2: i in 1..5; 4 leaves out the one after the last layer
+    srm_ratio: float = 0.25                                # Eq. 4's bottleneck; ours: ViT-Adapter's FFN ratio
+    ftm_tokens: int = 100                                  # m of Eq. 5; Rein
+    ftm_ratio: float = 0.25                                # Eq. 6's bottleneck; ours: as srm_ratio
+    ftm_scale_logits: bool = False                         # Eq. 5 prints no 1/sqrt(C); Rein has it
+    rho_init: float = 1e-3                                 # Eq. 5: "begins from a very small value"; Rein
+    prior_dim: int = 64                                    # ViT-Adapter-L: spatial prior's first width
+    deform_heads: int = 16                                 # ViT-Adapter-L
+    deform_points: int = 4                                 # ViT-Adapter-L
+    deform_ratio: float = 0.5                              # ViT-Adapter-L
+    cffn_ratio: float = 0.25                               # ViT-Adapter-L
+    drop_path: float = 0.3                                 # ViT-Adapter-L, 480 px: in the extractors' FFN only
+    head_dim: int = 512                                    # UperNet of ViT-Adapter-L
+    aux_dim: int = 256                                     # UperNet's auxiliary FCN head
+    head_dropout: float = 0.1                              # mmsegmentation
+
+    # optimisation (§4.3, §4.5)
+    iters: int = 60_000                                    # §4.3: LIP 60k, PPP 30k, CIHP 80k; 0: a dry run
+    batch_size: int = 16                                   # §4.3: the total over all processes and accumulation steps
+    accum_steps: int = 1                                   # micro-batches per step, for fewer or smaller GPUs
+    loss_group: int = 4                                    # images per loss: the authors' 16 on 4 GPUs; keeps the loss
+    #                                                        the same for any number of processes and accumulation steps
+    lr: float = 6e-4                                       # §4.3
+    patch_embed_lr_mult: float = 1.0                       # ours: the paper names one rate
+    warmup_iters: int = 1500                               # §4.3
+    warmup_ratio: float = 1e-5                             # §4.3
+    poly_power: float = 1.0                                # ViT-Adapter
+    betas: tuple[float, float] = (0.9, 0.999)              # ViT-Adapter
+    weight_decay: float = 0.05                             # ViT-Adapter
+    lovasz_weight: float = 1.0                             # §4.5 "mIoU loss"; weight: CDGNet, by the same first author
+    aux_weight: float = 0.4                                # UperNet's auxiliary loss; 0: no auxiliary head
+    precision: str = "bf16"                                # bf16 | fp16 | fp32
+    checkpointing: bool = False                            # recompute the encoder layers in the backward pass: less memory
+    compile: bool = False                                  # torch.compile
+    sync_bn: bool = True                                   # ViT-Adapter: BatchNorm over all GPUs (no effect on a CPU)
+    seed: int = 0
+
+    # the run
+    out: str = ""                                          # folder of the run; "": runs/<name of the config file>
+    log_every: int = 50                                    # iterations
+    eval_every: int = 5_000
+    save_every: int = 1_000
+
+    # inference (§4.4)
+    tta_scales: tuple[float, ...] = (0.75, 1.0, 1.25, 1.5)
+
+    def __post_init__(self):
+        _check(self)
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The configuration of a YAML file with `key=value` overrides on top. `path` None: the defaults alone."""
+    values = {}
+    if path is not None:
+        values = _read_yaml(Path(path))
+        values.setdefault("out", f"runs/{Path(path).stem}")
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise ConfigError(f"override {item!r} is not of the form key=value")
+        try:
+            values[key.strip()] = yaml.safe_load(text) if text.strip() else ""
+        except yaml.YAMLError:
+            raise ConfigError(f"override {item!r}: the value is not valid YAML") from None
+    return from_dict(values, source=str(path) if path is not None else "the command line")
+
+
+def from_dict(values: dict, source: str) -> Config:
+    """A `Config` from plain values; `source` is named in the errors."""
+    fields = {field.name: field.type for field in dataclasses.fields(Config)}
+    checked = {}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            raise ConfigError(f"{source}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+        checked[key] = _coerce(value, fields[key], f"{source}: {key}")
+    return Config(**checked)
+
+
+def to_yaml(cfg: Config) -> str:
+    """The whole configuration as YAML, in the order of the dataclass; `load_config` reads it back."""
+    plain = {key: _plain(value) for key, value in dataclasses.asdict(cfg).items()}
+    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=120)
+
+
+def _plain(value):
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file (the ready ones are in configs/)") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder, not a config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        raise ConfigError(f"{path}: not valid YAML" + (f", line {where.line + 1}" if where else "")) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a config is a list of `key: value` lines")
+    return values
+
+
+def _coerce(value, kind, where: str):
+    """`value` as the field's type. PyYAML reads `6e-4` as a string and `off` as False: the first is a float here."""
+    if isinstance(kind, types.UnionType):                  # float | None
+        return None if value is None else _coerce(value, typing.get_args(kind)[0], where)
+    if typing.get_origin(kind) is tuple:
+        return _coerce_tuple(value, typing.get_args(kind), where)
+    if kind is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:                            # exact: True is no int
+        raise ConfigError(f"{where} must be {_article(kind.__name__)}, not {value!r}")
+    return value
+
+
+def _coerce_tuple(value, kinds, where: str):
+    if len(kinds) == 2 and kinds[0] is kinds[1] and type(value) is kinds[0]:
+        value = [value, value]                             # crop_size: 480 is 480 x 480
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{where} must be a list, not {value!r}")
+    if kinds[-1] is Ellipsis:
+        return tuple(_coerce(v, kinds[0], f"{where}[{n}]") for n, v in enumerate(value))
+    if len(value) != len(kinds):
+        raise ConfigError(f"{where} must have {len(kinds)} values, not {len(value)}")
+    return tuple(_coerce(v, kind, f"{where}[{n}]") for n, (v, kind) in enumerate(zip(value, kinds)))
+
+
+def _article(kind: str) -> str:
+    return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}[kind]
+
+
+def _check(cfg: Config):
+    """What single fields and their combinations must satisfy, said in words."""
+    def need(ok, message):
+        if not ok:
+            raise ConfigError(message)
+
+    def one_of(key, allowed):
+        need(getattr(cfg, key) in allowed, f"{key} must be one of {', '.join(allowed)}, not {getattr(cfg, key)!r}")
+
+    one_of("dataset", DATASETS)
+    one_of("backbone", ("sam", "clip"))
+    one_of("precision", ("bf16", "fp16", "fp32"))
+    for key in ("batch_size", "accum_steps", "loss_group", "base_size", "log_every", "eval_every", "save_every",
+                "sam_dim", "sam_depth", "sam_heads", "sam_window", "sam_grid", "clip_dim", "clip_depth", "clip_heads",
+                "clip_grid", "clip_embed", "text_dim", "text_depth", "text_heads", "ftm_tokens", "prior_dim",
+                "deform_heads", "deform_points", "head_dim", "aux_dim", "synthetic_train", "synthetic_val"):
+        need(getattr(cfg, key) > 0, f"{key} must be at least 1, not {getattr(cfg, key)}")
+    for key in ("iters", "warmup_iters", "workers", "weight_decay", "lovasz_weight", "aux_weight", "seed",
+                "patch_embed_lr_mult", "warmup_ratio", "poly_power", "rho_init"):
+        need(getattr(cfg, key) >= 0, f"{key} must not be negative, it is {getattr(cfg, key)}")
+    for key in ("drop_path", "head_dropout", "flip_prob", "max_class_share"):
+        need(0 <= getattr(cfg, key) <= 1, f"{key} must be between 0 and 1, not {getattr(cfg, key)}")
+    need(cfg.lr > 0, f"lr must be positive, not {cfg.lr}")
+    need(cfg.iters == 0 or cfg.iters > cfg.warmup_iters,
+         f"iters ({cfg.iters}) must be more than warmup_iters ({cfg.warmup_iters})")
+    for side in cfg.crop_size:
+        need(side > 0 and side % 32 == 0, f"crop_size must be multiples of 32 (the adapter's pyramid), not {cfg.crop_size}")
+    need(0 < cfg.scale_range[0] <= cfg.scale_range[1], f"scale_range must rise from above 0, not {cfg.scale_range}")
+    need(cfg.tta_scales and min(cfg.tta_scales) > 0, "tta_scales must be positive numbers")
+    need(cfg.batch_size % cfg.accum_steps == 0,
+         f"batch_size ({cfg.batch_size}) must be a multiple of accum_steps ({cfg.accum_steps})")
+    need(cfg.srm_sites in (4, 5), f"srm_sites must be 4 or 5, not {cfg.srm_sites}")
+    need(cfg.sam_depth % 4 == 0, f"sam_depth must be a multiple of 4 (four stages), not {cfg.sam_depth}")
+    need(len(cfg.clip_taps) == 4 and sorted(set(cfg.clip_taps)) == list(cfg.clip_taps)
+         and 0 <= cfg.clip_taps[0] and cfg.clip_taps[-1] == cfg.clip_depth - 1,
+         f"clip_taps must be four rising block numbers that end with the last, {cfg.clip_depth - 1}, not {cfg.clip_taps}")
+    need(cfg.backbone == "sam" or not cfg.srm, "srm needs backbone: sam (it adds CLIP's features to SAM's)")
+    need("{class}" in cfg.prompt, f"prompt must contain {{class}}, it is {cfg.prompt!r}")
+    need(cfg.dataset != "custom" or cfg.classes, "dataset: custom needs classes, a list of names, label 0 first")
+    need(cfg.dataset != "custom" or len(cfg.classes) <= 255, "classes: at most 255, label 255 means ignore")
+    need(len(set(cfg.classes)) == len(cfg.classes), "classes: a name stands there twice")
+    need(not cfg.palette or len(cfg.palette) == len(cfg.classes),
+         f"palette has {len(cfg.palette)} colours for {len(cfg.classes)} classes")
+    need(all(0 <= v <= 255 for colour in cfg.palette for v in colour), "palette: colours are 0 to 255")
+    labels = [label for pair in cfg.flip_pairs for label in pair]
+    need(len(set(labels)) == len(labels), "flip_pairs: a label stands there twice")
+    need(all(0 <= label < len(cfg.classes) for label in labels), "flip_pairs: a label outside the class list")
