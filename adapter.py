@@ -1,0 +1,256 @@
+"""ViT-Adapter: multi-scale convolutional features that read from, and write into, a plain vision transformer.
+
+Paper: section 4.2 ("basic structure and network settings provided by ViT-Adapter").
+Source: Chen et al., Vision Transformer Adapter for Dense Predictions (arXiv 2205.08534), and
+https://github.com/czczup/ViT-Adapter (Apache-2.0), segmentation, the ViT-L + UperNet configuration; deformable attention:
+Zhu et al., Deformable DETR (arXiv 2010.04159). Differs from them in:
+  - deformable attention is plain PyTorch, no compiled operator;
+  - the sizes of the three maps are passed along; nothing is guessed from the number of tokens.
+
+Letters: B batch, h x w the transformer's grid (stride 16), C its width, N = 4hw + hw + hw/4 tokens of the pyramid
+(strides 8 16 32), Q queries, S keys, M heads, D width of a head, L levels, P points per head and level.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+Shapes = list[tuple[int, int]]
+STAGES = 4
+
+
+def pyramid(h: int, w: int) -> Shapes:
+    """Sizes of the three token maps (strides 8, 16, 32) beside a grid of h x w."""
+    return [(2 * h, 2 * w), (h, w), (h // 2, w // 2)]
+
+
+def cell_centres(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Centres (x, y) in [0, 1] of all cells of the maps, row by row, one map after the other."""
+    maps = []
+    for h, w in shapes:
+        y = (torch.arange(h, device=device, dtype=dtype) + 0.5) / h
+        x = (torch.arange(w, device=device, dtype=dtype) + 0.5) / w
+        maps.append(torch.stack([x.repeat(h), y.repeat_interleave(w)], dim=-1))
+    return torch.cat(maps)                                                        # (Q, 2)
+
+
+def ms_deform_attn(value: torch.Tensor, shapes: Shapes, locations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted sum of bilinear samples, zero outside the maps, summed in fp32 or better as the original kernel does.
+
+    value (B, S, M, D); locations (B, Q, M, L, P, 2), (x, y) in [0, 1]; weights (B, Q, M, L, P). Returns (B, Q, M * D).
+    """
+    b, s, m, d = value.shape
+    q, points = locations.shape[1], locations.shape[4]
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    grids = (2 * locations.to(dtype) - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)        # (L, B*M, Q, P, 2)
+    maps = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)                             # (B*M, D, S)
+    samples, start = [], 0
+    for (h, w), grid in zip(shapes, grids):
+        level = maps[:, :, start:start + h * w].reshape(b * m, d, h, w)
+        samples.append(F.grid_sample(level, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+        start += h * w
+    weights = weights.to(dtype).permute(0, 2, 1, 3, 4).reshape(b * m, 1, q, len(shapes) * points)
+    out = (torch.cat(samples, dim=-1) * weights).sum(-1)                                 # (B*M, D, Q)
+    return out.reshape(b, m * d, q).transpose(1, 2).to(value.dtype)
+
+
+class MSDeformAttn(nn.Module):
+    """Each query looks at `points` places per head and level, around its reference point; offsets are in cells."""
+
+    def __init__(self, dim: int, levels: int, heads: int, points: int, ratio: float):
+        super().__init__()
+        width = int(dim * ratio)
+        if width % heads:
+            raise ValueError(f"deformable attention: width {width} ({dim} * {ratio}) is no multiple of {heads} heads")
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * levels * points)
+        self.value_proj = nn.Linear(dim, width)
+        self.output_proj = nn.Linear(width, dim)
+
+    def reset_parameters(self) -> None:
+        """Head m looks along direction m, its point p at p + 1 cells; all samples weigh the same."""
+        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)               # (M, 2)
+        steps = torch.arange(1, self.points + 1).view(1, 1, -1, 1)
+        offsets = direction.view(-1, 1, 1, 2) * steps                                    # (M, 1, P, 2)
+        nn.init.zeros_(self.sampling_offsets.weight)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.levels, -1, -1).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for linear in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, query: torch.Tensor, reference: torch.Tensor, keys: torch.Tensor, shapes: Shapes) -> torch.Tensor:
+        """query (B, Q, C), reference (Q, 2), keys (B, S, C) of maps of the given sizes; returns (B, Q, C)."""
+        b, q, _ = query.shape
+        grid = (self.heads, self.levels, self.points)
+        size = reference.new_tensor([(w, h) for h, w in shapes]).view(self.levels, 1, 2)
+        value = self.value_proj(keys).view(b, keys.shape[1], self.heads, -1)             # (B, S, M, D)
+        offsets = self.sampling_offsets(query).view(b, q, *grid, 2)                      # (B, Q, M, L, P, 2)
+        weights = self.attention_weights(query).view(b, q, self.heads, -1).softmax(-1).view(b, q, *grid)
+        locations = reference.view(1, q, 1, 1, 1, 2) + offsets / size
+        return self.output_proj(ms_deform_attn(value, shapes, locations, weights))
+
+
+class Injector(nn.Module):
+    """Transformer tokens read from the pyramid; gamma starts at zero, so that nothing changes at first."""
+
+    def __init__(self, dim: int, heads: int, points: int, ratio: float):
+        super().__init__()
+        self.query_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.feat_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = MSDeformAttn(dim, 3, heads, points, ratio)
+        self.gamma = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor, shapes: Shapes) -> torch.Tensor:
+        b, h, w, dim = x.shape
+        reference = cell_centres([(h, w)], x.device, torch.promote_types(x.dtype, torch.float32))
+        update = self.attn(self.query_norm(x).view(b, h * w, dim), reference, self.feat_norm(c), shapes)
+        return x + self.gamma * update.view(b, h, w, dim)
+
+
+class ConvFFN(nn.Module):
+    """Two linear layers; between them one depthwise 3x3 kernel, the same for the three maps of the pyramid."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, c: torch.Tensor, shapes: Shapes) -> torch.Tensor:
+        c = self.fc1(c)
+        maps = [self.dwconv(part).flatten(2) for part in split_maps(c, shapes)]
+        return self.fc2(F.gelu(torch.cat(maps, dim=2).transpose(1, 2)))
+
+
+class DropPath(nn.Module):
+    """Drops a residual branch for whole samples in training and scales up the kept ones."""
+
+    def __init__(self, prob: float):
+        super().__init__()
+        self.prob = prob
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.prob == 0:
+            return x
+        keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.prob)
+        return x * keep / (1 - self.prob)
+
+
+class Extractor(nn.Module):
+    """The pyramid reads from the transformer's tokens, then a convolutional FFN; DropPath on the FFN only."""
+
+    def __init__(self, dim: int, heads: int, points: int, ratio: float, cffn_ratio: float, drop_path: float):
+        super().__init__()
+        self.query_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.feat_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = MSDeformAttn(dim, 1, heads, points, ratio)
+        self.ffn_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.ffn = ConvFFN(dim, int(dim * cffn_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor, shapes: Shapes) -> torch.Tensor:
+        h, w = x.shape[1:3]
+        reference = cell_centres(shapes, x.device, torch.promote_types(x.dtype, torch.float32))
+        c = c + self.attn(self.query_norm(c), reference, self.feat_norm(x.flatten(1, 2)), [(h, w)])
+        return c + self.drop_path(self.ffn(self.ffn_norm(c), shapes))
+
+
+def conv_bn_relu(in_dim: int, out_dim: int, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(in_dim, out_dim, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out_dim), nn.ReLU()]
+
+
+class SpatialPrior(nn.Module):
+    """A small convolutional net over the image: maps at strides 4, 8, 16, 32, all C wide."""
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.stem = nn.Sequential(*conv_bn_relu(3, width, 2), *conv_bn_relu(width, width, 1),
+                                  *conv_bn_relu(width, width, 1), nn.MaxPool2d(3, 2, padding=1))
+        self.conv2 = nn.Sequential(*conv_bn_relu(width, 2 * width, 2))
+        self.conv3 = nn.Sequential(*conv_bn_relu(2 * width, 4 * width, 2))
+        self.conv4 = nn.Sequential(*conv_bn_relu(4 * width, 4 * width, 2))
+        self.fc1 = nn.Conv2d(width, dim, 1)
+        self.fc2 = nn.Conv2d(2 * width, dim, 1)
+        self.fc3 = nn.Conv2d(4 * width, dim, 1)
+        self.fc4 = nn.Conv2d(4 * width, dim, 1)
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        c1 = self.stem(image)
+        c2 = self.conv2(c1)
+        c3 = self.conv3(c2)
+        c4 = self.conv4(c3)
+        return [self.fc1(c1), self.fc2(c2), self.fc3(c3), self.fc4(c4)]
+
+
+def split_maps(c: torch.Tensor, shapes: Shapes) -> list[torch.Tensor]:
+    """Tokens (B, N, C) of several maps back to one (B, C, h, w) each."""
+    parts = c.split([h * w for h, w in shapes], dim=1)
+    return [part.transpose(1, 2).reshape(c.shape[0], c.shape[2], h, w) for part, (h, w) in zip(parts, shapes)]
+
+
+def resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+class ViTAdapter(nn.Module):
+    """Four stages of injector and extractor around a transformer that the caller runs, then the fusion to f1..f4."""
+
+    def __init__(self, dim: int, prior_dim: int = 64, heads: int = 16, points: int = 4, deform_ratio: float = 0.5,
+                 cffn_ratio: float = 0.25, drop_path: float = 0.3):
+        super().__init__()
+        self.spm = SpatialPrior(dim, prior_dim)
+        self.level_embed = nn.Parameter(torch.empty(3, dim))
+        self.injectors = nn.ModuleList([Injector(dim, heads, points, deform_ratio) for _ in range(STAGES)])
+        self.extractors = nn.ModuleList(                        # the last stage runs its own and two more
+            [Extractor(dim, heads, points, deform_ratio, cffn_ratio, drop_path) for _ in range(STAGES + 2)])
+        self.up = nn.ConvTranspose2d(dim, dim, 2, 2)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(dim) for _ in range(4)])
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """ViT-Adapter's: trunc-normal linears, He-normal convolutions over the fan-out, deformable attention's own."""
+        nn.init.normal_(self.level_embed)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, MSDeformAttn):
+                module.reset_parameters()
+
+    def prior(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """image (B, 3, H, W), normalised, sides multiples of 32 -> map (B, C, H/4, W/4) and pyramid (B, N, C)."""
+        if image.shape[2] % 32 or image.shape[3] % 32:
+            raise ValueError(f"ViTAdapter: image of {image.shape[2]} x {image.shape[3]}: pad its sides to multiples of 32")
+        c1, *maps = self.spm(image)
+        tokens = [x.flatten(2).transpose(1, 2) + embed for x, embed in zip(maps, self.level_embed)]
+        return c1, torch.cat(tokens, dim=1)
+
+    def inject(self, s: int, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """Stage s: tokens x (B, h, w, C) read from the pyramid c (B, N, C)."""
+        return self.injectors[s](x, c, pyramid(*x.shape[1:3]))
+
+    def extract(self, s: int, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """Stage s: the pyramid c reads from tokens x; three times in the last stage."""
+        for extractor in self.extractors[s:] if s == STAGES - 1 else self.extractors[s:s + 1]:
+            c = extractor(x, c, pyramid(*x.shape[1:3]))
+        return c
+
+    def fuse(self, c1: torch.Tensor, c: torch.Tensor, outs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Pyramid plus the four stages' tokens (B, h, w, C), resized to strides 4 8 16 32: f1..f4."""
+        c2, c3, c4 = split_maps(c, pyramid(*outs[0].shape[1:3]))
+        maps = [self.up(c2) + c1, c2, c3, c4]
+        outs = [x.permute(0, 3, 1, 2) for x in outs]
+        return [norm(m + resize(x, m.shape[2:])) for norm, m, x in zip(self.norms, maps, outs)]
