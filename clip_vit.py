@@ -1,0 +1,191 @@
+"""CLIP ViT-B/16: the image tower with taps, the text tower, and the reading of the official file.
+
+Paper §3.1, §4.2. Reference: github.com/openai/CLIP (MIT). Modules are named as in the official file, so that it loads
+strictly; sizes other than B/16's serve the tests and the demo. Different from the reference: any image size (the
+position table is resampled), the raw outputs of the blocks `taps` are returned, attention is one fused call.
+
+Shapes: B images of H x W pixels, h = H/16, w = W/16, N tokens, D width, K texts, E the width both towers share.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import weights
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+VOCAB_SIZE = 49408
+CONTEXT = 77
+MAX_TABLES = 16                                            # resampled position tables kept
+
+
+class QuickGELU(nn.Module):
+    """CLIP was trained with this; the exact GELU in its place loses accuracy without a word."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                      # (B, N, 3D)
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)         # (B, heads, N, D/heads)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(x.transpose(1, 2).flatten(2))                             # (B, N, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.c_fc = nn.Linear(dim, 4 * dim)
+        self.gelu = QuickGELU()
+        self.c_proj = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
+class ResidualAttentionBlock(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.attn = Attention(dim, heads)
+        self.ln_1 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim)
+        self.ln_2 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:                      # (B, N, D)
+        x = x + self.attn(self.ln_1(x), causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, dim: int, depth: int, heads: int):
+        super().__init__()
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(dim, heads) for _ in range(depth))
+        for block in self.resblocks:                       # CLIP's start; the biases of the attention are zero
+            nn.init.normal_(block.attn.in_proj_weight, std=dim**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=(2 * depth * dim) ** -0.5)
+            nn.init.zeros_(block.attn.out_proj.bias)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * dim) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=(2 * depth * dim) ** -0.5)
+
+
+class VisionTransformer(nn.Module):
+    """The image tower; `taps` are 0-based numbers of blocks whose raw outputs are returned."""
+
+    def __init__(self, dim: int, depth: int, heads: int, grid: int, patch: int, taps: tuple[int, ...], embed: int):
+        super().__init__()
+        self.taps = tuple(taps)
+        self.grid = grid
+        scale = dim**-0.5
+        self.conv1 = nn.Conv2d(3, dim, patch, stride=patch, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(dim))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(1 + grid**2, dim))        # row 0: class token
+        self.ln_pre = nn.LayerNorm(dim)
+        self.transformer = Transformer(dim, depth, heads)
+        self.ln_post = nn.LayerNorm(dim)
+        self.proj = nn.Parameter(scale * torch.randn(dim, embed))
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+        self._tables = {}
+
+    def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`image` (B, 3, H, W) in [0, 1] -> class embedding (B, E) of unit length, taps [(B, h, w, D)]."""
+        x = self.embed(image)
+        B, h, w, D = x.shape
+        cls = self.ln_pre(self.class_embedding + self.positional_embedding[0])
+        x = torch.cat([cls.expand(B, 1, D), x.flatten(1, 2)], dim=1)                   # (B, 1 + hw, D)
+        taps = []
+        for n, block in enumerate(self.transformer.resblocks):
+            x = block(x)
+            if n in self.taps:                             # contiguous: nn.Linear is slow on a 4-D tensor that is not
+                taps.append(x[:, 1:].unflatten(1, (h, w)).contiguous())
+        f_cls = self.ln_post(x[:, 0]) @ self.proj
+        return F.normalize(f_cls, dim=-1), taps
+
+    def embed(self, image: Tensor) -> Tensor:
+        """Patch tokens as the first block sees them, without the class token: (B, 3, H, W) -> (B, h, w, D)."""
+        x = self.conv1((image - self.mean) / self.std).permute(0, 2, 3, 1)             # (B, h, w, D)
+        return self.ln_pre(x + self.position_table(x.shape[1], x.shape[2]))
+
+    def position_table(self, h: int, w: int) -> Tensor:
+        """The position table resampled to h x w, (h, w, D); kept per grid while nothing trains it."""
+        table = self.positional_embedding
+        if (h, w) == (self.grid, self.grid):
+            return table[1:].unflatten(0, (h, w))
+        # A compiler's or exporter's stand-in tensors must not outlive its run, and inference tensors have no version.
+        if table.requires_grad or table.is_inference() or torch.compiler.is_compiling():
+            return self._resample(h, w)
+        key = (h, w, table.device, table.dtype)
+        source, version, resampled = self._tables.get(key, (None, None, None))
+        if source is not table or version != table._version:       # the second: a state dict was loaded into it
+            if len(self._tables) >= MAX_TABLES:
+                self._tables.clear()
+            with torch.inference_mode(False):              # what is kept must also be usable in a later training step
+                resampled = self._resample(h, w)
+            self._tables[key] = (table, table._version, resampled)
+        return resampled
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_tables": {}}            # a copy's parameters count their versions anew
+
+    def _resample(self, h: int, w: int) -> Tensor:
+        table = self.positional_embedding[1:].T.unflatten(1, (self.grid, self.grid))   # (D, grid, grid)
+        table = F.interpolate(table[None], size=(h, w), mode="bicubic", align_corners=False)
+        return table[0].permute(1, 2, 0).contiguous()
+
+
+class CLIP(nn.Module):
+    def __init__(self, dim: int = 768, depth: int = 12, heads: int = 12, grid: int = 14, patch: int = 16,
+                 taps: tuple[int, ...] = (3, 5, 7, 11), embed: int = 512,
+                 text_dim: int = 512, text_depth: int = 12, text_heads: int = 8):
+        super().__init__()
+        self.visual = VisionTransformer(dim, depth, heads, grid, patch, taps, embed)
+        self.transformer = Transformer(text_dim, text_depth, text_heads)
+        self.token_embedding = nn.Embedding(VOCAB_SIZE, text_dim)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(CONTEXT, text_dim))
+        self.ln_final = nn.LayerNorm(text_dim)
+        self.text_projection = nn.Parameter(text_dim**-0.5 * torch.randn(text_dim, embed))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))              # ln 100 after training
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    def encode_image(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`image` (B, 3, H, W) in [0, 1] -> class embedding (B, E) of unit length, taps [(B, h, w, D)]."""
+        return self.visual(image)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """`tokens` (K, 77) of `tokenizer.tokenize` -> (K, E) of unit length."""
+        end = tokens.argmax(dim=1)                         # the end token has the largest id
+        tokens = tokens[:, :int(end.max()) + 1]            # causal: what stands behind the end changes nothing
+        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
+        for block in self.transformer.resblocks:
+            x = block(x, causal=True)
+        x = x[torch.arange(len(x), device=x.device), end]                              # (K, text D)
+        return F.normalize(self.ln_final(x) @ self.text_projection, dim=-1)
+
+
+def load_clip(path: str | Path, clip: CLIP | None = None) -> CLIP:
+    """The weights of `path` in fp32, in a new ViT-B/16 or in `clip`, whose sizes must be the file's.
+
+    Takes OpenAI's archive (in part half precision, 302 parameters and three integers) and state dicts with its names;
+    raises `weights.WeightsError`. No file tells which activation it was trained with: files from elsewhere must be
+    of QuickGELU models.
+    """
+    tensors = weights.read_tensors(path)
+    for name in ("input_resolution", "context_length", "vocab_size"):
+        tensors.pop(name, None)
+    clip = CLIP() if clip is None else clip
+    weights.check_keys(clip, tensors, path)
+    clip.load_state_dict(tensors)                          # copies into fp32
+    return clip
