@@ -86,8 +86,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, dim: int, depth: int, heads: int, grid: int, patch: int, taps: tuple[int, ...], embed: int):
         super().__init__()
-        self.taps = tuple(taps)
-        self.grid = grid
+        self.dim, self.grid, self.taps = dim, grid, tuple(taps)
         scale = dim**-0.5
         self.conv1 = nn.Conv2d(3, dim, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(dim))
@@ -114,9 +113,12 @@ class VisionTransformer(nn.Module):
         f_cls = self.ln_post(x[:, 0]) @ self.proj
         return F.normalize(f_cls, dim=-1), taps
 
+    def normalize(self, image: Tensor) -> Tensor:
+        return (image - self.mean) / self.std
+
     def embed(self, image: Tensor) -> Tensor:
         """Patch tokens as the first block sees them, without the class token: (B, 3, H, W) -> (B, h, w, D)."""
-        x = self.conv1((image - self.mean) / self.std).permute(0, 2, 3, 1)             # (B, h, w, D)
+        x = self.conv1(self.normalize(image)).permute(0, 2, 3, 1)                      # (B, h, w, D)
         return self.ln_pre(x + self.position_table(x.shape[1], x.shape[2]))
 
     def position_table(self, h: int, w: int) -> Tensor:
