@@ -1,0 +1,130 @@
+"""Augmentation of a photo and its label (§4.2): random scale, crop or pad, flip, photometric distortion.
+
+Pure functions on uint8 arrays: every random choice is read from the generator handed in, so the same generator state
+gives the same sample in any process. The steps and their numbers are mmsegmentation's, whose terms the paper uses
+(the baseline, ViT-Adapter, is built on it). Differences: a flip also exchanges the left and right labels, the label is
+resized by its pixel centres as the photo is, and saturation and hue share one trip through HSV instead of two.
+"""
+
+import cv2
+import numpy as np
+
+from config import Config
+
+IGNORE = 255                                               # label of pixels that neither loss nor score counts
+MEAN_COLOUR = (124, 116, 104)                              # of ImageNet and of SAM, in RGB: what padding shows
+CROP_RETRIES = 10
+BRIGHTNESS = 32                                            # added: at most this, up or down
+CONTRAST = SATURATION = (0.5, 1.5)                         # multiplied
+HUE = 18                                                   # turned: at most this, of 180
+
+
+def augment(image: np.ndarray, label: np.ndarray, cfg: Config, flip_pairs: tuple[tuple[int, int], ...],
+            rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """One training sample of cfg.crop_size from a whole photo (H, W, 3) and its label (H, W)."""
+    h, w = cfg.crop_size
+    size = scaled_size(image.shape[:2], cfg.base_size * rng.uniform(*cfg.scale_range))
+    label = resize_label(label, size)
+    top, left = choose_crop(label, cfg.crop_size, cfg.max_class_share, rng)
+    label = label[top:top + h, left:left + w]
+    image = resize_photo(image, size)[top:top + h, left:left + w]
+    if rng.random() < cfg.flip_prob:
+        image, label = cv2.flip(image, 1), flip_label(label, flip_pairs)
+    if cfg.photometric:                                    # pointwise, so the crop may come first: fewer pixels
+        image = distort(image, rng)
+    return pad(image, cfg.crop_size, MEAN_COLOUR), pad(label, cfg.crop_size, IGNORE)
+
+
+def scaled_size(shape: tuple[int, int], long_side: float) -> tuple[int, int]:
+    """Height and width of a photo of this shape when its longer side becomes `long_side`, the aspect kept."""
+    factor = long_side / max(shape)
+    return tuple(max(1, int(side * factor + 0.5)) for side in shape)
+
+
+def resize_photo(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bilinear; areas are averaged where a large photo shrinks below half, which bilinear reading would alias."""
+    h, w = size
+    shrinks = max(image.shape[:2]) > 2 * max(size)
+    return cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Nearest by pixel centres. OpenCV's plain INTER_NEAREST lies up to half a pixel beside its bilinear photo."""
+    h, w = size
+    return cv2.resize(label, (w, h), interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def choose_crop(label: np.ndarray, crop_size: tuple[int, int], max_share: float,
+                rng: np.random.Generator) -> tuple[int, int]:
+    """Top and left of a random crop, drawn again (at most CROP_RETRIES times) while one class fills over max_share."""
+    h, w = crop_size
+    room_y, room_x = max(label.shape[0] - h, 0), max(label.shape[1] - w, 0)
+    for attempt in range(1 + CROP_RETRIES):
+        top, left = int(rng.integers(room_y + 1)), int(rng.integers(room_x + 1))
+        if room_y == room_x == 0 or attempt == CROP_RETRIES:
+            break                                          # one possible crop, or no further choice
+        if largest_share(label[top:top + h, left:left + w]) <= max_share:
+            break
+    return top, left
+
+
+def largest_share(label: np.ndarray) -> float:
+    """The part of the labelled pixels that the most frequent class takes; 1 where nothing is labelled."""
+    counts = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel()[:IGNORE]
+    total = counts.sum()
+    return float(counts.max() / total) if total else 1.0
+
+
+def pad(array: np.ndarray, size: tuple[int, int], value: int | tuple[int, int, int]) -> np.ndarray:
+    """Filled up at the bottom and on the right."""
+    h, w = array.shape[:2]
+    if (h, w) == tuple(size):
+        return array
+    return cv2.copyMakeBorder(array, 0, size[0] - h, 0, size[1] - w, cv2.BORDER_CONSTANT, value=value)
+
+
+def flip_order(count: int, flip_pairs: tuple[tuple[int, int], ...]) -> list[int]:
+    """For each of `count` labels the one that takes its place in a mirror: `probabilities[order]` swaps channels."""
+    order = list(range(count))
+    for a, b in flip_pairs:
+        order[a], order[b] = b, a
+    return order
+
+
+def flip_label(label: np.ndarray, flip_pairs: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """The label of the mirrored photo: mirrored, and left and right exchanged, for a left arm is then a right arm."""
+    return cv2.LUT(cv2.flip(label, 1), np.array(flip_order(256, flip_pairs), np.uint8))
+
+
+def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Brightness, contrast, saturation and hue, each with probability one half, contrast before or after the last two.
+
+    Each step ends in uint8, clipped and truncated. All of them map single values, so they are tables of 256 entries.
+    """
+    shift = rng.uniform(-BRIGHTNESS, BRIGHTNESS) if rng.random() < 0.5 else 0.0
+    contrast_last = rng.random() < 0.5
+    contrast = rng.uniform(*CONTRAST) if rng.random() < 0.5 else 1.0
+    saturation = rng.uniform(*SATURATION) if rng.random() < 0.5 else 1.0
+    hue = int(rng.integers(-HUE, HUE)) if rng.random() < 0.5 else 0
+
+    table = _clip(np.arange(256) + shift)
+    if not contrast_last:
+        table = _clip(table * contrast)
+    if (shift, contrast_last or contrast) != (0.0, 1.0):
+        image = cv2.LUT(image, table)
+    if saturation != 1.0 or hue != 0:
+        image = _turn_colours(image, saturation, hue)
+    if contrast_last and contrast != 1.0:
+        image = cv2.LUT(image, _clip(np.arange(256) * contrast))
+    return image
+
+
+def _turn_colours(image: np.ndarray, saturation: float, hue: int) -> np.ndarray:
+    values = np.arange(256)
+    tables = np.stack([(values + hue) % 180, _clip(values * saturation), values], axis=-1).astype(np.uint8)
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)           # 8-bit: H in 0..179
+    return cv2.cvtColor(cv2.LUT(hsv, tables[None]), cv2.COLOR_HSV2RGB)
+
+
+def _clip(values: np.ndarray) -> np.ndarray:
+    return np.clip(values, 0, 255).astype(np.uint8)
