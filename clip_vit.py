@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import weights
+from tokenizer import CONTEXT, VOCAB_SIZE
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-VOCAB_SIZE = 49408
-CONTEXT = 77
 MAX_TABLES = 16                                            # resampled position tables kept
 
 

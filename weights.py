@@ -57,7 +57,7 @@ def sha256(path: str | Path) -> str:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a weight file by name, on the CPU, in the file's types; an outer `state_dict` or `model` is opened."""
+    """The tensors of a file by name, on the CPU, in the file's types; an outer `state_dict` or `model` is opened."""
     path = Path(path)
     try:
         with open(path, "rb") as file:

@@ -1,0 +1,109 @@
+"""CLIP's byte-pair tokenizer on the standard library (paper §3.1: the class names go through CLIP's text tower).
+
+Reference: github.com/openai/CLIP (MIT), which needs the packages `regex` and `ftfy`. Equal to it for a line of printable
+ASCII, HTML entities included; for accents and other alphabets nearly always. Not done here: what `ftfy` repairs (wrongly
+decoded text, curly quotes, ligatures, full-width letters, control characters, entities in capitals such as &EACUTE;),
+numerals beyond decimal digits ("½" counts as a letter), special tokens inside a text (they are plain characters here).
+"""
+
+import gzip
+import hashlib
+import html
+import re
+import unicodedata
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from config import ConfigError
+from weights import VOCAB_FILE, WeightsError
+
+CONTEXT = 77                                               # tokens the text tower takes
+START, END = 49406, 49407
+VOCAB_SIZE = 49408                                         # 256 bytes, the same ending a word, merges, START, END
+MERGES = VOCAB_SIZE - 2 * 256 - 2                          # the vocabulary file has more; CLIP was trained with these
+TEXT_SHA256 = "67603cfda2e032ad77b5f8808af37789d590db664b26df8705d2bf8b3c553fc8"       # of the unpacked file
+
+# Contractions, letters, one digit at a time, or anything else but blanks.
+WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+")
+ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
+
+
+def tokenize(texts: list[str], vocab_path: str) -> Tensor:
+    """Ids of each text between START and END, zeros behind: int64 (K, 77).
+
+    `vocab_path` "" means no merges: one token per byte. It makes sense for random weights only.
+    """
+    merges, ids = _vocabulary(str(vocab_path))
+    tokens = torch.zeros(len(texts), CONTEXT, dtype=torch.int64)
+    for row, text in zip(tokens, texts):
+        words = WORD.findall(_clean(text))
+        encoded = [START, *(ids[symbol] for word in words for symbol in _merge(word, merges)), END]
+        if len(encoded) > CONTEXT:
+            hint = "" if vocab_path else "; without a vocab each byte is a token"
+            raise ConfigError(f"prompt, classes: {text[:60]!r} has {len(encoded)} tokens, CLIP takes {CONTEXT}{hint}")
+        row[:len(encoded)] = torch.tensor(encoded)
+    return tokens
+
+
+def _clean(text: str) -> str:
+    text = unicodedata.normalize("NFC", text)
+    if "<" not in text:                                    # ftfy's rule: with it the text is HTML, escaped on purpose
+        while (opened := ENTITY.sub(lambda match: html.unescape(match[0]), text)) != text:
+            text = opened
+    return html.unescape(html.unescape(text)).lower()
+
+
+def _merge(word: str, merges: dict[tuple[str, str], int]) -> list[str]:
+    """The symbols of a word: its bytes, neighbours joined as often as a merge knows them, lowest rank first."""
+    symbols = [BYTE_SYMBOLS[byte] for byte in word.encode("utf-8")]
+    symbols[-1] += "</w>"
+    while len(symbols) > 1:
+        best = min(zip(symbols, symbols[1:]), key=lambda pair: merges.get(pair, MERGES))
+        if best not in merges:
+            break
+        joined, n = [], 0
+        while n < len(symbols):
+            size = 2 if tuple(symbols[n:n + 2]) == best else 1
+            joined.append("".join(symbols[n:n + size]))
+            n += size
+        symbols = joined
+    return symbols
+
+
+def _byte_symbols() -> list[str]:
+    """A printable character for each byte: itself, or one from 256 upwards for blanks and control characters."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
+
+
+BYTE_SYMBOLS = _byte_symbols()
+
+
+@lru_cache(maxsize=4)
+def _vocabulary(path: str) -> tuple[dict[tuple[str, str], int], dict[str, int]]:
+    """The ranks of the merges and the ids of all symbols."""
+    merges = [tuple(line.split()) for line in _read(Path(path)).split("\n")[1:MERGES + 1]] if path else []
+    symbols = sorted(BYTE_SYMBOLS)                         # the bytes that stand for themselves come first
+    symbols += [f"{symbol}</w>" for symbol in symbols] + ["".join(merge) for merge in merges]
+    return {merge: rank for rank, merge in enumerate(merges)}, {symbol: n for n, symbol in enumerate(symbols)}
+
+
+def _read(path: Path) -> str:
+    """The unpacked vocabulary file, checked: with any other one the ids would silently mean other words."""
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: no such file; `python download.py` gets CLIP's vocabulary") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise WeightsError(f"{path}: is damaged or cut off; get it again with `python download.py`") from None
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if hashlib.sha256(data).hexdigest() != TEXT_SHA256:
+        raise WeightsError(f"{path}: is not CLIP's vocabulary {VOCAB_FILE.name}; get it with `python download.py`")
+    return data.decode("utf-8")
