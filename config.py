@@ -128,6 +128,13 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
     if path is not None:
         values = _read_yaml(Path(path))
         values.setdefault("out", f"runs/{Path(path).stem}")
+    values |= parse_overrides(overrides)
+    return from_dict(values, source=str(path) if path is not None else "the command line")
+
+
+def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict:
+    """`key=value` texts as a dict; the values are read as YAML."""
+    values = {}
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals:
@@ -136,7 +143,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
             values[key.strip()] = yaml.safe_load(text) if text.strip() else ""
         except yaml.YAMLError:
             raise ConfigError(f"override {item!r}: the value is not valid YAML") from None
-    return from_dict(values, source=str(path) if path is not None else "the command line")
+    return values
 
 
 def from_dict(values: dict, source: str) -> Config:

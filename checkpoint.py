@@ -1,0 +1,179 @@
+"""What a run keeps: checkpoints that are written whole or not at all, and read back without executing anything.
+
+A checkpoint is a plain dict: the trained tensors (BatchNorm statistics and text features included), the optimiser, the iteration,
+the configuration and the label set. Tensors that came unchanged out of an official file (§4.3: CLIP and SAM are frozen) are left
+out; the file is named with its SHA-256, which is checked when the run is loaded. There is no random state to keep: every random
+number of training is a function of (seed, iteration, place in the batch).
+
+    runs/cihp/last.pt       the newest state: model, optimiser, iteration
+    runs/cihp/previous.pt   the one before, used when last.pt is damaged
+    runs/cihp/best.pt       the best validation mIoU so far, without the optimiser
+"""
+
+import dataclasses
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import config
+import weights
+from datasets import LabelSet
+from model import SCHNet, build_model
+
+FORMAT = 1
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+
+
+class CheckpointError(ValueError):
+    """A run or checkpoint that cannot be used; the message is one line for the user."""
+
+
+def model_state(model: SCHNet) -> dict[str, Tensor]:
+    """The tensors that a checkpoint holds: all but the frozen ones that an official file holds already."""
+    left_out = set(official_names(model))
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+
+
+def official_names(model: SCHNet) -> list[str]:
+    """Names of the frozen tensors that came out of an official file."""
+    cfg = model.cfg
+    prefixes = tuple(prefix for prefix, path in (("sam.", cfg.sam_weights), ("clip.", cfg.clip_weights)) if path)
+    if not cfg.freeze or not prefixes:
+        return []
+    return [name for name, p in model.named_parameters() if name.startswith(prefixes) and not p.requires_grad]
+
+
+def official_files(model: SCHNet) -> dict[str, str]:
+    """{config key: SHA-256} of the official files that the tensors left out are to be taken from."""
+    prefixes = {name.partition(".")[0] for name in official_names(model)}
+    return {f"{prefix}_weights": weights.sha256(getattr(model.cfg, f"{prefix}_weights")) for prefix in sorted(prefixes)}
+
+
+def pack(model: SCHNet, labels: LabelSet, official: dict[str, str], iteration: int, **more) -> dict:
+    """A checkpoint as a plain dict; `more` is what training adds (optimiser, best score, ...)."""
+    return {"format": FORMAT, "iteration": iteration, "model": model_state(model), "official": official,
+            "config": dataclasses.asdict(model.cfg), "labels": dataclasses.asdict(labels), **more}
+
+
+def write(path: Path, content: dict):
+    """`content` under `path`, whole or not at all: a temporary file, forced to the disk, renamed."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                             # torch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else _disk_reason(path, error)
+        raise CheckpointError(f"{path} could not be written ({reason}); what was saved before is untouched") from error
+
+
+def _disk_reason(path: Path, error: Exception) -> str:
+    stat = os.statvfs(path.parent)
+    free = stat.f_bavail * stat.f_frsize >> 20
+    return f"{free} MiB free on its disk" if free < 1024 else str(error).splitlines()[0]
+
+
+def write_last(folder: Path, content: dict):
+    """last.pt, the one before it kept as previous.pt. At any moment one of the two is whole."""
+    fresh = folder / ".fresh.pt"
+    write(fresh, content)
+    if (folder / LAST).exists():
+        os.replace(folder / LAST, folder / PREVIOUS)
+    os.replace(fresh, folder / LAST)
+
+
+def read(path: Path) -> dict:
+    """A checkpoint, on the CPU. CheckpointError if it is missing, damaged or no checkpoint of SCHNet."""
+    try:
+        with zipfile.ZipFile(path) as archive:                           # torch.load does not look at the checksums
+            damaged = archive.testzip()
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception as error:                                           # damage has many faces: BadZipFile, zlib, pickle, ...
+        raise CheckpointError(f"{path}: damaged or not a checkpoint ({type(error).__name__})") from None
+    if content is None:
+        raise CheckpointError(f"{path}: damaged (the checksum of {damaged} is wrong)")
+    if not isinstance(content, dict) or content.get("format") != FORMAT or "model" not in content:
+        raise CheckpointError(f"{path}: not a checkpoint of this program (format {FORMAT})")
+    return content
+
+
+def read_last(folder: Path) -> tuple[dict, Path, list[str]]:
+    """The newest whole checkpoint of a run to go on from: (content, its path, a warning for each damaged one)."""
+    warnings = []
+    for name in (LAST, PREVIOUS):
+        if (folder / name).exists():
+            try:
+                return read(folder / name), folder / name, warnings
+            except CheckpointError as error:
+                warnings.append(str(error))
+    if warnings:
+        raise CheckpointError("; ".join(warnings) + "; nothing to go on from")
+    raise CheckpointError(f"{folder}: no checkpoint to go on from (no {LAST})")
+
+
+def newest_run(root: Path = Path("runs")) -> Path:
+    """The folder below `root` whose checkpoint is the newest."""
+    found = [path for name in (LAST, BEST) for path in root.glob(f"**/{name}")]
+    if not found:
+        raise CheckpointError(f"{root}/ holds no run yet: train one (`python train.py`) or name one with --run")
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def find(run: str | Path | None) -> Path:
+    """The checkpoint file that `--run` means: a file, or a folder (its best.pt, else last.pt); None: the newest run."""
+    path = Path(run) if run is not None else newest_run()
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such run or checkpoint")
+    if path.is_file():
+        return path
+    for name in (BEST, LAST, PREVIOUS):
+        if (path / name).exists():
+            return path / name
+    raise CheckpointError(f"{path}: holds no checkpoint ({BEST} or {LAST})")
+
+
+def restore(content: dict, path: Path, overrides: list[str] | tuple[str, ...] = ()) -> tuple[SCHNet, LabelSet]:
+    """The network of a checkpoint, in evaluation mode on the CPU. `overrides` (`key=value`) may say where files lie now."""
+    values = content["config"] | config.parse_overrides(overrides)
+    cfg = config.from_dict(values, source=str(path))
+    kept = content["labels"]
+    labels = LabelSet(kept["name"], *(tuple(map(_tuple, kept[key])) for key in ("classes", "palette", "flip_pairs")))
+    for key, expected in content["official"].items():
+        file = getattr(cfg, key)
+        if not Path(file).exists():
+            raise CheckpointError(f"{path} needs {file}: run `python download.py`, or say where it is with {key}=PATH")
+        if weights.sha256(file) != expected:
+            raise CheckpointError(f"{path} was trained on another {file} (its SHA-256 starts with {expected[:12]})")
+    state = content["model"]
+    random = {key: "" for key in ("sam_weights", "clip_weights") if key not in content["official"]}  # all is in here
+    text = (state["f_txt"], state["sim_scale"]) if cfg.srm else None
+    model = build_model(dataclasses.replace(cfg, **random), labels.classes, text)
+    load_state(model, state, content, path)
+    return model.eval(), labels
+
+
+def load_state(model: SCHNet, state: dict[str, Tensor], content: dict, path: Path):
+    """`state` into `model`; every tensor must be there but those of the official files named in `content`."""
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: {str(error).splitlines()[-1].strip()}") from None
+    expected = tuple(key.removesuffix("weights").replace("_", ".") for key in content["official"])
+    lost = [name for name in missing if not (expected and name.startswith(expected))]
+    if lost or unexpected:
+        raise CheckpointError(f"{path} does not fit its network: {len(lost)} tensors missing, {len(unexpected)} unknown "
+                              f"({(lost + unexpected)[0]}, ...)")
+
+
+def _tuple(value):
+    return tuple(value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,337 @@
+"""Score a trained SCHNet (§4.4): one confusion matrix over the whole set, at the photos' own size.
+
+    python evaluate.py                                   the newest run, single scale
+    python evaluate.py --tta                             scales .75 1 1.25 1.5 and flips
+    python evaluate.py --run runs/cihp data_root=/data/CIHP
+    torchrun --nproc_per_node 4 evaluate.py --tta        shared out over processes, the same numbers to the last digit
+
+Prints per-class IoU in the order of the paper's Table 1 (beside the paper's figures, for LIP), pixel accuracy, mean accuracy and
+mIoU; leaves results.json, the confusion matrix, per-class bars and the best and worst images under runs/<run>/evaluation[_tta]/.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+import pictures
+import weights
+from checkpoint import CheckpointError
+from config import Config, ConfigError, parse_overrides
+from datasets import DataError, LabelSet, open_split
+from model import SCHNet
+from weights import WeightsError
+
+MEAN_COLOUR = (124, 116, 104)                      # SAM's mean, what training pads with
+STRIP_BYTES = 256 << 20                            # probabilities of a very large photo are made in strips of rows
+ERRORS = (CheckpointError, ConfigError, DataError, WeightsError)   # what a user can mend: one line, exit code 1
+
+# The paper's figures in percent: LIP Tables 1, 2, 6 (hat ... right shoe, background), CIHP Table 5, PPP Table 4.
+PAPER = {
+    ("lip", False): {"pixel_acc": 89.54, "mean_acc": 78.12, "miou": 62.98, "iou": (
+        72.87, 75.26, 53.28, 43.56, 73.91, 47.60, 63.31, 56.20, 79.09, 37.21, 44.31, 39.38, 76.86, 72.59, 73.88, 71.15,
+        71.50, 58.96, 59.48, 89.28)},
+    ("lip", True): {"pixel_acc": 90.04, "mean_acc": 78.42, "miou": 64.25, "iou": (
+        73.53, 75.99, 55.46, 45.21, 75.06, 49.59, 64.60, 58.42, 80.21, 38.02, 44.26, 40.39, 77.51, 74.00, 74.93, 73.06,
+        72.82, 60.60, 61.54, 89.71)},
+    ("cihp", True): {"miou": 72.27},
+    ("ppp", True): {"miou": 78.67},
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------- metrics
+
+def confusion_matrix(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
+    """Counts (K, K) int64, rows truth, columns prediction; labels of K and above (255: ignore) are skipped."""
+    pred, label = pred.flatten().long(), label.flatten().long()
+    kept = label < num_classes
+    pairs = label[kept] * num_classes + pred[kept]
+    return torch.bincount(pairs, minlength=num_classes ** 2).view(num_classes, num_classes)
+
+
+def scores(matrix: Tensor) -> dict:
+    """Fractions from a confusion matrix: pixel_acc, mean_acc, miou and the lists iou, acc (K; nan: the class occurs nowhere).
+
+    A class that is in neither truth nor prediction has no IoU and is left out of the means; on the validation sets of LIP, CIHP
+    and PPP all classes occur, so that this agrees with dividing by K.
+    """
+    matrix = matrix.double()
+    hit, truth, found = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    iou = hit / (truth + found - hit)                                    # 0 / 0 = nan
+    acc = hit / truth
+    return {"pixel_acc": (hit.sum() / matrix.sum()).item(), "mean_acc": acc.nanmean().item(), "miou": iou.nanmean().item(),
+            "iou": iou.tolist(), "acc": acc.tolist()}
+
+
+# ------------------------------------------------------------------------------------------------------------- prediction
+
+def autocast(device: torch.device, precision: str):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def canvas(image: np.ndarray, cfg: Config, scale: float) -> tuple[np.ndarray, tuple[int, int]]:
+    """The photo (H, W, 3) as the network sees it at `scale`: long side base_size * scale, padded at the bottom and right to what
+    training saw, in multiples of 32 (480: 384, 480, 608, 736). Returns the padded image and the photo's size in it."""
+    height, width = image.shape[:2]
+    factor = cfg.base_size * scale / max(height, width)
+    h, w = max(1, round(height * factor)), max(1, round(width * factor))
+    small = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
+    sides = [-(-max(side, round(crop * scale)) // 32) * 32 for side, crop in zip((h, w), cfg.crop_size)]
+    padded = cv2.copyMakeBorder(small, 0, sides[0] - h, 0, sides[1] - w, cv2.BORDER_CONSTANT, value=MEAN_COLOUR)
+    return padded, (h, w)
+
+
+def flip_channels(num_classes: int, flip_pairs: Sequence[tuple[int, int]]) -> list[int]:
+    """Where each channel of a mirrored image's output belongs: left and right change places."""
+    order = list(range(num_classes))
+    for a, b in flip_pairs:
+        order[a], order[b] = b, a
+    return order
+
+
+def views(model: nn.Module, images: list[np.ndarray], scales: Sequence[float],
+          flip_pairs: Sequence[tuple[int, int]] | None) -> list[list[Tensor]]:
+    """Per image a list of logits (K, h, w), one for each scale and, unless `flip_pairs` is None, each flip, flipped back."""
+    device = next(model.parameters()).device
+    result = [[] for _ in images]
+    for scale in scales:
+        groups: dict[tuple, list] = {}
+        for n, image in enumerate(images):
+            padded, size = canvas(image, model.cfg, scale)
+            groups.setdefault(padded.shape, []).append((n, padded, size))
+        for group in groups.values():
+            batch = torch.from_numpy(np.stack([padded for _, padded, _ in group])).to(device)
+            batch = batch.permute(0, 3, 1, 2).float() / 255              # (B, 3, H, W)
+            with autocast(device, model.cfg.precision):
+                logits = [model(batch)]
+                if flip_pairs is not None:                               # mirror the photo within its own width, not the padding
+                    mirrored = torch.stack([_mirror(x, size[1]) for x, (_, _, size) in zip(batch, group)])
+                    flipped = model(mirrored)
+                    logits.append(flipped[:, flip_channels(flipped.shape[1], flip_pairs)])
+            for k, (n, _, (h, w)) in enumerate(group):
+                result[n].append(logits[0][k, :, :h, :w].float())
+                if flip_pairs is not None:
+                    result[n].append(logits[1][k, :, :h, :w].float().flip(-1))
+    return result
+
+
+def _mirror(image: Tensor, width: int) -> Tensor:
+    return torch.cat([image[..., :width].flip(-1), image[..., width:]], -1)
+
+
+def probabilities(logits: list[Tensor], size: tuple[int, int], top: int, bottom: int) -> Tensor:
+    """Rows top..bottom of the photo: softmax at its own size, averaged over the views. (K, bottom - top, W), bilinear."""
+    total = 0
+    for view in logits:
+        h = view.shape[1]
+        y = ((torch.arange(top, bottom, device=view.device) + 0.5) * (h / size[0]) - 0.5).clamp(0, h - 1)
+        above = y.floor().long()
+        weight = (y - above)[:, None]
+        rows = torch.lerp(view[:, above], view[:, (above + 1).clamp(max=h - 1)], weight)     # (K, rows, w)
+        rows = F.interpolate(rows[None], (bottom - top, size[1]), mode="bilinear", align_corners=False)[0]
+        total = total + rows.softmax(0)
+    return total / len(logits)
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, image: np.ndarray, scales: Sequence[float] = (1.0,),
+            flip_pairs: Sequence[tuple[int, int]] | None = None) -> Tensor:
+    """Class probabilities (K, H, W) of an RGB photo (H, W, 3) uint8, at its own size.
+
+    `scales` and `flip_pairs` (None: no flip; (): a flip without left and right) are the test-time augmentation of §4.4.
+    """
+    return probabilities(views(model, [image], scales, flip_pairs)[0], image.shape[:2], 0, image.shape[0])
+
+
+@torch.inference_mode()
+def predict_labels(model: nn.Module, images: list[np.ndarray], scales: Sequence[float] = (1.0,),
+                   flip_pairs: Sequence[tuple[int, int]] | None = None) -> list[np.ndarray]:
+    """Label maps (H, W) uint8 of RGB photos of any sizes, in bounded memory."""
+    result = []
+    for image, logits in zip(images, views(model, images, scales, flip_pairs)):
+        height, width = image.shape[:2]
+        rows = max(1, STRIP_BYTES // (4 * width * logits[0].shape[0]))
+        strips = [probabilities(logits, (height, width), top, min(top + rows, height)).argmax(0).to(torch.uint8).cpu()
+                  for top in range(0, height, rows)]
+        result.append(torch.cat(strips).numpy())
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------- evaluation
+
+def _read_ahead(pairs, order: list[int], threads: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(index, image, label) in this order; files are decoded by threads while the network works."""
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        indices = iter(order)
+        waiting = [(i, pool.submit(pairs.read, i)) for i in islice(indices, 2 * threads + 2)]
+        while waiting:
+            i, future = waiting.pop(0)
+            waiting += [(j, pool.submit(pairs.read, j)) for j in islice(indices, 1)]
+            yield i, *future.result()
+
+
+def evaluate_split(model: SCHNet, pairs, num_classes: int, scales: Sequence[float] = (1.0,),
+                   flip_pairs: Sequence[tuple[int, int]] | None = None, batch: int = 4, rank: int = 0, world: int = 1,
+                   group=None, progress: bool = False) -> tuple[Tensor, list[tuple[float, int]]]:
+    """The confusion matrix (K, K) over a whole set and (mIoU, index) of each image, the same on every process.
+
+    Images go through the network in the same batches of `batch` however many processes share the work, each batch on one of
+    them: sharded evaluation is exact.
+    """
+    was_training = model.training
+    model.eval()
+    chunks = [range(a, min(a + batch, len(pairs))) for a in range(0, len(pairs), batch)][rank::world]
+    order = [i for chunk in chunks for i in chunk]
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    per_image = []
+    samples = _read_ahead(pairs, order, model.cfg.workers)
+    with tqdm(total=len(order) * world, desc="evaluate", unit="image", disable=not progress, leave=False) as bar:
+        for chunk in chunks:
+            indices, images, labels = zip(*islice(samples, len(chunk)))
+            for i, pred, label in zip(indices, predict_labels(model, list(images), scales, flip_pairs), labels):
+                counts = confusion_matrix(torch.from_numpy(pred), torch.from_numpy(label), num_classes)
+                matrix += counts
+                per_image.append((scores(counts)["miou"], i))
+            bar.update(len(chunk) * world)
+    model.train(was_training)
+    if world > 1:
+        dist.all_reduce(matrix, group=group)
+        gathered = [None] * world
+        dist.all_gather_object(gathered, per_image, group=group)
+        per_image = [item for part in gathered for item in part]
+    return matrix, sorted(per_image, key=lambda item: item[1])
+
+
+def load_run(run: str | Path | None = None, overrides: Sequence[str] = (), device: str = "") -> tuple[SCHNet, LabelSet, Path]:
+    """A trained network ready to predict, its label set, and the checkpoint it came from. `run` None: the newest run.
+
+    On a CPU the network runs in fp32 unless `precision=bf16` is among the overrides: few CPUs have bf16 units.
+    """
+    path = checkpoint.find(run)
+    target = pick_device(device)
+    if target.type == "cpu" and "precision" not in parse_overrides(overrides):
+        overrides = [*overrides, "precision=fp32"]
+    model, labels = checkpoint.restore(checkpoint.read(path), path, overrides)
+    return model.to(target), labels, path
+
+
+def pick_device(name: str = "") -> torch.device:
+    """The device called `name`; "": this process's GPU, or the CPU where there is none."""
+    if name:
+        return torch.device(name)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------- reports
+
+def table(result: dict, labels: LabelSet, tta: bool) -> str:
+    """The result as lines of text: classes in the order of the paper's Table 1, the background last."""
+    paper = PAPER.get((labels.name, tta), {})
+    lines = [f"{'class':<16}{'IoU':>8}{'acc.':>8}" + (f"{'paper':>8}{'diff.':>8}" if "iou" in paper else "")]
+    for place, k in enumerate([*range(1, len(labels.classes)), 0]):
+        line = f"{labels.classes[k]:<16}{_percent(result['iou'][k])}{_percent(result['acc'][k])}"
+        if "iou" in paper:
+            line += f"{paper['iou'][place]:8.2f}{100 * result['iou'][k] - paper['iou'][place]:+8.2f}"
+        lines.append(line)
+    lines.append("-" * len(lines[0]))
+    for key, name in (("pixel_acc", "pixel accuracy"), ("mean_acc", "mean accuracy"), ("miou", "mIoU")):
+        line = f"{name:<16}{_percent(result[key])}"
+        if key in paper:
+            line += f"   paper {paper[key]:.2f} ({100 * result[key] - paper[key]:+.2f})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _percent(value: float) -> str:
+    return f"{'-':>8}" if value != value else f"{100 * value:8.2f}"
+
+
+def draw_reports(folder: Path, model: SCHNet, pairs, labels: LabelSet, result: dict, matrix: Tensor,
+                 per_image: list[tuple[float, int]], scales: Sequence[float], flip_pairs) -> list[Path]:
+    """Confusion matrix, per-class bars, and a sheet of the best and worst images, as PNG."""
+    paper = PAPER.get((labels.name, flip_pairs is not None), {}).get("iou")
+    reference = None if paper is None else [paper[-1], *paper[:-1]]
+    pictures.save_png(folder / "confusion.png", pictures.confusion_picture(matrix.numpy(), labels.classes))
+    pictures.save_png(folder / "classes.png", pictures.bars(
+        labels.classes, [100 * v for v in result["iou"]], reference=reference, title="IoU per class (%)"))
+    ranked = sorted((item for item in per_image if item[0] == item[0]), reverse=True)
+    chosen = ranked[:3] + ranked[-3:] if len(ranked) >= 6 else ranked
+    rows, captions = [], []
+    for miou, i in chosen:
+        image, label = pairs.read(i)
+        pred = predict_labels(model, [image], scales, flip_pairs)[0]
+        wrong = np.where((pred != label) & (label != 255), 1, 0).astype(np.uint8)
+        rows.append([image, pictures.colourise(label, labels.palette), pictures.colourise(pred, labels.palette),
+                     pictures.overlay(image, wrong, ((0, 0, 0), (255, 0, 0)))])
+        captions.append(f"{pairs.name(i)}  mIoU {100 * miou:.1f}")
+    sheet = pictures.sheet(rows, titles=["photo", "truth", "prediction", "errors"], captions=captions)
+    pictures.save_png(folder / "best_worst.png", pictures.with_legend(sheet, labels.classes, labels.palette))
+    return [folder / name for name in ("confusion.png", "classes.png", "best_worst.png")]
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="key=value: overrides of the run's config")
+    parser.add_argument("--run", help="folder of a run, or a checkpoint; the newest run if not given")
+    parser.add_argument("--tta", action="store_true", help="average over scales and flips (§4.4)")
+    parser.add_argument("--split", choices=("val", "train"), default="val")
+    parser.add_argument("--batch", type=int, default=4, help="photos at a time per process")
+    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ...; the GPU if there is one")
+    parser.add_argument("--out", help="folder of the results; runs/<run>/evaluation[_tta] if not given")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args(argv)
+
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if world > 1:
+        dist.init_process_group("gloo")                                  # only counts travel
+    model, labels, path = load_run(args.run, args.overrides, args.device)
+    cfg = model.cfg
+    pairs = open_split(cfg, args.split)
+    scales, flip_pairs = (cfg.tta_scales, labels.flip_pairs) if args.tta else ((1.0,), None)
+    if rank == 0:
+        how = f"scales {' '.join(map(str, scales))} and flips" if args.tta else "single scale"
+        print(f"{path}: {len(pairs)} images of {labels.name} {args.split}, {how}")
+    start = time.monotonic()
+    matrix, per_image = evaluate_split(model, pairs, len(labels.classes), scales, flip_pairs, args.batch, rank, world,
+                                       progress=rank == 0)
+    seconds = (time.monotonic() - start) / len(pairs)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+    result = scores(matrix)
+    folder = Path(args.out) if args.out else path.parent / ("evaluation_tta" if args.tta else "evaluation")
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"checkpoint": str(path), "sha256": weights.sha256(path), "data": labels.name, "split": args.split,
+              "images": len(pairs), "scales": scales, "flip": args.tta, "seconds_per_image": seconds, "processes": world,
+              **{key: result[key] for key in ("pixel_acc", "mean_acc", "miou")},
+              "classes": {name: {"iou": iou, "acc": acc} for name, iou, acc in zip(labels.classes, result["iou"], result["acc"])},
+              "confusion": matrix.tolist(), "config": dataclasses.asdict(cfg)}
+    (folder / "results.json").write_text(json.dumps(record, indent=1).replace("NaN", "null"))
+    drawn = draw_reports(folder, model, pairs, labels, result, matrix, per_image, scales, flip_pairs)
+    print(table(result, labels, args.tta))
+    print(f"{seconds:.3f} s per image; " + ", ".join(str(p) for p in [folder / "results.json", *drawn]))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ERRORS as error:
+        sys.exit(f"error: {error}")
