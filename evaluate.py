@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import checkpoint
 import pictures
+import plots
 import weights
 from checkpoint import CheckpointError
 from config import Config, ConfigError, parse_overrides
@@ -269,21 +270,20 @@ def draw_reports(folder: Path, model: SCHNet, pairs, labels: LabelSet, result: d
     """Confusion matrix, per-class bars, and a sheet of the best and worst images, as PNG."""
     paper = PAPER.get((labels.name, flip_pairs is not None), {}).get("iou")
     reference = None if paper is None else [paper[-1], *paper[:-1]]
-    pictures.save_png(folder / "confusion.png", pictures.confusion_picture(matrix.numpy(), labels.classes))
-    pictures.save_png(folder / "classes.png", pictures.bars(
-        labels.classes, [100 * v for v in result["iou"]], reference=reference, title="IoU per class (%)"))
+    pictures.save_png(folder / "confusion.png", plots.confusion_picture(matrix.numpy(), labels.classes))
+    pictures.save_png(folder / "classes.png", plots.bars(
+        labels.classes, [100 * v for v in result["iou"]], reference, labels.palette, "IoU per class (%)", ("this run", "the paper")))
     ranked = sorted((item for item in per_image if item[0] == item[0]), reverse=True)
     chosen = ranked[:3] + ranked[-3:] if len(ranked) >= 6 else ranked
     rows, captions = [], []
     for miou, i in chosen:
         image, label = pairs.read(i)
         pred = predict_labels(model, [image], scales, flip_pairs)[0]
-        wrong = np.where((pred != label) & (label != 255), 1, 0).astype(np.uint8)
         rows.append([image, pictures.colourise(label, labels.palette), pictures.colourise(pred, labels.palette),
-                     pictures.overlay(image, wrong, ((0, 0, 0), (255, 0, 0)))])
+                     pictures.errors(image, label, pred)])
         captions.append(f"{pairs.name(i)}  mIoU {100 * miou:.1f}")
     sheet = pictures.sheet(rows, titles=["photo", "truth", "prediction", "errors"], captions=captions)
-    pictures.save_png(folder / "best_worst.png", pictures.with_legend(sheet, labels.classes, labels.palette))
+    pictures.save_png(folder / "best_worst.png", pictures.with_legend(sheet, labels.classes, labels.palette, size=16))
     return [folder / name for name in ("confusion.png", "classes.png", "best_worst.png")]
 
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import checkpoint
 import pictures
+import plots
 from config import Config, ConfigError, load_config, to_yaml
 from checkpoint import CheckpointError
 from datasets import label_set, open_split, train_loader
@@ -224,7 +225,7 @@ class Run:
             panels["validation"] = {name: ([e["iter"] for e in val], [e[name] for e in val])
                                     for name in ("miou", "mean_acc", "pixel_acc")}
         if train:
-            pictures.save_png(self.folder / "curves.png", pictures.curves(panels, smooth=["loss"]))
+            pictures.save_png(self.folder / "curves.png", plots.curves(panels, smooth=["loss"]))
 
 
 def resume(run: Run, model: SCHNet, optimizer, scaler, official: dict[str, str], world: World) -> dict:
@@ -270,7 +271,7 @@ def validate(run: Run, model: SCHNet, pairs, labels, it: int, seconds: float) ->
             pred = predict_labels(model, [image])[0]
             rows.append([image] + [pictures.overlay(image, part, labels.palette) for part in (label, pred)])
         sheet = pictures.sheet(rows, titles=["photo", "truth", f"iteration {it}"])
-        pictures.save_png(run.folder / "validation.png", pictures.with_legend(sheet, labels.classes, labels.palette))
+        pictures.save_png(run.folder / "validation.png", pictures.with_legend(sheet, labels.classes, labels.palette, size=16))
         model.train()
     return result["miou"]
 

@@ -1,0 +1,237 @@
+"""Plots of numbers for people: training curves, bars per class, confusion matrices, as pictures (H, W, 3) uint8 RGB.
+
+Pillow, NumPy and OpenCV only: a plot should not cost a training machine another package.
+"""
+
+import math
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw
+
+from pictures import FAINT, INK, PAPER, Palette, paper, text_width, write
+
+GRID = (228, 231, 234)
+SERIES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))    # Okabe and Ito
+Series = dict[str, tuple[Sequence[float], Sequence[float]]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# curves
+
+def curves(panels: Sequence[tuple[str, Series]], xlabel: str = "iteration", log: Sequence[str] = (),
+           smooth: Sequence[str] = (), size: tuple[int, int] = (300, 480)) -> np.ndarray:
+    """Line plots, two panels a row: [(title, {series: (x values, y values)}), ...].
+
+    `log` names the panels with a logarithmic y axis, `smooth` those whose noisy series are drawn pale under their
+    running mean. Values that are not finite (on a log axis: not positive) leave a gap.
+    """
+    drawn = [_panel(title, series, xlabel, title in log, title in smooth, size) for title, series in panels]
+    blank = np.full((*size, 3), 255, np.uint8)
+    if len(drawn) % 2 and len(drawn) > 1:
+        drawn.append(blank)
+    return np.vstack([np.hstack(drawn[n:n + 2]) for n in range(0, len(drawn), 2)] or [blank])
+
+
+def _panel(title: str, series: Series, xlabel: str, log: bool, smooth: bool, size: tuple[int, int]) -> np.ndarray:
+    data = {name: _usable(x, y, log) for name, (x, y) in series.items()}
+    xs, ys = (np.concatenate([pair[n] for pair in data.values()] or [np.empty(0)]) for n in (0, 1))
+    ys = ys[np.isfinite(ys)]
+    if not len(ys):
+        canvas, draw = paper(*size)
+        write(draw, size[1] / 2, size[0] / 2, f"{title}: nothing to show yet", 13, "mm", FAINT)
+        return np.array(canvas)
+    x_axis = _axis(xs.min(), xs.max(), 6)
+    y_axis = _log_axis(ys.min(), ys.max()) if log else _axis(ys.min(), ys.max(), 5)
+    legend = _legend_rows(list(data), size[1] - 40)
+    pixels, place = _frame(title, xlabel, x_axis, y_axis, log, legend, size)
+    for n, (x, y) in enumerate(data.values()):
+        colour = SERIES[n % len(SERIES)]
+        if smooth and len(y) > 40:
+            _line(pixels, *place(x, y), [(c + 2 * 255) // 3 for c in colour])
+            y = _running_mean(y, len(y) // 40)
+        _line(pixels, *place(x, y), colour, 2)
+    return pixels
+
+
+def _frame(title: str, xlabel: str, x_axis, y_axis, log: bool, legend: list[list[str]], size: tuple[int, int]):
+    """An empty panel, and the function from values to its pixels."""
+    (x_low, x_high, x_ticks), (y_low, y_high, y_ticks) = x_axis, y_axis
+    names = [_number(10.0 ** tick if log else tick) for tick in y_ticks]
+    left, right = 24 + max(text_width(name, 12) for name in names), size[1] - 22
+    top, bottom = 40 + 18 * len(legend), size[0] - 48
+
+    def place(x, y):
+        return (left + (np.asarray(x) - x_low) / (x_high - x_low) * (right - left),
+                bottom - (np.asarray(y) - y_low) / (y_high - y_low) * (bottom - top))
+
+    canvas, draw = paper(*size)
+    for tick, name in zip(y_ticks, names):
+        _, y = place(x_low, tick)
+        draw.line((left, y, right, y), fill=GRID)
+        write(draw, left - 8, y, name, 12, "rm", FAINT)
+    for tick in x_ticks:
+        x, _ = place(tick, y_low)
+        draw.line((x, top, x, bottom), fill=GRID)
+        write(draw, x, bottom + 14, _number(tick), 12, "mm", FAINT)
+    draw.line((left, bottom, right, bottom), fill=FAINT)
+    write(draw, (left + right) / 2, bottom + 33, xlabel, 12, "mm", FAINT)
+    write(draw, left, 20, title, 16)
+    n = 0
+    for row, entries in enumerate(legend):
+        x, y = left, 42 + 18 * row
+        for name in entries:
+            draw.line((x, y, x + 16, y), fill=SERIES[n % len(SERIES)], width=3)
+            write(draw, x + 21, y, name, 12)
+            x, n = x + text_width(name, 12) + 36, n + 1
+    return np.array(canvas), place
+
+
+def _legend_rows(names: list[str], width: int) -> list[list[str]]:
+    """The series' names on as many lines as they need; a panel with one series needs none."""
+    rows = [[]] if len(names) > 1 else []
+    for name in names if rows else ():
+        if rows[-1] and sum(text_width(other, 12) + 36 for other in (*rows[-1], name)) > width:
+            rows.append([])
+        rows[-1].append(name)
+    return rows
+
+
+def _usable(x: Sequence[float], y: Sequence[float], log: bool) -> tuple[np.ndarray, np.ndarray]:
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if log:
+        y = np.log10(np.where(y > 0, y, np.nan))
+    return x, np.where(np.isfinite(y), y, np.nan)
+
+
+def _axis(low: float, high: float, count: int) -> tuple[float, float, list[float]]:
+    """Round limits around the values, and round ticks between them."""
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        low, high = low - (abs(low) / 2 or 0.5), high + (abs(high) / 2 or 0.5)
+    power = 10.0 ** math.floor(math.log10((high - low) / count))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if (high - low) / (m * power) <= count + 1e-9)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return first * step, last * step, [n * step for n in range(first, last + 1)]
+
+
+def _log_axis(low: float, high: float) -> tuple[float, float, list[float]]:
+    """Limits and ticks at powers of ten, with 2 and 5 between them when the range is short; all as logarithms."""
+    marks = (1, 2, 5) if high - low < 2 else (1,)
+    ticks = [n + math.log10(mark) for n in range(math.floor(low), math.ceil(high) + 2) for mark in marks]
+    first = max(tick for tick in ticks if tick <= low + 1e-9)
+    last = min(tick for tick in ticks if tick >= high - 1e-9 and tick > first)
+    return first, last, [tick for tick in ticks if first <= tick <= last]
+
+
+def _number(value: float) -> str:
+    if value and abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value / 1000:g}k" if abs(value) >= 1e4 else f"{round(value, 6):g}"
+
+
+def _line(pixels: np.ndarray, x: np.ndarray, y: np.ndarray, colour: Sequence[int], width: int = 1):
+    """A smooth line through the points; a gap where y is NaN, a dot where a point stands alone."""
+    finite = np.isfinite(y)
+    for run in np.split(np.stack([x, y], 1), np.flatnonzero(np.diff(finite)) + 1):
+        if not len(run) or not np.isfinite(run[0, 1]):
+            continue
+        run = np.round(run * 16).astype(np.int32)          # OpenCV takes fractions of a pixel as 1/16
+        if len(run) == 1:
+            cv2.circle(pixels, run[0].tolist(), 3 * 16, colour, -1, cv2.LINE_AA, 4)
+        cv2.polylines(pixels, [run[:, None]], False, colour, width, cv2.LINE_AA, 4)
+
+
+def _running_mean(values: np.ndarray, half: int) -> np.ndarray:
+    """The mean over `half` neighbours to either side, fewer at the ends; NaNs do not count."""
+    good = np.isfinite(values)
+    sums, counts = (np.concatenate([[0], np.cumsum(v)]) for v in (np.where(good, values, 0), good))
+    n = np.arange(len(values))
+    low, high = np.maximum(n - half, 0), np.minimum(n + half + 1, len(values))
+    return np.where(good, (sums[high] - sums[low]) / np.maximum(counts[high] - counts[low], 1), np.nan)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bars and matrices
+
+def bars(names: Sequence[str], values: Sequence[float], reference: Sequence[float] | None = None,
+         palette: Palette | None = None, title: str = "",
+         key: tuple[str, str] = ("this run", "reference")) -> np.ndarray:
+    """Horizontal bars for values from 0 to 100, each printed; NaN (a class that never occurs) has no bar.
+
+    `reference` values are marked by a line across the bar; `key` says what is what.
+    """
+    size, step, wide = 14, 26, 420
+    top = 18 + 30 * bool(title) + 26 * (reference is not None)
+    left = 20 + max((text_width(name, size) for name in names), default=0)
+    bottom = top + step * len(names)
+    caption = f"{key[1]}; difference in brackets"
+    right = max(left + wide + 130, text_width(title, 18) + 24, left + 80 + text_width(key[0] + caption, 13))
+    canvas, draw = paper(bottom + 34, right)
+    write(draw, 12, 24, title, 18)
+    for tick in range(0, 101, 20):
+        x = left + tick / 100 * wide
+        draw.line((x, top, x, bottom + 4), fill=GRID)
+        write(draw, x, bottom + 18, str(tick), 12, "mm", FAINT)
+    for n, (name, value) in enumerate(zip(names, values)):
+        y, found = top + n * step, math.isfinite(value)
+        write(draw, left - 8, y + step / 2, name, size, "rm")
+        if found:
+            colour = tuple(palette[n]) if palette is not None else SERIES[0]
+            draw.rectangle((left, y + 5, left + value / 100 * wide, y + step - 5), fill=colour, outline=FAINT)
+        text, end = f"{value:.2f}" if found else "absent", value if found else 0
+        if reference is not None and math.isfinite(reference[n]):
+            mark = left + reference[n] / 100 * wide
+            draw.line((mark, y + 1, mark, y + step - 1), fill=INK, width=3)
+            text += f"  ({value - reference[n]:+.2f})" if found else ""
+            end = max(end, reference[n])
+        write(draw, left + end / 100 * wide + 8, y + step / 2, text, size, colour=INK if found else FAINT)
+    if reference is not None:
+        y, x = top - 16, left + 50 + text_width(key[0], 13)
+        draw.rectangle((left, y - 6, left + 18, y + 6), fill=SERIES[0] if palette is None else GRID, outline=FAINT)
+        write(draw, left + 24, y, key[0], 13)
+        draw.line((x, y - 8, x, y + 8), fill=INK, width=3)
+        write(draw, x + 8, y, caption, 13)
+    return np.array(canvas)
+
+
+def confusion_picture(matrix: np.ndarray, classes: Sequence[str], title: str = "") -> np.ndarray:
+    """A confusion matrix (rows: truth, columns: prediction), each row in percent of its pixels; empty rows are grey."""
+    matrix = np.asarray(matrix, float)
+    size, cell, gap, caption = 13, 36, 8, "% of the true class's pixels; grey: the class does not occur"
+    names = max(text_width(name, size) for name in classes)
+    left, top = names + 30 + gap, names + 30 + gap + 34 * bool(title)
+    side = cell * len(classes)
+    right = max(left + side + 16, text_width(title, 18) + 24, text_width(caption, size) + 24)
+    canvas, draw = paper(top + side + 40, right)
+    write(draw, 12, 22, title, 18)
+    write(draw, 12, top + side + 20, caption, size, colour=FAINT)
+    write(draw, left, top - names - 22, "predicted", size, colour=FAINT)
+    _write_up(canvas, 14, top + text_width("true", size), "true", size, FAINT)
+    totals = matrix.sum(1, keepdims=True)
+    shares = np.divide(matrix, totals, out=np.full_like(matrix, np.nan), where=totals > 0)
+    for n, name in enumerate(classes):
+        middle = (n + 0.5) * cell
+        write(draw, left - gap, top + middle, name, size, "rm")
+        _write_up(canvas, left + middle, top - gap, name, size, INK)
+        for m, share in enumerate(shares[n]):
+            x, y = left + m * cell, top + n * cell
+            draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=GRID if math.isnan(share) else _shade(share))
+            if share >= 0.0005:
+                text = f"{100 * share:.0f}" if share >= 0.0995 else f"{100 * share:.1f}"
+                write(draw, x + cell / 2 - 1, y + cell / 2, text, size, "mm", PAPER if share > 0.3 else INK)
+    return np.array(canvas)
+
+
+def _shade(share: float) -> tuple[int, int, int]:
+    """White to deep blue; the square root makes confusions of a few percent visible."""
+    return tuple(round(255 + (dark - 255) * math.sqrt(share)) for dark in (8, 64, 129))
+
+
+def _write_up(canvas: Image.Image, x: float, bottom: float, text: str, size: int, colour):
+    """Text that reads upwards from (x, bottom)."""
+    strip = Image.new("RGB", (text_width(text, size) + 2, math.ceil(size * 1.4)), PAPER)
+    write(ImageDraw.Draw(strip), 1, strip.height / 2, text, size, colour=colour)
+    strip = strip.transpose(Image.Transpose.ROTATE_90)
+    canvas.paste(strip, (round(x - strip.width / 2), round(bottom - strip.height)))
