@@ -20,14 +20,14 @@ Series = dict[str, tuple[Sequence[float], Sequence[float]]]
 # ----------------------------------------------------------------------------------------------------------------------
 # curves
 
-def curves(panels: Sequence[tuple[str, Series]], xlabel: str = "iteration", log: Sequence[str] = (),
+def curves(panels: dict[str, Series], xlabel: str = "iteration", log: Sequence[str] = (),
            smooth: Sequence[str] = (), size: tuple[int, int] = (300, 480)) -> np.ndarray:
-    """Line plots, two panels a row: [(title, {series: (x values, y values)}), ...].
+    """Line plots, two panels a row: {title: {series: (x values, y values)}}.
 
     `log` names the panels with a logarithmic y axis, `smooth` those whose noisy series are drawn pale under their
     running mean. Values that are not finite (on a log axis: not positive) leave a gap.
     """
-    drawn = [_panel(title, series, xlabel, title in log, title in smooth, size) for title, series in panels]
+    drawn = [_panel(title, series, xlabel, title in log, title in smooth, size) for title, series in panels.items()]
     blank = np.full((*size, 3), 255, np.uint8)
     if len(drawn) % 2 and len(drawn) > 1:
         drawn.append(blank)
