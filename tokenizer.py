@@ -1,9 +1,9 @@
 """CLIP's byte-pair tokenizer on the standard library (paper §3.1: the class names go through CLIP's text tower).
 
-Reference: github.com/openai/CLIP (MIT), which needs the packages `regex` and `ftfy`. Equal to it for a line of printable
-ASCII, HTML entities included; for accents and other alphabets nearly always. Not done here: what `ftfy` repairs (wrongly
-decoded text, curly quotes, ligatures, full-width letters, control characters, entities in capitals such as &EACUTE;),
-numerals beyond decimal digits ("½" counts as a letter), special tokens inside a text (they are plain characters here).
+Reference: github.com/openai/CLIP (MIT), which needs the packages `regex` and `ftfy`. Equal to it for a line of ASCII,
+HTML entities included, and nearly always beyond ASCII. Not done here: what `ftfy` repairs (wrongly decoded text, curly
+quotes, ligatures, full-width letters, control characters, entities in capitals such as &EACUTE;), numerals other than
+decimal digits ("½" counts as a letter), and special tokens inside a text (they are plain characters here).
 """
 
 import gzip
