@@ -318,7 +318,10 @@ def train(cfg: Config, go_on: bool, world: World, stop: StopSignal):
         if world.main:
             more = {} if name == checkpoint.BEST else {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             content = checkpoint.pack(model, labels, official, **state, **more)
-            (checkpoint.write if name == checkpoint.BEST else checkpoint.write_last)(run.folder / name, content)
+            if name == checkpoint.LAST:
+                checkpoint.write_last(run.folder, content)
+            else:
+                checkpoint.write(run.folder / name, content)
 
     # ------------------------------------------------------------------------------------------------------------ the loop
     batches = train_loader(cfg, train_pairs, world.rank, world.size, state["iteration"])
