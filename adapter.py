@@ -2,8 +2,8 @@
 
 Paper: section 4.2 ("basic structure and network settings provided by ViT-Adapter").
 Source: Chen et al., Vision Transformer Adapter for Dense Predictions (arXiv 2205.08534), and
-https://github.com/czczup/ViT-Adapter (Apache-2.0), segmentation, the ViT-L + UperNet configuration; deformable attention:
-Zhu et al., Deformable DETR (arXiv 2010.04159). Differs from them in:
+https://github.com/czczup/ViT-Adapter (Apache-2.0), segmentation, the ViT-L + UperNet configuration; for deformable
+attention Zhu et al., Deformable DETR (arXiv 2010.04159). Differs from them in:
   - deformable attention is plain PyTorch, no compiled operator;
   - the sizes of the three maps are passed along; nothing is guessed from the number of tokens.
 
@@ -35,24 +35,81 @@ def cell_centres(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> to
     return torch.cat(maps)                                                        # (Q, 2)
 
 
+def level_sizes(shapes: Shapes, device: torch.device) -> torch.Tensor:
+    """Widths and heights, (2, L). Filled in on the device: copying a list there would wait for a GPU."""
+    sides = [w for _, w in shapes] + [h for h, _ in shapes]
+    return torch.stack([torch.full((), side, device=device) for side in sides]).view(2, -1)
+
+
+class TableGradient(torch.autograd.Function):
+    """Passes on `out`, rows of `table` weighed and added (bag by bag), and gives the table its gradient.
+
+    embedding_bag's own gradient for the table is most of the whole attention's time on a CPU. It is a weighted sum too,
+    of the bags that used each row: one sort brings these together, then embedding_bag does it.
+    """
+
+    @staticmethod
+    def forward(ctx, out: torch.Tensor, table: torch.Tensor, index: torch.Tensor, weights: torch.Tensor):
+        ctx.rows = table.shape[0]
+        ctx.save_for_backward(index, weights)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        index, weights = ctx.saved_tensors
+        rows, order = index.flatten().sort()
+        first = torch.searchsorted(rows, torch.arange(ctx.rows, device=rows.device, dtype=rows.dtype))
+        bags = order // index.shape[1]
+        weights = weights.flatten()[order]
+        grad_table = F.embedding_bag(bags, grad.contiguous(), first, per_sample_weights=weights, mode="sum")
+        return grad, grad_table, None, None
+
+
 def ms_deform_attn(value: torch.Tensor, shapes: Shapes, locations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted sum of bilinear samples, zero outside the maps, summed in fp32 or better as the original kernel does.
+    """Weighted sum of bilinear samples, zero outside the maps, in fp32 or better as the original kernel does it.
 
     value (B, S, M, D); locations (B, Q, M, L, P, 2), (x, y) in [0, 1]; weights (B, Q, M, L, P). Returns (B, Q, M * D).
+    A sample is four weighted cells, so a query's head is one weighted sum of 4LP rows of `value`: one embedding_bag.
     """
+    if torch.onnx.is_in_onnx_export():                                  # ONNX has GridSample, but no embedding_bag
+        return grid_sample_attn(value, shapes, locations, weights)
     b, s, m, d = value.shape
-    q, points = locations.shape[1], locations.shape[4]
+    dtype, device = torch.promote_types(value.dtype, torch.float32), value.device
+    size = level_sizes(shapes, device)                                                   # (2, L)
+    start = (size[0] * size[1]).cumsum(0) - size[0] * size[1]                            # (L,)
+    size, start = size.int().view(2, 1, 1, 1, -1, 1), start.int().view(-1, 1)
+    batch = torch.arange(0, b * s, s, device=device, dtype=torch.int32).view(b, 1, 1, 1, 1)
+    head = torch.arange(m, device=device, dtype=torch.int32).view(m, 1, 1)
+
+    position = locations.to(dtype).permute(5, 0, 1, 2, 3, 4) * size - 0.5                # cell i is centred at i + 0.5
+    low = position.detach().floor()
+    cells = torch.stack([low, low + 1])                                                  # (2, 2, B, Q, M, L, P)
+    shares = torch.stack([low + 1 - position, position - low]) * ((cells >= 0) & (cells < size))
+    column, row = cells.int().clamp(min=0).minimum(size - 1).unbind(1)                   # outside: any cell, share 0
+    index = ((batch + start) + row.unsqueeze(1) * size[0] + column) * m + head           # (2, 2, B, Q, M, L, P)
+    shares = shares[:, 1].unsqueeze(1) * (shares[:, 0] * weights.to(dtype))
+    index, shares = (x.permute(2, 3, 4, 0, 1, 5, 6).flatten(3).flatten(0, 2) for x in (index, shares))
+
+    table = value.to(dtype).reshape(b * s * m, d)
+    out = F.embedding_bag(index, table.detach(), per_sample_weights=shares, mode="sum")
+    out = TableGradient.apply(out, table, index, shares.detach())
+    return out.view(b, -1, m * d).to(value.dtype)
+
+
+def grid_sample_attn(value: torch.Tensor, shapes: Shapes, locations: torch.Tensor,
+                     weights: torch.Tensor) -> torch.Tensor:
+    """ms_deform_attn in the usual form, level by level: for export."""
+    b, s, m, d = value.shape
     dtype = torch.promote_types(value.dtype, torch.float32)
     grids = (2 * locations.to(dtype) - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)        # (L, B*M, Q, P, 2)
     maps = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)                             # (B*M, D, S)
-    samples, start = [], 0
-    for (h, w), grid in zip(shapes, grids):
-        level = maps[:, :, start:start + h * w].reshape(b * m, d, h, w)
-        samples.append(F.grid_sample(level, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
-        start += h * w
-    weights = weights.to(dtype).permute(0, 2, 1, 3, 4).reshape(b * m, 1, q, len(shapes) * points)
-    out = (torch.cat(samples, dim=-1) * weights).sum(-1)                                 # (B*M, D, Q)
-    return out.reshape(b, m * d, q).transpose(1, 2).to(value.dtype)
+    maps = maps.split([h * w for h, w in shapes], dim=-1)
+    samples = [F.grid_sample(level.unflatten(-1, shape), grid, padding_mode="zeros", align_corners=False)
+               for level, shape, grid in zip(maps, shapes, grids)]
+    samples = torch.cat(samples, dim=-1)                                                 # (B*M, D, Q, LP)
+    weights = weights.to(dtype).transpose(1, 2).flatten(3).flatten(0, 1).unsqueeze(1)
+    out = (samples * weights).sum(-1).view(b, m * d, -1)
+    return out.transpose(1, 2).to(value.dtype)
 
 
 class MSDeformAttn(nn.Module):
@@ -89,7 +146,7 @@ class MSDeformAttn(nn.Module):
         """query (B, Q, C), reference (Q, 2), keys (B, S, C) of maps of the given sizes; returns (B, Q, C)."""
         b, q, _ = query.shape
         grid = (self.heads, self.levels, self.points)
-        size = reference.new_tensor([(w, h) for h, w in shapes]).view(self.levels, 1, 2)
+        size = level_sizes(shapes, query.device).T.unsqueeze(1)                          # (L, 1, 2)
         value = self.value_proj(keys).view(b, keys.shape[1], self.heads, -1)             # (B, S, M, D)
         offsets = self.sampling_offsets(query).view(b, q, *grid, 2)                      # (B, Q, M, L, P, 2)
         weights = self.attention_weights(query).view(b, q, self.heads, -1).softmax(-1).view(b, q, *grid)
@@ -233,7 +290,7 @@ class ViTAdapter(nn.Module):
     def prior(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """image (B, 3, H, W), normalised, sides multiples of 32 -> map (B, C, H/4, W/4) and pyramid (B, N, C)."""
         if image.shape[2] % 32 or image.shape[3] % 32:
-            raise ValueError(f"ViTAdapter: image of {image.shape[2]} x {image.shape[3]}: pad its sides to multiples of 32")
+            raise ValueError(f"ViTAdapter: an image of {image.shape[2]} x {image.shape[3]}: pad it to multiples of 32")
         c1, *maps = self.spm(image)
         tokens = [x.flatten(2).transpose(1, 2) + embed for x, embed in zip(maps, self.level_embed)]
         return c1, torch.cat(tokens, dim=1)
