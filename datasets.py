@@ -145,10 +145,10 @@ def open_split(cfg: Config, split: str) -> PairSet | DrawnSet:
 # training: samples without end, the same for any number of processes and workers
 
 class BatchOrder:
-    """Which sample stands where: an endless row of micro-batches, lists of (index, iteration, slot), fixed by the seed.
+    """Which sample stands where: endless micro-batches, lists of (index, iteration, slot), fixed by the seed.
 
     Batch `iteration` takes positions iteration * batch_size + slot of an endless row of shuffled epochs. Each rank takes
-    one run of its slots, each accumulation step one part of that: together always the same batch in the same order.
+    a run of its slots, each accumulation step a part of that: together always the same batch in the same order.
     """
 
     def __init__(self, count: int, cfg: Config, rank: int = 0, world: int = 1, start_iter: int = 0):

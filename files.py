@@ -1,8 +1,8 @@
 """The files of a data set: where photos and labels lie (§4.1), how they are read, what is said when they cannot be.
 
 Photos: JPEG, PNG, WebP, BMP in any colour mode, as RGB uint8 (H, W, 3). Labels: 8-bit PNG, grey or palette, whose
-pixel values are class numbers, as uint8 (H, W). Pillow decodes both: OpenCV is a fifth faster on a photo, but returns one
-that was cut off in the middle as if it were whole, and a palette PNG as colours.
+pixel values are class numbers, as uint8 (H, W). Pillow decodes both: OpenCV takes a fifth less time for a photo, but
+returns one that was cut off in the middle as if it were whole, and a palette PNG as colours.
 """
 
 from dataclasses import dataclass
