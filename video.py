@@ -1,0 +1,112 @@
+"""Parse a video or a webcam frame by frame into an .mp4 of overlays with a legend, without sound.
+
+OpenCV decodes and encodes. Each frame is parsed for itself, so that a label may flicker where the network is unsure.
+"""
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+import pictures
+
+
+class VideoError(ValueError):
+    """A video that cannot be used; the message is one line for the user."""
+
+
+def parse_video(parser, source: Path | int, target: Path, labels: Path | None = None, batch: int = 4) -> int:
+    """Parse the file or webcam `source` into `target`, an .mp4; with `labels`, each frame's label map goes into that folder.
+
+    Returns the number of frames. A webcam runs until q is pressed in its window (where there is a display) or Ctrl-C.
+    """
+    live = isinstance(source, int)
+    name = f"webcam {source}" if live else str(source)
+    capture = cv2.VideoCapture(source if live else str(source))
+    part = target.with_name(f".{os.getpid()}.part.mp4")
+    expected = 0 if live else max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+    pairs = _parse(parser, capture, 1 if live else batch)
+    try:
+        rate = capture.get(cv2.CAP_PROP_FPS)
+        if live:
+            pairs, rate = _measure(pairs)
+        with tqdm(pairs, total=expected or None, unit="frame", desc=Path(name).name) as bar:
+            count = _write(bar, parser, part, rate if 1 <= rate <= 240 else 25.0, labels, live)
+        if not count:
+            raise VideoError(f"{name}: no frame could be read" + ("" if live else ", not a video or damaged"))
+        os.replace(part, target)
+    finally:
+        capture.release()
+        part.unlink(missing_ok=True)
+    if count < 0.95 * expected:                            # containers only estimate the number
+        raise VideoError(f"{name}: ends after {count} of {expected} frames, damaged or cut off; what there is was parsed")
+    return count
+
+
+def _parse(parser, capture: cv2.VideoCapture, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(frame, label) of every frame, parsed `batch` at a time."""
+    while True:
+        frames = []
+        while len(frames) < batch:
+            good, frame = capture.read()
+            if not good:
+                break
+            frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+        if not frames:
+            return
+        yield from zip(frames, parser.parse_batch(frames))
+
+
+def _measure(pairs: Iterator) -> tuple[Iterator, float]:
+    """How many frames a second can be parsed, so that a recording plays at the speed of life. The first one warms up."""
+    next(pairs, None)
+    start = time.monotonic()
+    first = list(itertools.islice(pairs, 1))
+    return itertools.chain(first, pairs), 1 / (time.monotonic() - start)
+
+
+def _write(pairs, parser, path: Path, rate: float, labels: Path | None, live: bool) -> int:
+    """Write overlays (and label maps) as they come; returns how many."""
+    writer, count, window = None, 0, live and _has_display()
+    try:
+        for frame, label in pairs:
+            picture = _even(parser.overlay(frame, label, range(len(parser.classes))))
+            if writer is None:
+                size = picture.shape[1], picture.shape[0]
+                writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+                if not writer.isOpened():
+                    raise VideoError(f"{path.parent}: this OpenCV cannot write a {size[0]} x {size[1]} video there")
+            bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+            writer.write(bgr)
+            count += 1
+            if labels is not None:
+                labels.mkdir(parents=True, exist_ok=True)
+                pictures.save_palette_png(labels / f"{count:06d}.png", label, parser.palette)
+            if window:
+                cv2.imshow("SCHNet: q ends", bgr)
+                if cv2.waitKey(1) & 0xFF == ord("q"):
+                    break
+    except KeyboardInterrupt:
+        if not live:                                       # how a webcam without a window ends; a file is left half parsed
+            raise
+    finally:
+        if writer is not None:
+            writer.release()
+    return count
+
+
+def _even(picture: np.ndarray) -> np.ndarray:
+    """Encoders want even sides: a line of white at the bottom and right where they are odd."""
+    height, width = picture.shape[:2]
+    return np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), constant_values=255)
+
+
+def _has_display() -> bool:
+    built_in = any(line.strip().startswith("GUI:") and "NONE" not in line for line in cv2.getBuildInformation().splitlines())
+    return built_in and (sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")))
