@@ -1,0 +1,43 @@
+# make demo    install, train a small SCHNet on drawn people, score it, parse a few figures: pictures under runs/demo/
+# make test    install, the whole test suite
+# make lint    ruff over the code
+# make clean   remove the demo's run and what Python left behind (.venv, weights and other runs stay)
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo test lint clean
+help:
+	@sed -n 's/^# //p' Makefile
+
+$(VENV)/run: requirements.txt constraints.txt
+	@echo "installing what SCHNet needs into $(VENV) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --requirement requirements.txt
+	@touch $@
+
+$(VENV)/dev: requirements-dev.txt $(VENV)/run
+	@echo "installing what the tests compare with into $(VENV) ..."
+	@$(PIP) --requirement requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/run
+	@rm -rf runs/demo
+	$(BIN)/python train.py
+	$(BIN)/python synthetic.py --out runs/demo/figures --count 6
+	$(BIN)/python predict.py --run runs/demo --out runs/demo/parsed runs/demo/figures
+	$(BIN)/python evaluate.py --run runs/demo
+	$(BIN)/python evaluate.py --run runs/demo --tta
+	@echo "pictures: runs/demo/curves.png runs/demo/validation.png runs/demo/parsed/ runs/demo/evaluation_tta/"
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf runs/demo .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
