@@ -4,7 +4,7 @@ Source of the second: Berman et al., The Lovasz-Softmax loss (arXiv 1705.08790) 
 https://github.com/bermanmaxim/LovaszSoftmax (MIT): over the classes present, the whole group of images at once.
 Differs from it in: all classes are sorted together; a group without any labelled pixel costs 0 instead of failing.
 
-Letters: B batch, K classes, N pixels of a group of images.
+Letters: B batch, K classes, P of them present, N pixels of a group of images.
 """
 import torch
 import torch.nn.functional as F
@@ -14,25 +14,47 @@ def lovasz_softmax(logits: torch.Tensor, labels: torch.Tensor, ignore: int = 255
     """logits (B, K, H, W), labels (B, H, W) of any integer type -> scalar, at least fp32.
 
     For a class: errors e = |1[y = c] - p_c| in descending order, weighted by the steps that the Jaccard loss takes when
-    the pixels are called wrong one after the other in that order.
+    the pixels are called wrong one after the other in that order. Mean over the classes present.
     """
-    num_classes = logits.shape[1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    probs = logits.softmax(1).transpose(0, 1).flatten(1)                                 # (K, N)
-    labels = labels.flatten().long()
-    valid = labels != ignore
-    truth = F.one_hot(labels.where(valid, num_classes), num_classes + 1).T[:num_classes]
-    truth = truth.to(probs.dtype)                                                        # (K, N)
-    errors = ((truth - probs).abs() * valid)                                             # ignored pixels: last, cost 0
-    order = errors.detach().argsort(dim=1, descending=True)
-    hits = truth.gather(1, order).cumsum(1)
-    misses = (valid.to(probs.dtype).expand_as(truth).gather(1, order)).cumsum(1) - hits
-    total = truth.sum(1, keepdim=True)
-    jaccard = 1 - (total - hits) / (total + misses).clamp(min=1)
-    weights = jaccard.diff(dim=1, prepend=jaccard.new_zeros(num_classes, 1))
-    per_class = (errors.gather(1, order) * weights).sum(1)
-    present = total.squeeze(1) > 0
-    return (per_class * present).sum() / present.sum().clamp(min=1)
+    labels = labels.flatten()
+    classes = labels.unique().long()
+    classes = classes[classes != ignore]
+    if not len(classes):
+        return 0 * logits.sum()
+    probs = logits.softmax(1)[:, classes].transpose(0, 1).flatten(1)                     # (P, N)
+    truth = labels == classes[:, None]                                                   # (P, N)
+    valid = labels != ignore                                                             # (N)
+    errors = (truth.to(probs.dtype) - probs).abs() * valid                               # (P, N)
+    return (errors * jaccard_steps(errors.detach(), truth, valid)).sum() / len(classes)
+
+
+@torch.no_grad()
+def jaccard_steps(errors: torch.Tensor, truth: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """The weight of each pixel's error (P, N): the step of the Jaccard loss at its place in the descending order.
+
+    Constants for the gradient, which goes through the errors alone. Pixels that are not valid make no step.
+    """
+    order = descending_order(errors)
+    hits = truth.gather(1, order).cumsum(1, dtype=errors.dtype)                          # exact: at most 2^24 pixels
+    misses = valid[order].cumsum(1, dtype=errors.dtype) - hits
+    total = hits[:, -1:]
+    jaccard = 1 - (total - hits) / (total + misses)
+    steps = jaccard.diff(dim=1, prepend=jaccard.new_zeros(len(errors), 1))
+    return torch.empty_like(errors).scatter_(1, order, steps)
+
+
+def descending_order(errors: torch.Tensor) -> torch.Tensor:
+    """argsort of the rows of non-negative `errors`, largest first.
+
+    On a CPU NumPy's vectorised sort of integers does it ten times as fast as torch.argsort: the bits of non-negative floats
+    are in the floats' order, so that (bits, place) packed into 64 bits sort as the errors do.
+    """
+    if errors.device.type != "cpu" or errors.dtype != torch.float32:
+        return errors.argsort(1, descending=True)
+    packed = (0x7FFFFFFF - errors.view(torch.int32).long()) << 32 | torch.arange(errors.shape[1])
+    packed.numpy().sort(axis=1)                                                          # in the tensor's own memory
+    return packed & 0xFFFFFFFF
 
 
 def parsing_loss(logits: torch.Tensor, labels: torch.Tensor, lovasz_weight: float = 1.0, group: int = 4,
