@@ -55,7 +55,7 @@ def cut(table: np.ndarray, start: float, end: float, wide: float = 1.0, flare: f
     at = np.array([start, *range(math.floor(start) + 1, math.ceil(end)), end])
     low = np.minimum(at.astype(int), len(table) - 2)
     part = table[low] + (table[low + 1] - table[low]) * (at - low)[:, None]
-    part[:, 2:] *= (wide + wide * (flare - 1) * np.linspace(0, 1, len(part)))[:, None]
+    part[:, 2:] *= (wide + np.arange(len(part)) * (wide * (flare - 1) / (len(part) - 1)))[:, None]
     return part
 
 
@@ -170,7 +170,7 @@ class Figure:
         p = np.asarray(points, float) @ self.head.T
         if clamp:
             hidden = p[:, 2] < 0
-            p[hidden, :2] /= np.linalg.norm(p[hidden, :2], axis=1, keepdims=True) + 1e-6
+            p[hidden, :2] /= np.sqrt((p[hidden, :2] ** 2).sum(1, keepdims=True)) + 1e-6
         jaw = 1 - 0.2 * np.clip(-p[:, 1], 0, 1)
         return self.skull[0, :2] + np.stack([p[:, 0] * jaw * self.skull[0, 2], -p[:, 1] * self.skull[0, 5]], 1)
 

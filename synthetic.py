@@ -29,7 +29,9 @@ LENSES = ((18, 18, 22), (40, 24, 20), (20, 30, 70), (90, 40, 30))
 
 TURN = np.radians(np.arange(0, 360, 30))
 CIRCLE = np.stack([np.cos(TURN), np.sin(TURN)], 1)
-GRAIN = np.random.default_rng(0).random((64, 64))          # of worn cloth
+SHADES, SHADES_SMALL = ((np.reshape(sizes, (-1, 1, 1, 1)), lights) for sizes, lights in (
+    ((1, 0.8, 0.55), (0.78, 0.92, 1.06)), ((1, 0.65), (0.78, 1.04))))       # a piece's layers: size and light
+GRAIN = np.random.default_rng(0).random((64, 64)) * 0.45   # of worn cloth
 
 
 # ---- colours: a cloth is (colour, pattern or None) ----------------------------------------------------------------
@@ -57,16 +59,11 @@ def any_cloth(d: Dice, scale: float, unlike: tuple = (), neutral: float = 0.35, 
 
 
 def tone(cloth: tuple, factor: float) -> tuple:
-    return tuple(min(255.0, c * factor) for c in cloth[0]), None
+    r, g, b = cloth[0]
+    return (min(255.0, r * factor), min(255.0, g * factor), min(255.0, b * factor)), None
 
 
 # ---- painting -----
-
-def hulls(sections: np.ndarray) -> list[np.ndarray]:
-    points = np.rint(sections * 16).astype(np.int32)       # sixteenths of a pixel: the shift of 4 in fillConvexPoly
-    pairs = [np.concatenate(points[i:i + 2]) for i in range(len(points) - 1)] or [points[0]]
-    return [cv2.convexHull(pair) for pair in pairs]
-
 
 class Canvas:
     """The picture, and the map of piece numbers that carries the label."""
@@ -82,49 +79,50 @@ class Canvas:
         self.fill(table[:, None, :2] + around, cls, cloth, shade)
 
     def fill(self, sections: np.ndarray, cls: int, cloth: tuple, shade: bool = True):
-        """Fill the hulls of consecutive point sets (k, n, 2), darker at the edge; then the cloth's pattern."""
-        colour, pattern = cloth
+        """Fill the hulls of consecutive point sets (k, n, 2), lighter inside; then the cloth's pattern."""
         number = len(self.classes)
         self.classes.append(cls)
-        outline = hulls(sections)
-        for hull in outline:
-            cv2.fillConvexPoly(self.pieces, hull, number, cv2.LINE_8, 4)
-            cv2.fillConvexPoly(self.image, hull, tone(cloth, 0.78)[0] if shade else colour, cv2.LINE_AA, 4)
+        layers, lights = sections[None], (1.0,)
         if shade:
             centre = np.add.reduce(sections, 1, keepdims=True) / sections.shape[1]
             out = sections - centre
-            lit = self.light * np.sqrt((out[:, :1] ** 2).sum(-1, keepdims=True))
-            for size, factor in ((0.8, 0.92), (0.55, 1.06)):
-                for hull in hulls(centre + out * size + lit * (1 - size) * 0.5):
-                    cv2.fillConvexPoly(self.image, hull, tone(cloth, factor)[0], cv2.LINE_AA, 4)
-        if pattern is not None:
-            self._print(np.concatenate(outline)[:, 0] >> 4, number, sections, pattern)
+            radius = np.hypot(out[:, :1, :1], out[:, :1, 1:])
+            sizes, lights = SHADES if radius[0, 0, 0] > 8 else SHADES_SMALL
+            layers = centre + out * sizes + self.light * radius * (0.5 - sizes / 2)
+        for light, points in zip(lights, (layers * 16).astype(np.int32)):      # sixteenths: the shift of 4 below
+            colour = tone(cloth, light)[0]
+            for i in range(max(1, len(points) - 1)):
+                hull = cv2.convexHull(points[i:i + 2].reshape(-1, 2))
+                if light is lights[0]:
+                    cv2.fillConvexPoly(self.pieces, hull, number, cv2.LINE_8, 4)
+                cv2.fillConvexPoly(self.image, hull, colour, cv2.LINE_AA, 4)
+        if cloth[1] is not None:
+            self._print(number, sections, *cloth[1])
 
-    def _print(self, outline: np.ndarray, number: int, sections: np.ndarray, pattern: tuple):
+    def _print(self, number: int, sections: np.ndarray, kind: str, other: tuple, period: float, turn: float):
         """Mix a second colour into the pixels of one piece, by a pattern laid along the piece's axis."""
-        kind, other, period, turn = pattern
-        (x0, y0), (x1, y1) = np.maximum(outline.min(0), 0), np.maximum(outline.max(0) + 1, 0)
-        ys, xs = np.nonzero(self.pieces[y0:y1, x0:x1] == number)
-        ys, xs = ys + y0, xs + x0
+        x0, y0 = np.maximum(sections.min((0, 1)) - 2, 0).astype(int)
+        x1, y1 = np.maximum(sections.max((0, 1)) + 3, 0).astype(int)
+        region, inside = self.image[y0:y1, x0:x1], self.pieces[y0:y1, x0:x1] == number
         (sx, sy), (ex, ey) = sections[0].mean(0), sections[-1].mean(0)
         angle = math.atan2(ey - sy, ex - sx) + turn
         c, s = math.cos(angle) / period, math.sin(angle) / period
-        along, across = (xs - sx) * c + (ys - sy) * s, (ys - sy) * c - (xs - sx) * s
-        u, v = along - np.floor(along), across - np.floor(across)
+        xs, ys = np.arange(x0, x0 + inside.shape[1]) - sx, (np.arange(y0, y0 + inside.shape[0]) - sy)[:, None]
+        along = xs * c + ys * s
+        u = along - np.floor(along)
         if kind == "stripes":
             weight = (u < 0.45) * 0.9
-        elif kind == "checks":
-            weight = (u < 0.5) * 0.45 + (v < 0.5) * 0.45
-        elif kind == "dots":
-            weight = ((u - 0.5) ** 2 + (v - 0.5) ** 2 < 0.1) * 1.0
+        elif kind in ("checks", "dots"):
+            v = ys * c - xs * s
+            v -= np.floor(v)
+            weight = (u < 0.5) * 0.45 + (v < 0.5) * 0.45 if kind == "checks" else ((u - 0.5) ** 2 + (v - 0.5) ** 2 < 0.1) * 1.0
         elif kind == "fade":
             weight = np.clip(along / 8, 0, 1)
         else:
-            weight = GRAIN[ys & 63, xs & 63] * 0.45
-        on = weight > 0
-        ys, xs, weight = ys[on], xs[on], weight[on]
-        old = self.image[ys, xs]
-        self.image[ys, xs] = old + (np.array(other) - old) * weight[:, None]
+            weight = GRAIN[np.arange(y0, y0 + len(ys))[:, None] & 63, np.arange(x0, x0 + len(xs)) & 63]
+        inside &= weight > 0
+        old = region[inside]
+        region[inside] = old + (np.array(other) - old) * weight[inside][:, None]
 
 
 class Person:
@@ -235,6 +233,9 @@ class Person:
 
     def _arm(self, side: int):
         arm, hand = self.fig.arm[side], self.fig.hand[side].copy()
+        if self.fig.scale < 250:                           # fingers would be too thin to see
+            hand = hand[[0, 1, 4, 7, 8]]
+            hand[2, 2:] *= 1.7
         self.cv.tube(arm, LEFT_ARM + side, self.skin)
         if not self.gloves:
             self.cv.tube(hand, LEFT_ARM + side, self.skin)
@@ -386,12 +387,17 @@ def expose(image: np.ndarray, pieces: np.ndarray, d: Dice, rng: np.random.Genera
     seam = np.float32(d(0.75, 1.0))
     gain[1:][pieces[1:] != pieces[:-1]] *= seam
     gain[:, 1:][pieces[:, 1:] != pieces[:, :-1]] *= seam
-    out = np.repeat(gain, 3, 1)                            # (h, 3 w): long rows are cheap to work on
-    out *= np.tile(np.array([d(0.88, 1.12) for _ in range(3)], np.float32), w)
-    out *= image.reshape(h, 3 * w)
-    out += np.frombuffer(rng.bytes(image.size), np.int8).reshape(h, 3 * w) * np.float32(d(0.01, 0.14)) + np.float32(d(-15, 15))
-    image = np.clip(out, 0, 255, out=out).astype(np.uint8).reshape(h, w, 3)
-    return cv2.GaussianBlur(image, (0, 0), d(0.3, 0.9) * max(h, w) / 160)
+    cast = np.tile(np.array([d(0.88, 1.12) for _ in range(3)], np.float32), w)
+    noise = np.frombuffer(rng.bytes(image.size), np.int8).reshape(h, 3 * w)
+    grain, lift = np.float32(d(0.01, 0.14)), np.float32(d(-15, 15))
+    flat = image.reshape(h, 3 * w)
+    for y in range(0, h, 32):                              # in bands: larger temporaries cost a page fault a piece
+        rows = slice(y, y + 32)
+        band = np.repeat(gain[rows], 3, 1) * cast * flat[rows] + noise[rows] * grain + lift
+        flat[rows] = np.clip(band, 0, 255)
+    sigma = d(0.3, 0.9) * max(h, w) / 160
+    size = 2 * math.ceil(1.5 * sigma) + 1
+    return cv2.GaussianBlur(image, (size, size), sigma)
 
 
 def draw(seed: int, index: int, size: tuple[int, int] = (480, 480)) -> tuple[np.ndarray, np.ndarray]:
@@ -408,5 +414,5 @@ def draw(seed: int, index: int, size: tuple[int, int] = (480, 480)) -> tuple[np.
     if d.chance(0.15):                                     # something stands in front
         pole = d.chance(0.5)
         box(cv, d, d(0, 0.8) * w, -1 if pole else d(0.5, 0.9) * h, w * (d(0.03, 0.09) if pole else d(0.2, 0.6)), 2 * h)
-    label = np.array(cv.classes, np.uint8)[cv.pieces]
+    label = np.take(np.array(cv.classes, np.uint8), cv.pieces)
     return expose(cv.image, cv.pieces, d, rng), label
