@@ -11,6 +11,7 @@ done to a training sample: augment.py.
 """
 
 import itertools
+import math
 import signal
 import sys
 import warnings
@@ -112,9 +113,15 @@ class PairSet:
 
 
 class DrawnSet:
-    """The synthetic data set: figures drawn when asked for. All runs are scored on the same ones."""
+    """The synthetic data set: figures drawn when first asked for. All runs are scored on the same ones.
+
+    Drawing costs more than reading a small JPEG, so what was drawn is kept in memory, up to KEPT_BYTES per process.
+    """
+
+    KEPT_BYTES = 512 << 20
 
     def __init__(self, cfg: Config, split: str):
+        self.drawn = {}
         self.count = cfg.synthetic_train if split == "train" else cfg.synthetic_val
         self.seed = cfg.seed if split == "train" else 2**31 - 1
         self.size = cfg.synthetic_size
@@ -126,7 +133,14 @@ class DrawnSet:
         return f"{i:06d}"
 
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        return synthetic.draw(self.seed, i, self.size)
+        if i in self.drawn:
+            return self.drawn[i]
+        pair = synthetic.draw(self.seed, i, self.size)
+        if (len(self.drawn) + 1) * 4 * math.prod(self.size) <= self.KEPT_BYTES:
+            for array in pair:
+                array.flags.writeable = False              # augmentation makes new arrays
+            self.drawn[i] = pair
+        return pair
 
 
 def open_split(cfg: Config, split: str) -> PairSet | DrawnSet:
