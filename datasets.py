@@ -137,8 +137,6 @@ class DrawnSet:
             return self.drawn[i]
         pair = synthetic.draw(self.seed, i, self.size)
         if (len(self.drawn) + 1) * 4 * math.prod(self.size) <= self.KEPT_BYTES:
-            for array in pair:
-                array.flags.writeable = False              # augmentation makes new arrays
             self.drawn[i] = pair
         return pair
 
