@@ -125,16 +125,15 @@ class VisionTransformer(nn.Module):
         table = self.positional_embedding
         if (h, w) == (self.grid, self.grid):
             return table[1:].unflatten(0, (h, w))
-        # A compiler's or exporter's stand-in tensors must not outlive its run, and inference tensors have no version.
-        if table.requires_grad or table.is_inference() or torch.compiler.is_compiling():
+        # Compilers cannot follow the bookkeeping below, and inference tensors have no version.
+        if table.requires_grad or torch.compiler.is_compiling() or table.is_inference():
             return self._resample(h, w)
         key = (h, w, table.device, table.dtype)
         source, version, resampled = self._tables.get(key, (None, None, None))
-        if source is not table or version != table._version:       # the second: a state dict was loaded into it
+        if source is not table or version != table._version:       # the version counts the writes into a tensor
             if len(self._tables) >= MAX_TABLES:
                 self._tables.clear()
-            with torch.inference_mode(False):              # what is kept must also be usable in a later training step
-                resampled = self._resample(h, w)
+            resampled = self._resample(h, w)
             self._tables[key] = (table, table._version, resampled)
         return resampled
 
