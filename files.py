@@ -5,6 +5,7 @@ pixel values are class numbers, as uint8 (H, W). Pillow decodes both: OpenCV tak
 returns one that was cut off in the middle as if it were whole, and a palette PNG as colours.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,42 +68,51 @@ class Place:
 
 def find_split(cfg: Config, split: str) -> Place:
     """The place of a split on disk; what is missing is reported with all the places looked at."""
-    root = Path(cfg.data_root).expanduser()
     if not cfg.data_root:
         raise DataError(f"data_root is not set: give the folder of the {cfg.dataset} data (data_root=/path/to/it)")
-    if not root.is_dir():
+    root = Path(os.path.abspath(os.path.expanduser(cfg.data_root)))
+    if not os.path.isdir(root):
         raise DataError(f"data_root {root}: no such folder")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise DataError(f"data_root {root}: no permission to read it")
+    images_at, labels_at, lists_at = _candidates(cfg, split)
+    images = _first(root, images_at, os.path.isdir)
+    labels = _first(root, labels_at, os.path.isdir)
+    listing = _first(root, lists_at, os.path.isfile)
+    if images is None:
+        raise DataError(_missing(root, images_at, f"{split} photos"))
+    if labels is None:
+        raise DataError(_missing(root, labels_at, f"{split} labels"))
+    shared = images.name in ("Images", "JPEGImages") and images.parent.name not in ("Training", "Validation")
+    if listing is None and (lists_at if cfg.dataset == "custom" else shared):    # shared: both splits in one folder
+        raise DataError(_missing(root, lists_at, f"list of {split} names"))
+    return Place(images, labels, listing)
+
+
+def _candidates(cfg: Config, split: str) -> tuple[tuple[str, ...], ...]:
+    """Where photos, labels and list may lie, below data_root."""
     if cfg.dataset == "custom":
-        places = ((cfg.train_images, cfg.train_labels, cfg.train_list) if split == "train" else
-                  (cfg.val_images, cfg.val_labels, cfg.val_list))
-        images, labels, listing = ((place,) if place else () for place in places)
-        whole_folder = not listing
-    else:
-        words = {"split": split, "Split": {"train": "Training", "val": "Validation"}[split]}
-        images, labels, listing = (tuple(p.format(**words) for p in places) for places in LAYOUTS[cfg.dataset])
-        found = _look(root, images)
-        whole_folder = found is not None and (split in found.name or found.parent.name == words["Split"])
-    for places, what in ((images, "photos"), (labels, "labels"), (listing, "list of names")):
-        if _look(root, places) is None and not (places is listing and whole_folder):
-            raise DataError(_missing(root, places, f"{split} {what}"))
-    return Place(_look(root, images), _look(root, labels), _look(root, listing))
+        own = {"train": (cfg.train_images, cfg.train_labels, cfg.train_list),
+               "val": (cfg.val_images, cfg.val_labels, cfg.val_list)}[split]
+        return tuple((place,) if place else () for place in own)
+    words = {"split": split, "Split": {"train": "Training", "val": "Validation"}[split]}
+    return tuple(tuple(place.format(**words) for place in places) for places in LAYOUTS[cfg.dataset])
 
 
-def _look(root: Path, places: tuple[str, ...]) -> Path | None:
+def _first(root: Path, places: tuple[str, ...], exists) -> Path | None:
     for base in (root, root / root.name):                  # archives often unpack into a folder of their own name
         for place in places:
-            path = base / place
-            if path.is_file() if place.endswith(".txt") else path.is_dir():
-                return path
+            if exists(base / place):
+                return base / place
     return None
 
 
 def _missing(root: Path, places: tuple[str, ...], what: str) -> str:
     beside = {(base / place).parent / "Categories" for base in (root, root / root.name) for place in places}
     hint = ""
-    if any(folder.is_dir() for folder in beside):
+    if any(map(os.path.isdir, beside)):
         hint = " (its Categories are colour pictures for people; the class numbers are in Category_ids)"
-    return f"data_root {root}: no {what}{hint}; looked for {', '.join(places)}, also below a second {root.name}/"
+    return f"data_root {root}: no {what}{hint}; looked for {', '.join(places)}, and the same below {root.name}/"
 
 
 def match_files(place: Place) -> tuple[list[tuple[str, str, str]], list[str]]:
@@ -227,13 +237,11 @@ def _open(path: str | Path, formats: tuple[str, ...]) -> Image.Image:
 
 
 def _what_is_wrong(path: Path, error: Exception, formats: tuple[str, ...]) -> str:
-    if path.is_symlink() and not path.exists():
-        return f"a link to {path.readlink()}, which does not exist"
     if isinstance(error, FileNotFoundError):
-        return "no such file"
+        return f"a link to {path.readlink()}, which does not exist" if os.path.islink(path) else "no such file"
     if isinstance(error, PermissionError):
         return "no permission to read it"
-    if path.is_dir():
+    if isinstance(error, IsADirectoryError):
         return "a folder, not a picture"
     if path.stat().st_size == 0:
         return "an empty file (0 bytes)"
