@@ -151,10 +151,10 @@ class Person:
         self.fit, self.wide = d(1.08, 1.3), d(0.95, 1.6)
         self.sock_top = 3 - d(0.5, 1.8)
         if self.sock and self.lower in (PANTS, JUMPSUITS):
-            self.trouser = min(self.trouser, self.sock_top + d(-0.6, 0.15))
+            self.trouser = min(self.trouser, self.sock_top + d.pick((0.15, d(-0.8, -0.25))))
         self.boots = not self.sock and d.chance(0.15)
         self.hem, self.flare = d.pick((d(0.45, 0.8), d(0.7, 1.15), d(1.1, 2.2))), d(1.1, 1.9)
-        self.coat_hem, self.gap = d(0.25, 1.3), d(6, 40) if d.chance(0.8) else 0.5
+        self.coat_hem, self.gap = d(0.25, 1.3), d(6, 40) if d.chance(0.8) else -3
         lengths = ("short", "short", "short", "bob", "long", "bald") if fig.woman < 0.4 else \
             ("short", "bob", "bob", "long", "long", "long", "tail", "tail")
         self.length = d.pick(lengths)
@@ -370,12 +370,14 @@ def pose(d: Dice, h: int, w: int, alone: bool) -> Figure:
     """A figure with its place in the picture; one in six is too big for it."""
     fig = Figure(d)
     x0, y0, x1, y1 = fig.box()
-    full = d(0.8, 1.0) if alone else d(0.55, 0.92)
+    full = d(0.84, 1.02) if alone else d(0.55, 0.92)
     scale = min(h * full / (y1 - y0), w * (full + 0.05) / (x1 - x0), h * 1.5)
     if d.chance(0.16):
         scale *= d(1.15, 1.9)
     spare = np.array([w - (x1 - x0) * scale, h - (y1 - y0) * scale])
-    fig.place(scale, spare * (d(-0.05, 1.05), d() if spare[1] > 0 else d.pick((0, 0, 1))) - np.array([x0, y0]) * scale)
+    x, y = spare * (d(-0.05, 1.05), d() if spare[1] > 0 else d.pick((0, 0, 1))) - np.array([x0, y0]) * scale
+    middle = fig.torso[3, 0] * scale                       # the chest stays in the picture
+    fig.place(scale, np.array([min(max(x, 0.18 * w - middle), 0.82 * w - middle), y]))
     return fig
 
 
