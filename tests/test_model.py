@@ -1,0 +1,252 @@
+"""model.py against section 3 of the paper: Eqs. 1-6 in naive code, what is trained (§4.3), what an untrained network computes."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from config import Config, ConfigError, load_config
+from model import FTM, SRM, build_model, similarity
+from sam_vit import SAMViT
+
+ROOT = Path(__file__).parent.parent
+SMALL = Config(sam_weights="", clip_weights="", vocab="", sam_dim=32, sam_depth=8, sam_heads=2, sam_window=3, sam_grid=4,
+               clip_dim=24, clip_depth=4, clip_heads=2, clip_grid=3, clip_taps=(0, 1, 2, 3), clip_embed=16, text_dim=16,
+               text_depth=1, text_heads=2, ftm_tokens=5, prior_dim=4, deform_heads=4, head_dim=16, aux_dim=8, drop_path=0.0,
+               head_dropout=0.0, crop_size=(64, 64), base_size=64, precision="fp32")
+CLASSES = ("Background", "Hat", "Left-arm", "Right-arm")
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    return build_model(dataclasses.replace(SMALL, **changes), CLASSES)
+
+
+def shake(module):
+    """Every parameter away from its special start, so that no factor of an equation is zero or one."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) * 0.2)
+
+
+def mlp(linear, vector):
+    """Eq. 3: f_out = W f_in + b, written out."""
+    return [sum(w * v for w, v in zip(row, vector)) + b for row, b in zip(linear.weight.tolist(), linear.bias.tolist())]
+
+
+def gelu(vector):
+    return [v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in vector]
+
+
+def softmax(values):
+    e = [math.exp(v - max(values)) for v in values]
+    return [v / sum(e) for v in e]
+
+
+def test_eq_1_similarity():
+    f_cls, f_txt = (F.normalize(torch.randn(n, 8, dtype=torch.float64), dim=-1) for n in (2, 5))
+    for scale in (1.0, 100.0):
+        naive = [softmax([scale * sum(a * b for a, b in zip(cls, txt)) for txt in f_txt.tolist()]) for cls in f_cls.tolist()]
+        torch.testing.assert_close(similarity(f_cls, f_txt, scale), torch.tensor(naive, dtype=torch.float64))
+
+
+def test_eq_1_without_temperature_is_flat():
+    """The reason given at the line: cosines as CLIP has them, 0.15 to 0.32, tell nothing at scale 1."""
+    cosines = torch.linspace(0.15, 0.32, 20)
+    def entropy(scale):
+        p = (scale * cosines).softmax(0)
+        return -(p * p.log()).sum() / math.log(20)
+    assert entropy(1.0) > 0.999 and entropy(100.0) < 0.6
+
+
+def test_eqs_2_and_4_srm():
+    srm = SRM(num_classes=3, clip_dim=5, dim=8, ratio=0.25).double()
+    shake(srm)
+    f_sv, f_cv = torch.randn(2, 2, 3, 8, dtype=torch.float64), torch.randn(2, 2, 3, 5, dtype=torch.float64)
+    f_sim = torch.rand(2, 3, dtype=torch.float64).softmax(-1)
+    out = srm(f_sv, f_cv, f_sim)
+    for b in range(2):
+        gate = mlp(srm.expand, f_sim[b].tolist())
+        for y in range(2):
+            for x in range(3):
+                product = [a * g for a, g in zip(f_cv[b, y, x].tolist(), gate)]
+                refined = [a + s for a, s in zip(mlp(srm.to_sam, product), f_sv[b, y, x].tolist())]                 # Eq. 2
+                expected = [r + u for r, u in zip(refined, mlp(srm.unsqueeze, gelu(mlp(srm.squeeze, refined))))]     # Eq. 4
+                torch.testing.assert_close(out[b, y, x], torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("scale_logits", [False, True])
+def test_eqs_5_and_6_ftm(scale_logits):
+    ftm = FTM(depth=2, dim=8, tokens=3, ratio=0.5, rho=1e-3, scale_logits=scale_logits).double()
+    shake(ftm)
+    f = torch.randn(2, 1, 2, 8, dtype=torch.float64)
+    for i in range(2):
+        out = ftm(f, i, ftm.token_values())
+        tokens = ftm.tokens[i].tolist()
+        values = [mlp(ftm.value, token) for token in tokens]                             # MLP(T_i)
+        for b in range(2):
+            for x in range(2):
+                pixel = f[b, 0, x].tolist()
+                logits = [sum(a * t for a, t in zip(pixel, token)) / (math.sqrt(8) if scale_logits else 1) for token in tokens]
+                mixed = [sum(w * v[c] for w, v in zip(softmax(logits), values)) for c in range(8)]
+                with_tokens = [ftm.rho.item() * o + a for o, a in zip(mlp(ftm.out, mixed), pixel)]                   # Eq. 5
+                third = mlp(ftm.third, gelu(mlp(ftm.second[i], gelu(mlp(ftm.first, with_tokens)))))
+                expected = [t + a for t, a in zip(third, pixel)]                         # Eq. 6, the residual is f_i
+                torch.testing.assert_close(out[b, 0, x], torch.tensor(expected, dtype=torch.float64))
+
+
+def test_an_untrained_network_passes_sams_features_unchanged(monkeypatch):
+    model = small().eval()
+    with torch.no_grad():
+        for p in model.sam.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    seen = []
+    fuse = model.adapter.fuse
+    monkeypatch.setattr(model.adapter, "fuse", lambda c1, c, outs: seen.extend(outs) or fuse(c1, c, outs))
+    image = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        model.forward_features(image)
+        expected = model.sam(image)
+    assert len(seen) == len(expected) == 4
+    for ours, sams in zip(seen, expected):
+        assert torch.equal(ours, sams)
+    with torch.no_grad():                                                # and that the modules are really in the path
+        model.ftm.third.bias.add_(1.0)
+        seen.clear()
+        model.forward_features(image)
+    assert not torch.equal(seen[0], expected[0])
+
+
+def test_trained_is_what_section_4_3_says():
+    """"We set the inserted SRM and FTM modules, patch-embedding block, the spatial prior module, the injector module, the
+    multi-scale feature extractor, and UpperNet decoder tunable"; "the weights of CLIP and SAM are frozen"."""
+    model = small()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert {name.split(".")[0] for name in trained} == {"srm", "ftm", "sam", "adapter", "head", "aux"}
+    assert {name for name in trained if name.startswith("sam.")} == {"sam.patch_embed.proj.weight", "sam.patch_embed.proj.bias"}
+    assert {name.split(".")[0] for name in frozen} == {"sam", "clip"}
+    assert all(name.startswith(("sam.", "clip.")) for name in frozen)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"freeze": False}, {"srm_sites": 4}, {"srm": False}, {"srm": False, "ftm": False}, {"ftm": False}, {"aux_weight": 0.0},
+    {"srm": False, "ftm": False, "backbone": "clip"}, {"srm": False, "ftm": False, "backbone": "clip", "freeze": False},
+    {"checkpointing": True},
+], ids=lambda c: " ".join(f"{k}={v}" for k, v in c.items()) or "full")
+def test_gradient_reaches_every_trained_parameter(changes):
+    """Which is why DDP needs no search for unused parameters. The zero starts are moved away first: behind them nothing flows."""
+    model = small(**changes)
+    shake(model)
+    model.train()
+    logits, aux = model(torch.rand(2, 3, 64, 64))
+    assert (aux is None) == (changes.get("aux_weight") == 0.0)
+    (logits.square().mean() + (aux.square().mean() if aux is not None else 0)).backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None and p.grad.abs().max() > 0, name
+        else:
+            assert p.grad is None, name
+
+
+def test_clip_runs_without_a_graph_and_checkpointing_changes_nothing():
+    outputs = []
+    for checkpointing in (False, True):
+        model = small(checkpointing=checkpointing).double()
+        shake(model)
+        model.train()
+        model(torch.rand(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))[0].square().mean().backward()
+        outputs.append([p.grad for p in model.parameters() if p.grad is not None])
+    for plain, recomputed in zip(*outputs):
+        torch.testing.assert_close(plain, recomputed)
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (32, 32), (50, 70), (33, 31), (96, 160), (1, 1)])
+def test_any_size_in_the_same_size_out(height, width):
+    model = small().eval()
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, height, width)).shape == (1, len(CLASSES), height, width)
+
+
+def test_padding_is_the_mean_colour():
+    model = small().eval()
+    image = torch.rand(1, 3, 40, 64)
+    padded = model._pad(image)
+    assert padded.shape == (1, 3, 64, 64) and torch.allclose(padded[..., :40, :], image)
+    assert torch.allclose(padded[0, :, 40:].amax((1, 2)), model.sam.mean.flatten())
+
+
+def test_the_last_two_sites_take_the_last_clip_map(monkeypatch):
+    """D1: Eq. 2 counts five sites, CLIP gives four maps."""
+    for sites in (5, 4):
+        model = small(srm_sites=sites).eval()
+        taken = []
+        srm = model.srm.forward
+        monkeypatch.setattr(model.srm, "forward", lambda x, f_cv, f_sim: taken.append(f_cv) or srm(x, f_cv, f_sim))
+        image = torch.rand(1, 3, 64, 64)
+        with torch.no_grad():
+            model(image)
+            maps = model.clip(image)[1]
+        assert len(taken) == sites
+        for site, f_cv in enumerate(taken):
+            assert torch.equal(f_cv, maps[min(site, 3)])
+
+
+def test_text_features_are_the_prompts_in_lower_case(monkeypatch):
+    import model as module
+    seen = []
+    monkeypatch.setattr(module, "tokenize", lambda prompts, vocab: seen.extend(prompts) or torch.ones(len(prompts), 77, dtype=torch.int64))
+    build_model(SMALL, ("Background", "Left-arm"))
+    assert seen == ["a photo of a background.", "a photo of a left arm."]
+
+
+def test_text_features_are_kept_and_the_text_tower_is_not():
+    model = small()
+    assert model.f_txt.shape == (4, 16) and torch.allclose(model.f_txt.norm(dim=-1), torch.ones(4))
+    assert "f_txt" in model.state_dict() and not any("token_embedding" in name for name in model.state_dict())
+    again = build_model(SMALL, CLASSES, (model.f_txt, model.sim_scale))
+    assert torch.equal(again.f_txt, model.f_txt)
+
+
+def test_sizes_that_contradict_the_weights_are_refused(monkeypatch):
+    import model as module
+    monkeypatch.setattr(module, "load_sam", lambda path: SAMViT(64, 8, 2, 3, 4))
+    with pytest.raises(ConfigError, match="sam_dim 64, the config says 32"):
+        small(sam_weights="sam.pth")
+
+
+def test_clip_weights_need_the_vocabulary(monkeypatch):
+    import model as module
+    from clip_vit import CLIP
+    monkeypatch.setattr(module, "load_clip", lambda path: CLIP(24, 4, 2, 3, taps=(0, 1, 2, 3), embed=16, text_dim=16, text_depth=1, text_heads=2))
+    with pytest.raises(ConfigError, match="vocab"):
+        small(clip_weights="clip.pt")
+
+
+def test_full_size(full_size_model):
+    """configs/lip.yaml with random weights: the published parameter counts, and 480 x 480 runs."""
+    model = full_size_model
+    count = lambda module: sum(p.numel() for p in module.parameters())   # noqa: E731
+    assert count(model.clip) == 86_192_640
+    assert count(model.sam) == 308_278_272 - 852_992                     # the encoder without its neck
+    assert abs(count(model.adapter) - 23.238e6) < 2e3
+    assert count(model.head) == 34_363_412
+    assert count(model.aux) == 2_364_948
+    assert count(model.srm) == 16_128 + 787_456 + 525_568                # K -> 768 -> 1024, and Eq. 4's bottleneck of 256
+    assert abs(count(model.ftm) - (4.557e6 + 2.105e6)) < 1e3
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert abs(trained - 68.743e6) < 2e3
+    with torch.inference_mode():
+        logits = model(torch.rand(1, 3, 480, 480))
+    assert logits.shape == (1, 20, 480, 480) and logits.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def full_size_model():
+    cfg = load_config(ROOT / "configs/lip.yaml", ["sam_weights=", "clip_weights=", "vocab="])
+    torch.manual_seed(0)
+    return build_model(cfg, [f"class {n}" for n in range(20)]).eval()
