@@ -1,0 +1,124 @@
+"""The tokenizer against open_clip's (which ships the vocabulary file) and against ids of the official one."""
+
+import gzip
+import random
+import string
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import Config, ConfigError
+from datasets import LABEL_SETS
+from tokenizer import tokenize
+from weights import WeightsError
+
+PACKAGE = find_spec("open_clip")                           # looked at, not imported
+VOCAB = str(Path(PACKAGE.origin).with_name("bpe_simple_vocab_16e6.txt.gz")) if PACKAGE else ""
+needs_vocab = pytest.mark.skipif(not Path(VOCAB).is_file(), reason="the vocabulary comes with open_clip")
+
+# Class names and texts with the ids the official tokenizer gives them.
+OFFICIAL = {
+    "background": [5994], "hat": [3801], "hair": [2225], "glove": [16078], "sunglasses": [12906],
+    "upper-clothes": [7067, 268, 7080], "dress": [2595], "coat": [7356], "socks": [8774], "pants": [5003],
+    "jumpsuits": [5519, 9949], "scarf": [13365], "skirt": [12386], "face": [1710], "left-arm": [1823, 268, 4793],
+    "right-arm": [1155, 268, 4793], "left-leg": [1823, 268, 4924], "right-leg": [1155, 268, 4924],
+    "left-shoe": [1823, 268, 7342], "right-shoe": [1155, 268, 7342],
+    "a photo of a left arm.": [320, 1125, 539, 320, 1823, 4793, 269],
+    "person's hat, 12 café &amp; naïve 😀 it's":
+        [2533, 568, 3801, 267, 272, 273, 15304, 261, 1097, 35689, 563, 7334, 585, 568],
+    "don't we'll 3.14": [847, 713, 649, 1342, 274, 269, 272, 275],
+    "a photo of a background.": [320, 1125, 539, 320, 5994, 269],
+}
+
+
+@pytest.fixture(scope="module")
+def peer():
+    return pytest.importorskip("open_clip").SimpleTokenizer()
+
+
+def words(row):
+    return row[1:int(row.argmax())].tolist()
+
+
+@needs_vocab
+def test_official_ids():
+    tokens = tokenize(list(OFFICIAL), VOCAB)
+    assert tokens.shape == (len(OFFICIAL), 77) and tokens.dtype == torch.int64
+    for row, ids in zip(tokens, OFFICIAL.values()):
+        assert row.tolist() == [49406, *ids, 49407] + [0] * (75 - len(ids))
+
+
+@needs_vocab
+def test_prompts_of_all_label_sets(peer):
+    names = {name for labels in LABEL_SETS.values() for name in labels.classes}
+    assert len(names) > 25
+    for template in ("{class}", Config().prompt, "A Photo of the {class}, worn by a person!"):
+        prompts = [template.replace("{class}", variant) for name in names
+                   for variant in (name, name.lower().replace("-", " "))]
+        assert torch.equal(tokenize(prompts, VOCAB), peer(prompts))
+
+
+@needs_vocab
+def test_generated_ascii(peer):
+    """20,000 lines of letters, digits, punctuation, contractions, HTML entities and runs of blanks."""
+    rng = random.Random(0)
+    pieces = ["don't", "we'll", "I'VE", "'s", "'S ", "'RE", "''", " ", "   ", "\t", "person", "HAT", "Left-Arm", "...", "__",
+              "3.14", "2024", "&amp;", "&lt;", "&gt;", "&quot;", "&#39;", "&#x41;", "&amp;amp;", "&amp;amp;amp;lt;",
+              "&eacute;", "&nbsp;", "&copy", "&notit;", "<b>", "</b>", "&", ";", "-"]
+    compared = 0
+    for _ in range(20_000):
+        text = "".join(rng.choice(pieces) if rng.random() < 0.4 else rng.choice(string.printable[:95])
+                       for _ in range(rng.randint(0, 25)))
+        ids = peer.encode(text)
+        if len(ids) <= 75:
+            compared += 1
+            assert words(tokenize([text], VOCAB)[0]) == ids, repr(text)
+    assert compared > 19_500
+
+
+@needs_vocab
+def test_other_alphabets_and_where_they_end(peer):
+    same = ["café", "cafe\u0301", "naïve Ärmel", "рука", "手 腕", "يد", "😀👍", "χέρι!", "हाथ", "٣٤"]
+    other = ["½arm", "ⅧⅧ", "cafÃ©", "“hat”", "ﬁt", "ｈａｔ", "&EACUTE;", "a\x00b"]      # as the file's head says
+    assert all(words(tokenize([text], VOCAB)[0]) == peer.encode(text) for text in same)
+    assert all(words(tokenize([text], VOCAB)[0]) != peer.encode(text) for text in other)
+
+
+def test_without_vocabulary_each_byte_is_a_token():
+    ids = words(tokenize(["Hat é"], "")[0])
+    first, last = "é".encode()                             # 0xC3 0xA9; ids count the bytes that stand for themselves
+    assert ids[:3] == [ord("h") - 33, ord("a") - 33, ord("t") - 33 + 256]
+    assert ids[3:] == [94 + 12 + first - 174, 94 + last - 161 + 256]
+    assert tokenize([], "").shape == (0, 77) and words(tokenize([""], "")[0]) == []
+
+
+@needs_vocab
+def test_too_long():
+    assert tokenize(["hat " * 75], VOCAB)[0, 76] == 49407
+    with pytest.raises(ConfigError, match="78 tokens"):
+        tokenize(["hat " * 76], VOCAB)
+    with pytest.raises(ConfigError, match="each byte is a token"):
+        tokenize(["a photo of a " + "very " * 20 + "long coat"], "")
+
+
+@needs_vocab
+def test_wrong_files(tmp_path):
+    packed = Path(VOCAB).read_bytes()
+    text = gzip.decompress(packed)
+    cases = {"cut.gz": (packed[:500_000], "damaged"), "flipped.gz": (packed[:900_000] + b"?" + packed[900_001:], "damaged"),
+             "web.gz": (b"<!DOCTYPE html>", "not CLIP's"), "empty.gz": (b"", "not CLIP's"),
+             "short.txt": (text[:-9], "not CLIP's")}
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(WeightsError, match=message) as caught:
+            tokenize(["hat"], str(tmp_path / name))
+        assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+        assert "python download.py" in str(caught.value)
+    with pytest.raises(WeightsError, match="no such file.*python download.py"):
+        tokenize(["hat"], str(tmp_path / "missing.gz"))
+    with pytest.raises(WeightsError, match="cannot be read"):
+        tokenize(["hat"], str(tmp_path))
+    (tmp_path / "unpacked.txt").write_bytes(text)
+    assert words(tokenize(["hat"], str(tmp_path / "unpacked.txt"))[0]) == [3801]
