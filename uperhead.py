@@ -2,8 +2,12 @@
 
 Paper: section 4.2. Source: Xiao et al., Unified Perceptual Parsing (arXiv 1807.10221), in the form of mmsegmentation's
 UPerHead and FCNHead (https://github.com/open-mmlab/mmsegmentation, Apache-2.0), whose parameter names are kept.
+Differs from them in:
+  - convolutions run on channels-last maps, which is much faster in bf16; callers need not know;
+  - the fusion convolution, 70 % of the head's arithmetic, acts before the maps are enlarged to stride 4, not after: the
+    same sum in another order (see conv_of_resized), with about half of the head's arithmetic and no map of 4 * dim.
 
-Letters: B batch, K classes, f1..f4 the adapter's maps at strides 4, 8, 16, 32.
+Letters: B batch, K classes, O channels out, f1..f4 the adapter's maps at strides 4, 8, 16, 32.
 """
 import torch
 import torch.nn as nn
@@ -26,7 +30,7 @@ class ConvModule(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.bn(self.conv(x)))
+        return F.relu(self.bn(self.conv(x.contiguous(memory_format=torch.channels_last))))
 
 
 def classifier(in_dim: int, num_classes: int) -> nn.Conv2d:
@@ -34,6 +38,34 @@ def classifier(in_dim: int, num_classes: int) -> nn.Conv2d:
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.zeros_(conv.bias)
     return conv
+
+
+def shifted_interpolation(n: int, size: int, like: torch.Tensor) -> torch.Tensor:
+    """(3, size, n): n values interpolated at `size` places, as `resize` does, read one place before, at and after each
+    place, and zero outside: what the three taps of a zero-padded convolution see."""
+    eye = torch.eye(n, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+    places = F.interpolate(eye[None], size=size, mode="linear", align_corners=False)[0].T        # (size, n)
+    places = F.pad(places, (0, 0, 1, 1)).to(like.dtype)
+    return torch.stack([places[k:k + size] for k in range(3)])
+
+
+def conv_of_resized(maps: list[torch.Tensor], weight: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """3x3 convolution, zero padding, weight (O, sum of C, 3, 3), of the maps (B, C, h, w) resized to `size` and joined.
+
+    Resizing and mixing channels commute, so each tap mixes channels on the small map first. What is left, resizing the
+    nine results, shifting and adding them, is linear along each axis: one matrix across, then one down for all maps.
+    """
+    rows, down = [], []
+    for x, taps in zip(maps, weight.split([x.shape[1] for x in maps], dim=1)):
+        b, _, h, w = x.shape
+        across = shifted_interpolation(w, size[1], x).permute(1, 2, 0).flatten(1)        # (W, 3w)
+        tokens = x.permute(0, 2, 3, 1).flatten(0, 2)                                     # (B*h*w, C)
+        for k, shifted in enumerate(shifted_interpolation(h, size[0], x)):               # (H, h)
+            mixed = F.linear(tokens, taps[:, :, k].permute(2, 0, 1).flatten(0, 1))       # (B*h*w, 3*O)
+            rows.append(across @ mixed.view(b, h, 3 * w, -1))                            # (B, h, W, O)
+            down.append(shifted)
+    out = torch.cat(down, dim=1) @ torch.cat(rows, dim=1).flatten(2)                     # (B, H, W*O)
+    return out.unflatten(2, (size[1], -1)).permute(0, 3, 1, 2)
 
 
 class UPerHead(nn.Module):
@@ -65,8 +97,14 @@ class UPerHead(nn.Module):
         for i in (2, 1, 0):
             maps[i] = maps[i] + resize(maps[i + 1], maps[i].shape[2:])
         maps = [conv(m) for conv, m in zip(self.fpn_convs, maps)] + maps[3:]
-        maps = [maps[0]] + [resize(m, maps[0].shape[2:]) for m in maps[1:]]
-        return self.conv_seg(self.dropout(self.fpn_bottleneck(torch.cat(maps, dim=1))))
+        return self.conv_seg(self.dropout(self.fuse(maps)))
+
+    def fuse(self, maps: list[torch.Tensor]) -> torch.Tensor:
+        """fpn_bottleneck of all maps at stride 4."""
+        dim, size = maps[0].shape[1], maps[0].shape[2:]
+        weight = self.fpn_bottleneck.conv.weight
+        out = F.conv2d(maps[0], weight[:, :dim], padding=1) + conv_of_resized(maps[1:], weight[:, dim:], size)
+        return F.relu(self.fpn_bottleneck.bn(out))
 
 
 class FCNHead(nn.Module):
