@@ -65,15 +65,24 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         size = path.stat().st_size
     except OSError as error:
         raise _unreadable(path, error) from None
-    values = _reader(path, head, size)(path)
+    reader = _reader(path, head, size)
+    try:
+        values = reader(path)
+    except WeightsError:
+        raise
+    except Exception as error:                             # a damaged file can raise anything at all
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        raise _refused(path, refused[1]) if refused else _damaged(path, error) from None
     for key in ("state_dict", "model"):
         if isinstance(values, dict) and isinstance(values.get(key), dict):
             values = values[key]
     if not isinstance(values, dict):
         raise WeightsError(f"{path}: holds a {type(values).__name__}, not tensors by name")
     for key, value in values.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise WeightsError(f"{path}: {key!r} is a {type(value).__name__}, not a tensor: no file of weights alone")
+        if not isinstance(key, str):
+            raise WeightsError(f"{path}: {key!r} is no name of a tensor")
+        if not isinstance(value, Tensor):
+            raise WeightsError(f"{path}: {key!r} is not a tensor but a value of type {type(value).__name__}")
     if not values:
         raise WeightsError(f"{path}: holds no tensors")
     return dict(values)
@@ -149,8 +158,10 @@ def _reader(path: Path, head: bytes, size: int):
         raise WeightsError(f"{path}: is a web page saved under this name; {AGAIN}")
     if head.startswith(b"PK\x03\x04"):
         return _read_zip
+    if head.startswith(_LEGACY):
+        return _read_legacy
     if head.startswith(b"\x80"):
-        return _read_torch
+        raise WeightsError(f"{path}: refused and not executed: it is a pickle that torch.save did not write")
     if head[8:9] == b"{":
         return _read_safetensors
     if re.fullmatch(rb"[\t\n\r\x20-\x7e]*", head):
@@ -158,45 +169,36 @@ def _reader(path: Path, head: bytes, size: int):
     raise WeightsError(f"{path}: is of no known format (TorchScript archive, torch.save, safetensors); {AGAIN}")
 
 
-def _damaged(path: Path, how: str) -> WeightsError:
+def _damaged(path: Path, error: Exception) -> WeightsError:
+    reason = str(error).partition("\n")[0][:80] if isinstance(error, (zipfile.BadZipFile, ValueError)) else ""
     size = path.stat().st_size
     for spec in FILES:
         if spec.name == path.name and spec.bytes != size:
-            how = f"{how}; it has {size:,} bytes, the official file {spec.bytes:,}"
-    return WeightsError(f"{path}: is damaged or cut off ({how}); {AGAIN}")
-
-
-def _read_zip(path: Path):
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name)]
-            if len(pickles) != 1:
-                raise WeightsError(f"{path}: is a zip archive, but not one of PyTorch's")
-            folder = pickles[0].removesuffix("data.pkl")
-            if f"{folder}constants.pkl" in archive.namelist():
-                return _read_torchscript(path, archive, folder)
-            damaged = archive.testzip()                    # torch.load does not look at the checksums
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        raise _damaged(path, str(error) or "it ends too early") from None
-    if damaged is not None:
-        raise _damaged(path, f"{damaged} does not fit its checksum")
-    return _read_torch(path)
-
-
-def _read_torch(path: Path):
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused:
-            raise _refused(path, refused[1]) from None
-        raise _damaged(path, "the pickle in it cannot be read") from None
-    except Exception as error:                             # a damaged pickle can raise anything at all
-        raise _damaged(path, type(error).__name__) from None
+            reason = f"it has {size:,} bytes, the official file {spec.bytes:,}"
+    return WeightsError(f"{path}: is damaged or cut off ({reason or type(error).__name__}); {AGAIN}")
 
 
 def _refused(path: Path, name: str) -> WeightsError:
     return WeightsError(f"{path}: refused and not executed: it does not hold tensors alone but wants to call {name}")
+
+
+def _read_zip(path: Path):
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        pickles = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
+        if len(pickles) != 1:
+            raise WeightsError(f"{path}: is a zip archive, but not one of PyTorch's")
+        folder = pickles[0].removesuffix("data.pkl")
+        if f"{folder}constants.pkl" in names:
+            return _read_torchscript(path, archive, folder)
+        damaged = archive.testzip()                        # torch.load does not look at the checksums
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"{damaged} does not fit its checksum")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _read_legacy(path: Path):
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class _Module:
@@ -231,12 +233,7 @@ class _ArchiveReader(pickle.Unpickler):
 
 
 def _read_torchscript(path: Path, archive: zipfile.ZipFile, folder: str) -> dict[str, Tensor]:
-    try:
-        root = _ArchiveReader(path, archive, folder).load()
-    except (WeightsError, zipfile.BadZipFile):
-        raise
-    except Exception as error:                             # a damaged pickle can raise anything at all
-        raise _damaged(path, type(error).__name__) from None
+    root = _ArchiveReader(path, archive, folder).load()
     tensors, modules = {}, [("", root)]
     while modules:
         prefix, module = modules.pop()
@@ -252,15 +249,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     size, tensors = path.stat().st_size, {}
     with open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(min(start, size) - 8))
-            header.pop("__metadata__", None)               # free text
-            for name, entry in header.items():
-                first, end = entry["data_offsets"]
-                file.seek(start + first)
-                tensors[name] = _tensor(bytearray(file.read(end - first)), _DTYPES[entry["dtype"]], entry["shape"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _damaged(path, f"{type(error).__name__}: {error}") from None
+        header = json.loads(file.read(min(start, size) - 8))
+        header.pop("__metadata__", None)                   # free text
+        for name, entry in header.items():
+            first, end = entry["data_offsets"]
+            file.seek(start + first)
+            tensors[name] = _tensor(bytearray(file.read(end - first)), _DTYPES[entry["dtype"]], entry["shape"])
     return tensors
 
 
@@ -270,6 +264,7 @@ def _tensor(data: bytearray, dtype: torch.dtype, shape: list[int] | tuple[int, .
     return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
 
 
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."      # how files of torch.save before 1.6 begin
 _STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
              "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
              "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
