@@ -1,7 +1,7 @@
 """Posed human figures for `synthetic.py`, as tubes ready to be painted. The paper has no such thing; it is ours.
 
-A figure is a skeleton in three dimensions, turned and projected, so left and right are the person's: seen from the front
-the left arm is on the picture's right, from behind on its left. A tube is a table with one cross-section a row,
+A figure is a skeleton in three dimensions, turned and projected, so left and right are the person's: seen from the
+front the left arm is on the picture's right, from behind on its left. A tube is a table with one cross-section a row,
 (x, y, ax, ay, bx, by): a centre and the two half-axes of an ellipse, in the picture's plane.
 """
 
@@ -20,13 +20,15 @@ ARMS = (((4, 18), (0, 80), (2, 30), (40, 110)),            # hanging
         ((60, 100), (-10, 30), (140, 178), (0, 180)),      # waving
         ((45, 90), (50, 100), (60, 110), (60, 110)),       # reaching forward
         ((8, 25), (-70, -20), (20, 45), (-150, -110)))     # behind the back
-STAND, FORE, HIND = ((0, 7), (0, 60), (0, 6), (-90, 0)), ((12, 34), (80, 95), (0, 12), (-90, -80)), \
-    ((6, 24), (-100, -85), (22, 50), (-95, -85))
-WIDE, SIT, SQUAT, LIFT = ((12, 26), (0, 20), (4, 18), (0, 10)), ((74, 92), (62, 88), (0, 16), (70, 110)), \
-    ((70, 96), (40, 75), (12, 32), (-110, -90)), ((40, 90), (75, 100), (0, 25), (-100, -80))
+STAND = (0, 7), (0, 60), (0, 6), (-90, 0)
+FORE = (12, 34), (80, 95), (0, 12), (-90, -80)             # a walker's leg in front
+HIND = (6, 24), (-100, -85), (22, 50), (-95, -85)          # and behind
+WIDE = (12, 26), (0, 20), (4, 18), (0, 10)
+SIT = (74, 92), (62, 88), (0, 16), (70, 110)
+SQUAT = (70, 96), (40, 75), (12, 32), (-110, -90)
+LIFT = (40, 90), (75, 100), (0, 25), (-100, -80)
 STANCES = ((STAND, STAND),) * 6 + ((FORE, HIND),) * 6 + ((WIDE, WIDE),) * 2 + ((SIT, SIT),) * 3 \
     + ((SQUAT, SQUAT), (STAND, LIFT), (STAND, FORE))
-
 
 STEPS = np.linspace(0, 1, 7)
 
@@ -50,7 +52,7 @@ class Dice:
 
 
 def cut(table: np.ndarray, start: float, end: float, wide: float = 1.0, flare: float = 1.0) -> np.ndarray:
-    """The part of a tube between two fractional rows, `wide` times as wide at the start and `flare` times that at the end."""
+    """The part of a tube between two fractional rows: `wide` times as wide, and at its end `flare` times that."""
     end = min(end, len(table) - 1)
     at = np.array([start, *range(math.floor(start) + 1, math.ceil(end)), end])
     low = np.minimum(at.astype(int), len(table) - 2)
@@ -116,10 +118,9 @@ class Figure:
         spine = [(0, y, 0) for y in (0.315, 0.292, 0.265, 0.205, 0.11, 0.01, -0.06)]
         self.torso = np.concatenate([rings(self.upper, spine[:5], wide[:5], deep[:5]),
                                      rings(self.view, spine[5:], wide[5:], deep[5:])])
-        self.skull = rings(self.upper, [(0, 0.315 + 0.085 * self.size, 0.012)], [0.071 * self.size], [0.094 * self.size])
-        self.skull[0, 2:] = np.array([0.071, 0, 0, 0.094]) * self.size
+        self.skull = rings(self.upper, [(0, 0.315 + 0.085 * self.size, 0.012)], 0.071 * self.size)
+        self.skull[0, 5] = 0.094 * self.size
         self.neck = rings(self.upper, [(0, 0.285, -0.005), (0, 0.36, 0.005)], [0.036 * g, 0.034 * g])
-        self.lifted = self.upper[2, 1] * 0.2               # how far the head is in front of the chest
 
     def _arm(self, d: Dice, side: int, bones: list):
         g = self.girth * (1 - 0.12 * self.woman)
@@ -131,7 +132,8 @@ class Figure:
         out /= np.linalg.norm(out)
         tips = [palm + along * d(0.015, 0.042) + out * k for k in (-0.018, 0.0, 0.018)]
         thumb = palm + out * 0.034 + along * 0.012
-        self.arm.append(rings(self.upper, [shoulder, elbow, elbow + 0.05 * along, wrist], np.array([36, 27, 28, 20]) * g / 1000))
+        self.arm.append(rings(self.upper, [shoulder, elbow, elbow + 0.05 * along, wrist],
+                              np.array([0.036, 0.027, 0.028, 0.02]) * g))
         self.hand.append(rings(self.upper, [wrist, palm, tips[0], palm, tips[1], palm, tips[2], palm, thumb],
                                [0.02, 0.025, 0.01, 0.025, 0.01, 0.025, 0.01, 0.022, 0.01]))
         self.arm_depth.append(self.upper[2] @ (elbow + wrist * 2 - 3 * shoulder * (0, 0.8, 0)) / 3)
@@ -144,10 +146,12 @@ class Figure:
         tilt = tilt if tilt > 0.2 else 0.0                 # a trailing foot stands on its toes
         toe = np.array([side * math.sin(out), -math.sin(tilt), math.cos(out) * math.cos(tilt)])
         down = np.array([0, -math.cos(tilt), -math.sin(tilt)])
-        heel, ball, tip = ankle - toe * 0.024 + down * 0.03, ankle + toe * 0.075 + down * 0.036, ankle + toe * 0.115 + down * 0.038
+        heel = ankle - toe * 0.024 + down * 0.03
+        ball, tip = ankle + toe * 0.075 + down * 0.036, ankle + toe * 0.115 + down * 0.038
         self.joints.append(np.array([hip, knee, knee + 0.32 * shin, ankle]))
         self.leg.append(rings(self.view, self.joints[-1], np.array([0.056, 0.038, 0.039, 0.024]) * self.girth))
-        self.foot.append(rings(self.view, [tip, ball, ankle + down * 0.004, heel, ball], [0.02, 0.029, 0.028, 0.025, 0.029]))
+        self.foot.append(rings(self.view, [tip, ball, ankle + down * 0.004, heel, ball],
+                               [0.02, 0.029, 0.028, 0.025, 0.029]))
         self.sole.append(rings(self.view, np.array([heel, ball, tip]) + down * 0.019, [0.012, 0.013, 0.01]))
         self.leg_depth.append(self.view[2] @ (knee + ankle))
         self.knee_depth.append(self.view[2] @ (knee - hip))

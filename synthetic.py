@@ -2,329 +2,19 @@
 
     image, label = draw(seed, index, size=(160, 128))      # uint8 RGB (160, 128, 3), uint8 (160, 128)
 
-A picture is a pure function of (seed, index, size); only integer OpenCV functions are used, so threads change no byte.
-Everything painted is a tube (see skeleton.py): the convex hulls of consecutive cross-sections are filled in the picture
-and, hard-edged, in a map of piece numbers, from which the label is read at the end. As in LIP a sleeve has the garment's
-label, a bare arm the arm's, and a bare neck, a bag or what stands before a person none.
+A picture is a pure function of (seed, index, size): nothing is stored, and no byte depends on the process or on threads
+(of OpenCV only polygons, and the resizing and blur of 8-bit pictures, which are exact). `skeleton.py` poses the people,
+`person.py` dresses and paints them; here is what surrounds them.
 """
 
-import colorsys
-import functools
 import math
 
 import cv2
 import numpy as np
 
-from skeleton import Dice, Figure, cut
+from person import BACKGROUND, SKINS, Canvas, Person, any_cloth, any_colour, jitter
+from skeleton import Dice, Figure
 
-(BACKGROUND, HAT, HAIR, GLOVE, SUNGLASSES, UPPER, DRESS, COAT, SOCKS, PANTS, JUMPSUITS, SCARF, SKIRT, FACE,
- LEFT_ARM, RIGHT_ARM, LEFT_LEG, RIGHT_LEG, LEFT_SHOE, RIGHT_SHOE) = range(20)
-
-SKINS = ((250, 214, 188), (236, 188, 150), (222, 164, 122), (190, 130, 92), (148, 96, 66), (106, 68, 48), (78, 50, 38))
-HAIRS = ((28, 22, 20), (48, 32, 24), (84, 54, 32), (126, 84, 46), (186, 142, 78), (224, 196, 136), (150, 62, 30),
-         (150, 148, 146))
-NEUTRALS = ((30, 32, 38), (70, 70, 76), (150, 148, 144), (226, 222, 214), (188, 158, 118), (106, 78, 54), (38, 48, 82),
-            (84, 92, 66))
-LENSES = ((18, 18, 22), (40, 24, 20), (20, 30, 70), (90, 40, 30))
-
-TURN = np.radians(np.arange(0, 360, 30))
-CIRCLE = np.stack([np.cos(TURN), np.sin(TURN)], 1)
-SHADES, SHADES_SMALL = ((np.reshape(sizes, (-1, 1, 1, 1)), lights) for sizes, lights in (
-    ((1, 0.8, 0.55), (0.78, 0.92, 1.06)), ((1, 0.65), (0.78, 1.04))))       # a piece's layers: size and light
-GRAIN = np.random.default_rng(0).random((64, 64)) * 0.45   # of worn cloth
-
-
-# ---- colours: a cloth is (colour, pattern or None) ----------------------------------------------------------------
-
-def jitter(d: Dice, colour: tuple, amount: float) -> tuple:
-    return tuple(min(250.0, max(6.0, c + d(-amount, amount))) for c in colour)
-
-
-def any_colour(d: Dice, neutral: float = 0.35) -> tuple:
-    if d.chance(neutral):
-        return jitter(d, d.pick(NEUTRALS), 14)
-    return tuple(255 * c for c in colorsys.hsv_to_rgb(d(), d(0.25, 0.9), d(0.3, 0.95)))
-
-
-def any_cloth(d: Dice, scale: float, unlike: tuple = (), neutral: float = 0.35, plain: float = 0.5) -> tuple:
-    """A cloth whose colour differs clearly from those of the cloths `unlike`; `scale`: pixels per body height."""
-    for _ in range(8):
-        colour = any_colour(d, neutral)
-        if all(sum(abs(a - b) for a, b in zip(colour, other[0])) > 110 for other in unlike):
-            break
-    if d.chance(plain):
-        return colour, None
-    kind = d.pick(("stripes", "stripes", "checks", "dots", "fade", "worn"))
-    return colour, (kind, any_colour(d), max(3.0, scale * d(0.025, 0.06)), d.pick((0.0, 0.0, math.pi / 2, d(-1, 1))))
-
-
-def tone(cloth: tuple, factor: float) -> tuple:
-    r, g, b = cloth[0]
-    return (min(255.0, r * factor), min(255.0, g * factor), min(255.0, b * factor)), None
-
-
-# ---- painting -----
-
-class Canvas:
-    """The picture, and the map of piece numbers that carries the label."""
-
-    def __init__(self, image: np.ndarray, dice: Dice):
-        self.image, self.pieces, self.classes = image, np.zeros(image.shape[:2], np.uint16), [BACKGROUND]
-        angle = math.pi * dice(-0.83, -0.17)               # the light comes from above
-        self.light = np.array([math.cos(angle), math.sin(angle)])
-
-    def tube(self, table: np.ndarray, cls: int, cloth: tuple, phi: np.ndarray = TURN, shade: bool = True):
-        """Fill a tube, or the part of it that the angles `phi` in its cross-sections cover."""
-        around = table[:, None, 2:4] * np.cos(phi)[:, None] + table[:, None, 4:6] * np.sin(phi)[:, None]
-        self.fill(table[:, None, :2] + around, cls, cloth, shade)
-
-    def fill(self, sections: np.ndarray, cls: int, cloth: tuple, shade: bool = True):
-        """Fill the hulls of consecutive point sets (k, n, 2), lighter inside; then the cloth's pattern."""
-        number = len(self.classes)
-        self.classes.append(cls)
-        layers, lights = sections[None], (1.0,)
-        if shade:
-            centre = np.add.reduce(sections, 1, keepdims=True) / sections.shape[1]
-            out = sections - centre
-            radius = np.hypot(out[:, :1, :1], out[:, :1, 1:])
-            sizes, lights = SHADES if radius[0, 0, 0] > 8 else SHADES_SMALL
-            layers = centre + out * sizes + self.light * radius * (0.5 - sizes / 2)
-        for light, points in zip(lights, (layers * 16).astype(np.int32)):      # sixteenths: the shift of 4 below
-            colour = tone(cloth, light)[0]
-            for i in range(max(1, len(points) - 1)):
-                hull = cv2.convexHull(points[i:i + 2].reshape(-1, 2))
-                if light is lights[0]:
-                    cv2.fillConvexPoly(self.pieces, hull, number, cv2.LINE_8, 4)
-                cv2.fillConvexPoly(self.image, hull, colour, cv2.LINE_AA, 4)
-        if cloth[1] is not None:
-            self._print(number, sections, *cloth[1])
-
-    def _print(self, number: int, sections: np.ndarray, kind: str, other: tuple, period: float, turn: float):
-        """Mix a second colour into the pixels of one piece, by a pattern laid along the piece's axis."""
-        x0, y0 = np.maximum(sections.min((0, 1)) - 2, 0).astype(int)
-        x1, y1 = np.maximum(sections.max((0, 1)) + 3, 0).astype(int)
-        region, inside = self.image[y0:y1, x0:x1], self.pieces[y0:y1, x0:x1] == number
-        (sx, sy), (ex, ey) = sections[0].mean(0), sections[-1].mean(0)
-        angle = math.atan2(ey - sy, ex - sx) + turn
-        c, s = math.cos(angle) / period, math.sin(angle) / period
-        xs, ys = np.arange(x0, x0 + inside.shape[1]) - sx, (np.arange(y0, y0 + inside.shape[0]) - sy)[:, None]
-        along = xs * c + ys * s
-        u = along - np.floor(along)
-        if kind == "stripes":
-            weight = (u < 0.45) * 0.9
-        elif kind in ("checks", "dots"):
-            v = ys * c - xs * s
-            v -= np.floor(v)
-            weight = (u < 0.5) * 0.45 + (v < 0.5) * 0.45 if kind == "checks" else ((u - 0.5) ** 2 + (v - 0.5) ** 2 < 0.1) * 1.0
-        elif kind == "fade":
-            weight = np.clip(along / 8, 0, 1)
-        else:
-            weight = GRAIN[np.arange(y0, y0 + len(ys))[:, None] & 63, np.arange(x0, x0 + len(xs)) & 63]
-        inside &= weight > 0
-        old = region[inside]
-        region[inside] = old + (np.array(other) - old) * weight[inside][:, None]
-
-
-class Person:
-    """A figure with clothes on. Lengths of clothes are fractional rows of the limb's or the torso's tube."""
-
-    def __init__(self, cv: Canvas, fig: Figure, d: Dice):
-        self.cv, self.fig, self.d = cv, fig, d
-        size = fig.scale
-        self.skin = jitter(d, d.pick(SKINS), 10), None
-        self.hair = jitter(d, d.pick(HAIRS), 14), None
-        self.top = any_cloth(d, size)
-        self.bottom = any_cloth(d, size, (self.top, self.skin))
-        self.coat = any_cloth(d, size, (self.top, self.bottom), neutral=0.6) if d.chance(0.27) else None
-        self.scarf = any_cloth(d, size, (self.coat or self.top, self.skin)) if d.chance(0.24) else None
-        self.gloves = any_cloth(d, size, (self.coat or self.top, self.skin), plain=0.8) if d.chance(0.26) else None
-        self.shoe = any_cloth(d, size, (self.bottom,), neutral=0.5, plain=0.9)
-        self.sock = any_cloth(d, size, (self.bottom, self.shoe, self.skin)) if d.chance(0.45) else None
-        self.hat = d.pick(("cap", "brim", "beanie")) if d.chance(0.3) else ""
-        self.felt = any_cloth(d, size, (self.hair,))
-        kind = d()
-        self.main = DRESS if kind < 0.12 + 0.14 * fig.woman else JUMPSUITS if kind > 0.84 else UPPER
-        self.lower = {DRESS: DRESS, JUMPSUITS: JUMPSUITS, UPPER: SKIRT if d.chance(0.12 + 0.36 * fig.woman) else PANTS}[self.main]
-        self.belted = self.main != UPPER or d.chance(0.45)
-        self.sleeve = 3.0 if self.coat else d.pick((0, d(0.3, 0.45), d(0.5, 0.9), d(0.5, 0.9), d(1.3, 2.2), 3.0, 3.0))
-        self.trouser = d.pick((d(0.45, 0.8), d(0.6, 0.95), d(1.3, 2.2), 3.0, 3.0, 3.0))
-        self.fit, self.wide = d(1.08, 1.3), d(0.95, 1.6)
-        self.sock_top = 3 - d(0.5, 1.8)
-        if self.sock and self.lower in (PANTS, JUMPSUITS):
-            self.trouser = min(self.trouser, self.sock_top + d.pick((0.15, d(-0.8, -0.25))))
-        self.boots = not self.sock and d.chance(0.15)
-        self.hem, self.flare = d.pick((d(0.45, 0.8), d(0.7, 1.15), d(1.1, 2.2))), d(1.1, 1.9)
-        self.coat_hem, self.gap = d(0.25, 1.3), d(6, 40) if d.chance(0.8) else -3
-        lengths = ("short", "short", "short", "bob", "long", "bald") if fig.woman < 0.4 else \
-            ("short", "bob", "bob", "long", "long", "long", "tail", "tail")
-        self.length = d.pick(lengths)
-
-    def paint(self):
-        """All pieces, the far ones first."""
-        fig = self.fig
-        away = fig.head[2, 2] < 0
-        bowed = fig.upper[2, 1] < -0.35                    # the head is bent away from the viewer
-        over = max(fig.knee_depth) > 0.12 or self.belted and self.main == UPPER    # knees towards the viewer, or tucked in
-        layers = [(0, self._torso), (1 if over else -1, self._legs), (2, self._overall), (-2 if away else 3, self._neck),
-                  (-3 if bowed else 4, self._head), (5 if away else -5, self._hair_mass)]
-        layers += [(6 + fig.arm_depth[side] if fig.arm_depth[side] > -0.03 else -4, functools.partial(self._arm, side))
-                   for side in (0, 1)]
-        for _, layer in sorted(layers, key=lambda layer: layer[0]):
-            layer()
-
-    def _patch(self, table: np.ndarray, start: float, end: float, cls: int, cloth: tuple, shade: bool = False):
-        """What covers the angles start..end of the torso's surface, as far as the viewer sees it."""
-        phi = self.fig.visible(start, end)
-        if phi is not None:
-            self.cv.tube(table, cls, cloth, phi, shade)
-
-    def _legs(self):
-        fig, tube = self.fig, self.cv.tube
-        cloth = self.bottom if self.main == UPPER else self.top
-        for side in sorted((0, 1), key=lambda side: fig.leg_depth[side]):
-            leg, shoe = fig.leg[side], LEFT_SHOE + side
-            tube(leg, LEFT_LEG + side, self.skin)
-            if self.sock:
-                tube(cut(leg, self.sock_top, 3, 1.12), SOCKS, self.sock)
-            tube(fig.foot[side], shoe, self.shoe)
-            if self.boots:
-                tube(cut(leg, self.sock_top, 3, 1.25), shoe, self.shoe)
-            tube(fig.sole[side], shoe, tone(self.shoe, 0.45 if sum(self.shoe[0]) > 330 else 2.4), shade=False)
-            if self.lower in (PANTS, JUMPSUITS):
-                tube(cut(leg, 0, self.trouser, self.fit, self.wide), self.lower, cloth)
-        if self.lower in (PANTS, JUMPSUITS):
-            tube(cut(fig.torso, 4.4, 6, 1.04), self.lower, cloth)
-            self._patch(cut(fig.torso, 5, 6), 88, 92, self.lower, tone(cloth, 0.6))
-            for middle in (-128, -52):                     # back pockets
-                self._patch(cut(fig.torso, 5.1, 5.8, 1.04), middle - 18, middle + 18, self.lower, tone(cloth, 0.6))
-        elif self.lower == SKIRT:
-            tube(np.concatenate([cut(fig.torso, 4.4, 5), fig.hem(self.hem, self.flare)]), SKIRT, cloth)
-
-    def _torso(self):
-        fig, d, cls, dark = self.fig, self.d, self.main, tone(self.top, 0.6)
-        hem = 4.7 if self.belted else 5.5
-        front = cut(fig.torso, 1, hem)
-        self.cv.tube(front, cls, self.top)
-        style = d.pick(("vee", "buttons", "print", "zip", ""))
-        if style == "vee":
-            self._patch(cut(fig.torso, 1, 2.4, 1, 0.1), 55, 125, BACKGROUND, self.skin)
-        elif style == "print":
-            self._patch(cut(fig.torso, 2.5, 3.5), 55, 125, cls, (any_colour(d), None))
-        elif style:
-            width = 4 if style == "zip" else 7
-            self._patch(front, 90 - width, 90 + width, cls, dark if style == "zip" else tone(self.top, 1.25))
-        self._patch(cut(fig.torso, 1, 1.35, 1.05), 20, 160, cls, dark)     # collar
-
-    def _overall(self):
-        """What lies over torso and legs: belt, the bell of a dress, coat."""
-        fig = self.fig
-        if self.main == DRESS:
-            self.cv.tube(np.concatenate([cut(fig.torso, 4, 5), fig.hem(self.hem, self.flare)]), DRESS, self.top)
-        if self.belted:
-            self._patch(cut(fig.torso, 4.3, 4.7, 1.06), fig.facing - 88, fig.facing + 88, self.lower, tone(self.bottom, 0.7))
-        if self.coat:
-            table = np.concatenate([cut(fig.torso, 0.8, 5, 1.1, 1.1), fig.hem(self.coat_hem, 1.6)])
-            gap, dark = self.gap, tone(self.coat, 0.7)
-            self._patch(table, -91, 90 - gap, COAT, self.coat, True)
-            self._patch(table, 90 + gap, 271, COAT, self.coat, True)
-            self._patch(table[:3], 76 - gap, 90 - gap, COAT, dark)         # lapels
-            self._patch(table[:3], 90 + gap, 104 + gap, COAT, dark)
-            self._patch(table[3:], -92, -88, COAT, dark)                   # the seam behind
-
-    def _arm(self, side: int):
-        arm, hand = self.fig.arm[side], self.fig.hand[side].copy()
-        if self.fig.scale < 250:                           # fingers would be too thin to see
-            hand = hand[[0, 1, 4, 7, 8]]
-            hand[2, 2:] *= 1.7
-        self.cv.tube(arm, LEFT_ARM + side, self.skin)
-        if not self.gloves:
-            self.cv.tube(hand, LEFT_ARM + side, self.skin)
-        if self.sleeve:
-            cloth, cls = (self.coat, COAT) if self.coat else (self.top, self.main)
-            self.cv.tube(cut(arm, 0, self.sleeve, 1.25 if self.coat else 1.14, 1.1), cls, cloth)
-        if self.gloves:
-            hand[:, 2:] *= 1.2
-            self.cv.tube(np.concatenate([cut(arm, 2.45, 3, 1.3), hand]), GLOVE, self.gloves)
-
-    def _neck(self):
-        self.cv.tube(self.fig.neck, BACKGROUND, self.skin)
-
-    def _hair_mass(self):
-        """Hair that hangs: painted behind the body when the face is seen, over it from behind."""
-        fig, (x, y, rx, _, _, ry) = self.fig, self.fig.skull[0]
-        spine = fig.torso[3, :2] - fig.torso[0, :2]
-        spine = spine / (np.hypot(*spine) + 1e-6)
-        if self.length in ("bob", "long"):
-            end = fig.on_head([(0, -0.2, -0.5)], False)[0] + spine * ry * (0.9 if self.length == "bob" else 1.9)
-            table = [(x, y, rx * 1.12, 0, 0, ry * 0.7), (*end, rx * 1.15, 0, 0, ry * 0.3)]
-        elif self.length == "tail":
-            knot = fig.on_head([(0, 0.35, -1.15)], False)[0]
-            table = [(*(knot + spine * ry * t), rx * r, 0, 0, rx * r) for t, r in ((0, 0.35), (0.8, 0.42), (1.6, 0.15))]
-        else:
-            return
-        self.cv.tube(np.array(table), HAIR, self.hair)
-
-    def _head(self):
-        fig, fill = self.fig, self.cv.fill
-        if self.scarf:
-            self.cv.tube(cut(fig.torso, 0, 1.1, 1.5, 0.8), SCARF, self.scarf)
-            middle = self.d.pick((70, 90, 110))
-            self._patch(cut(fig.torso, 1, self.d(3.2, 4.4), 1.16), middle - 17, middle + 17, SCARF, self.scarf, True)
-        skull, hair = fig.skull[0], self.length != "bald"
-        grown = (1.08, 1.02) if hair else (1, 1)
-        fill((skull[:2] + CIRCLE * skull[[2, 5]] * grown)[None], *((HAIR, self.hair) if hair else (FACE, self.skin)))
-        if fig.head[2, 2] > -0.35:
-            low = CIRCLE[:, 1] < 0                         # from the hairline to the chin
-            x, y = CIRCLE[:, 0] * 0.88, np.where(low, 1.04 * CIRCLE[:, 1], 0.72 * CIRCLE[:, 1] - 0.12)
-            fill(fig.on_head(np.stack([x, y, np.sqrt(np.clip(1 - x * x - y * y, 0, 1))], 1))[None], FACE, self.skin)
-            self._face()
-        for side in (1, -1):
-            if side * fig.head[2, 0] > -0.25 and self.length in ("short", "bald", "tail"):
-                ear = fig.on_head([(0.98 * side, 0, -0.08)], False)[0]
-                fill((ear + CIRCLE * skull[2] * (0.2, 0.3))[None], FACE, tone(self.skin, 0.9))
-        if self.hat:
-            self._hat()
-
-    def _spot(self, x: float, y: float, rx: float, ry: float, cls: int, colour: tuple):
-        """An oval on the face, if it is seen."""
-        xs, ys = x + rx * CIRCLE[:, 0], y + ry * CIRCLE[:, 1]
-        points = np.stack([xs, ys, np.sqrt(np.clip(1 - xs * xs - ys * ys, 0.02, 1))], 1)
-        if (points @ self.fig.head[2]).mean() > 0.12:
-            self.cv.fill(self.fig.on_head(points)[None], cls, (colour, None), False)
-
-    def _face(self):
-        fig, d, hair = self.fig, self.d, tone(self.hair, 0.8)[0]
-        lips = tone(((200, 84, 80), None), 0.4 + sum(self.skin[0]) / 1000)[0]
-        if d.chance(0.25 * (1 - fig.woman)):               # a beard is Face in LIP
-            self._spot(0, -0.62, 0.5, 0.36, FACE, hair)
-        self._spot(0, -0.5, d(0.2, 0.34), d(0.06, 0.13), FACE, lips)
-        nose = np.array([(0, 0.15, 0.98), (0.16, -0.22, 0.95), (-0.16, -0.22, 0.95), (0, -0.16, 1.2)])
-        if nose[3] @ fig.head[2] > 0:
-            self.cv.fill(fig.on_head(nose, False)[None], FACE, tone(self.skin, 0.8), False)
-        for x in (-0.36, 0.36):
-            self._spot(x, 0.1, 0.17, 0.1, FACE, (235, 232, 228))
-            self._spot(x, 0.1, 0.09, 0.1, FACE, (40, 28, 24))
-            self._spot(x, 0.28, 0.2, 0.04, FACE, hair)
-        if d.chance(0.42):
-            shade = d.pick(LENSES)
-            for x, y, rx, ry in ((-0.42, 0.1, 0.36, 0.26), (0.42, 0.1, 0.36, 0.26), (0, 0.2, 0.9, 0.06)):
-                self._spot(x, y, rx, ry, SUNGLASSES, shade)
-
-    def _hat(self):
-        fig, dark = self.fig, tone(self.felt, 0.8)
-
-        def around(*rims):                                 # (height, radius) on the head
-            return np.stack([fig.on_head(np.insert(CIRCLE * radius, 1, height, 1), False) for height, radius in rims])
-        tall, wide = {"cap": (0.95, 0.72), "brim": (1.2, 0.75), "beanie": (1.1, 0.62)}[self.hat]
-        self.cv.fill(around((0.36, 1.08), (0.75, 0.98), (tall, wide)), HAT, self.felt)
-        if self.hat == "cap":
-            peak = [(k * c, y, k * s) for k, y in ((1.1, 0.36), (1.75, 0.28)) for c, s in CIRCLE[1:6]]
-            self.cv.fill(fig.on_head(peak, False)[None], HAT, dark)
-        else:
-            self.cv.fill(around((0.33, 1.7), (0.42, 1.7)) if self.hat == "brim" else around((0.3, 1.12), (0.5, 1.12)), HAT, dark)
-
-
-# ---- the scene ----------------------------------------------------------------------------------------------------
 
 def backdrop(d: Dice, rng: np.random.Generator, h: int, w: int) -> np.ndarray:
     """Soft or hard fields of colour."""
@@ -335,35 +25,50 @@ def backdrop(d: Dice, rng: np.random.Generator, h: int, w: int) -> np.ndarray:
     return cv2.resize(grid, (w, h), interpolation=cv2.INTER_NEAREST if d.chance(0.2) else cv2.INTER_LINEAR_EXACT)
 
 
+def box(cv: Canvas, d: Dice, x: float, y: float, width: float, height: float, cloth: tuple | None = None):
+    corners = np.array([(x, y), (x + width, y), (x + width, y + height), (x, y + height)])
+    cv.fill(corners[None], BACKGROUND, cloth or any_cloth(d, 200, plain=0.75), d.chance(0.3))
+
+
 def clutter(cv: Canvas, d: Dice, h: int, w: int):
-    """Floor, boxes, poles, furniture, foliage and limbs of nobody."""
+    """Floor, boxes, poles, tables, foliage, stones and limbs of nobody."""
     unit = max(h, w)
     if d.chance(0.6):
         box(cv, d, 0, h * d(0.5, 0.9), w, h)
     for _ in range(int(d(1, 10))):
-        x, y, kind = d(-0.1, 1) * w, d(-0.1, 1) * h, d.pick("bbptloff")
-        if kind == "b":
-            box(cv, d, x, y, unit * d(0.05, 0.4), unit * d(0.05, 0.5))
-        elif kind == "p":
-            box(cv, d, x, d(-0.5, 0.3) * h, unit * d(0.01, 0.06), unit * d(0.3, 1.2))
-        elif kind == "t":                                  # a table
-            wide, tall, cloth = unit * d(0.15, 0.4), unit * d(0.1, 0.3), any_cloth(d, unit, plain=0.8)
-            for left, width, height in ((0, wide, tall * 0.15), (0, wide * 0.1, tall), (wide * 0.9, wide * 0.1, tall)):
-                box(cv, d, x + left, y, width, height, cloth)
-        else:                                              # a chain of balls: a limb, a stone, a bush
-            colour = jitter(d, d.pick(SKINS), 20) if kind == "l" else (d(20, 100), d(70, 150), d(20, 70)) if kind == "f" else any_colour(d)
-            angle, length, r = d(0, 6.3), unit * d(0.1, 0.3), unit * (d(0.015, 0.04) if kind == "l" else d(0.03, 0.09))
-            at = [(math.cos(angle) * t, math.sin(angle) * t) for t in (0, length / 2, length)[:1 if kind == "o" else 3]]
-            if kind == "f":
-                at = [(unit * d(-0.14, 0.14), unit * d(-0.14, 0.14)) for _ in range(10)]
-            for a, b in zip(at[::2], at[1::2] + at[-1:]) if kind == "f" else [(at[0], at[-1])]:
-                table = np.array([(x + p, y + q, r, 0, 0, r * d(0.6, 1.1)) for p, q in (a, b)])
-                cv.tube(table, BACKGROUND, (jitter(d, colour, 25), None))
+        x, y = d(-0.1, 1) * w, d(-0.1, 1) * h
+        d.pick((_crate, _crate, _pole, _table, _limb, _stone, _bush, _bush))(cv, d, x, y, unit)
 
 
-def box(cv: Canvas, d: Dice, x: float, y: float, width: float, height: float, cloth: tuple | None = None):
-    corners = np.array([(x, y), (x + width, y), (x + width, y + height), (x, y + height)])
-    cv.fill(corners[None], BACKGROUND, cloth or any_cloth(d, 200, plain=0.75), d.chance(0.3))
+def _crate(cv: Canvas, d: Dice, x: float, y: float, unit: float):
+    box(cv, d, x, y, unit * d(0.05, 0.4), unit * d(0.05, 0.5))
+
+
+def _pole(cv: Canvas, d: Dice, x: float, y: float, unit: float):
+    box(cv, d, x, y - unit * 0.5, unit * d(0.01, 0.06), unit * d(0.3, 1.2))
+
+
+def _table(cv: Canvas, d: Dice, x: float, y: float, unit: float):
+    wide, tall, cloth = unit * d(0.15, 0.4), unit * d(0.1, 0.3), any_cloth(d, unit, plain=0.8)
+    for left, width, height in ((0, 1, 0.15), (0, 0.1, 1), (0.9, 0.1, 1)):
+        box(cv, d, x + left * wide, y, width * wide, height * tall, cloth)
+
+
+def _limb(cv: Canvas, d: Dice, x: float, y: float, unit: float):
+    angle, length, r = d(0, 6.3), unit * d(0.1, 0.3), unit * d(0.015, 0.04)
+    table = [(x, y, r, 0, 0, r), (x + length * math.cos(angle), y + length * math.sin(angle), r * 0.7, 0, 0, r * 0.7)]
+    cv.tube(np.array(table), BACKGROUND, (jitter(d, d.pick(SKINS), 20), None))
+
+
+def _stone(cv: Canvas, d: Dice, x: float, y: float, unit: float):
+    cv.tube(np.array([(x, y, unit * d(0.03, 0.1), 0, 0, unit * d(0.03, 0.1))]), BACKGROUND, (any_colour(d), None))
+
+
+def _bush(cv: Canvas, d: Dice, x: float, y: float, unit: float):
+    green, r = (d(20, 110), d(70, 150), d(20, 70)), unit * d(0.02, 0.05)
+    for _ in range(6):
+        ends = [(x + unit * d(-0.14, 0.14), y + unit * d(-0.14, 0.14), r, 0, 0, r * d(0.6, 1.1)) for _ in range(2)]
+        cv.tube(np.array(ends), BACKGROUND, (jitter(d, green, 25), None))
 
 
 def pose(d: Dice, h: int, w: int, alone: bool) -> Figure:

@@ -1,4 +1,4 @@
-"""Drawn people: purity, exactness of the labels, frequencies of the classes, and that left and right are the person's."""
+"""Drawn people: purity, exact labels, frequencies of the classes, and that left and right are the person's."""
 
 import hashlib
 import os
@@ -38,8 +38,8 @@ def test_same_bytes_in_any_order_process_and_thread_count():
     assert [digest(*case) for case in reversed(cases)] == here[::-1]
     root = Path(__file__).parents[1]
     for threads in (1, 4):
-        code = f"import cv2, sys; sys.path[:0] = [{str(root)!r}, {str(root / 'tests')!r}]; cv2.setNumThreads({threads}); " \
-               f"import test_synthetic as t; print([t.digest(*case) for case in {cases!r}])"
+        code = f"import cv2, sys; sys.path[:0] = [{str(root)!r}, {str(root / 'tests')!r}]; " \
+               f"cv2.setNumThreads({threads}); import test_synthetic as t; print([t.digest(*c) for c in {cases!r}])"
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                              env={**os.environ, "PYTHONHASHSEED": str(threads)})
         assert run.stdout.strip() == str(here), threads
@@ -130,7 +130,7 @@ def test_left_is_the_persons_left():
 
 
 def test_faces_tell_the_side(drawn):
-    """In the labels themselves: with a large face the right shoe is mostly on the left; with hair only, on the right."""
+    """In the labels: with a large face the right shoe is mostly on the picture's left, with hair alone on its right."""
     right_first = {True: [], False: []}
     for _, label in drawn:
         face, hair = (label == 13).sum(), (label == 2).sum()
