@@ -188,7 +188,7 @@ def _open(url: str, start: int) -> http.client.HTTPResponse:
 
 def _read(response: http.client.HTTPResponse, most: int) -> bytes:
     try:
-        return response.read(min(CHUNK, most))
+        return response.read1(min(CHUNK, most))            # what is there, so that a stop loses nothing
     except (OSError, http.client.HTTPException) as error:
         raise ConnectionFault(f"the connection broke ({error or type(error).__name__})") from None
 
