@@ -287,6 +287,15 @@ def draw_reports(folder: Path, model: SCHNet, pairs, labels: LabelSet, result: d
     return [folder / name for name in ("confusion.png", "classes.png", "best_worst.png")]
 
 
+def _without_nan(value):
+    """JSON knows no nan: the score of a class that never occurs is null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if value != value else value
+
+
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="key=value: overrides of the run's config")
     parser.add_argument("--run", help="folder of a run, or a checkpoint; the newest run if not given")
@@ -324,7 +333,7 @@ def main(argv: list[str] | None = None):
               **{key: result[key] for key in ("pixel_acc", "mean_acc", "miou")},
               "classes": {name: {"iou": iou, "acc": acc} for name, iou, acc in zip(labels.classes, result["iou"], result["acc"])},
               "confusion": matrix.tolist(), "config": dataclasses.asdict(cfg)}
-    (folder / "results.json").write_text(json.dumps(record, indent=1).replace("NaN", "null"))
+    (folder / "results.json").write_text(json.dumps(_without_nan(record), indent=1))
     drawn = draw_reports(folder, model, pairs, labels, result, matrix, per_image, scales, flip_pairs)
     print(table(result, labels, args.tta))
     print(f"{seconds:.3f} s per image; " + ", ".join(str(p) for p in [folder / "results.json", *drawn]))

@@ -1,0 +1,243 @@
+"""evaluate.py: metrics against torchmetrics and counting loops, test-time augmentation against a naive loop over views."""
+
+import math
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import evaluate
+from config import Config
+from datasets import LABEL_SETS
+from evaluate import PAPER, canvas, confusion_matrix, evaluate_split, flip_channels, predict, predict_labels, probabilities, scores
+
+CFG = Config(crop_size=(64, 64), base_size=64, precision="fp32", workers=2)
+
+
+class Pointwise(torch.nn.Module):
+    """A network that is flip-equivariant by construction: 1x1 convolutions, left/right channels tied. Its channels 1 and 2 are
+    a pair: with `tied` they are equal, so a mirrored photo gives the mirrored result with the two exchanged."""
+
+    def __init__(self, num_classes=4, tied=True):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, num_classes, 1)
+        self.cfg = CFG
+        torch.nn.init.normal_(self.conv.weight, std=4.0, generator=torch.Generator().manual_seed(0))
+        if tied:
+            with torch.no_grad():
+                self.conv.weight[2], self.conv.bias[2] = self.conv.weight[1], self.conv.bias[1]
+
+    def forward(self, image):
+        return self.conv(image)
+
+
+class Sided(Pointwise):
+    """Left and right by the side of the image: a mirror exchanges channels 1 and 2 exactly."""
+
+    def forward(self, image):
+        logits = self.conv(image).clone()
+        x = torch.linspace(-1, 1, image.shape[-1]).expand_as(logits[:, 1])
+        logits[:, 1], logits[:, 2] = logits[:, 1] + 3 * x, logits[:, 1] - 3 * x
+        return logits
+
+
+def photo(height, width, seed=0):
+    rng = np.random.default_rng(seed)
+    return cv2.resize(rng.integers(0, 256, (7, 9, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+# ---- metrics
+
+CASES = {
+    "random": lambda g: (torch.randint(0, 6, (3, 20, 30), generator=g), torch.randint(0, 6, (3, 20, 30), generator=g)),
+    "with ignore": lambda g: (torch.randint(0, 6, (40, 40), generator=g),
+                              torch.where(torch.rand(40, 40, generator=g) < 0.3, 255, torch.randint(0, 6, (40, 40), generator=g))),
+    "class absent from the truth": lambda g: (torch.randint(0, 6, (40, 40), generator=g), torch.randint(0, 5, (40, 40), generator=g)),
+    "class absent from both": lambda g: (torch.randint(0, 5, (40, 40), generator=g), torch.randint(0, 5, (40, 40), generator=g)),
+    "one class": lambda g: (torch.full((9, 9), 2), torch.full((9, 9), 2)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_metrics_equal_torchmetrics(name):
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassJaccardIndex
+    pred, label = CASES[name](torch.Generator().manual_seed(0))
+    matrix = confusion_matrix(pred.to(torch.uint8), label.to(torch.uint8), 6)
+    theirs = MulticlassConfusionMatrix(6, ignore_index=255)(pred, label)
+    assert torch.equal(matrix, theirs)
+    ours = scores(matrix)
+    present = [k for k in range(6) if matrix[k].sum() + matrix[:, k].sum() > 0]
+    jaccard = MulticlassJaccardIndex(6, average="none", ignore_index=255)(pred, label)
+    for k in range(6):
+        assert math.isnan(ours["iou"][k]) if k not in present else ours["iou"][k] == pytest.approx(jaccard[k].item(), abs=1e-6)
+    assert ours["miou"] == pytest.approx(jaccard[present].mean().item(), abs=1e-6)
+    micro = MulticlassAccuracy(6, average="micro", ignore_index=255)(pred, label)
+    assert ours["pixel_acc"] == pytest.approx(micro.item(), abs=1e-6)
+    recall = MulticlassAccuracy(6, average="none", ignore_index=255)(pred, label)
+    occurring = [k for k in range(6) if matrix[k].sum() > 0]
+    assert ours["mean_acc"] == pytest.approx(recall[occurring].mean().item(), abs=1e-6)
+
+
+def test_confusion_matrix_by_counting():
+    g = torch.Generator().manual_seed(1)
+    pred, label = torch.randint(0, 3, (50,), generator=g), torch.randint(0, 4, (50,), generator=g)
+    label[label == 3] = 255
+    expected = [[sum(int(p == c and t == r) for p, t in zip(pred, label)) for c in range(3)] for r in range(3)]
+    assert confusion_matrix(pred, label, 3).tolist() == expected
+
+
+def test_everything_ignored_has_no_score():
+    result = scores(confusion_matrix(torch.zeros(5, 5), torch.full((5, 5), 255), 4))
+    assert all(math.isnan(result[key]) for key in ("pixel_acc", "mean_acc", "miou"))
+
+
+def test_the_papers_rows_average_to_its_miou():
+    for (data, tta), row in PAPER.items():
+        if "iou" in row:
+            assert len(row["iou"]) == 20 and np.mean(row["iou"]) == pytest.approx(row["miou"], abs=0.01), (data, tta)
+
+
+def test_table_has_the_papers_order_and_difference():
+    result = {"iou": [0.9] + [0.5] * 19, "acc": [0.95] * 20, "pixel_acc": 0.9, "mean_acc": 0.8, "miou": 0.52}
+    lines = evaluate.table(result, LABEL_SETS["lip"], tta=True).splitlines()
+    assert lines[1].split() == ["Hat", "50.00", "95.00", "73.53", "-23.53"]
+    assert lines[20].split() == ["Background", "90.00", "95.00", "89.71", "+0.29"]
+    assert lines[-1].split() == ["mIoU", "52.00", "paper", "64.25", "(-12.25)"]
+    assert len({len(line) for line in lines[:22]}) == 1
+
+
+# ---- prediction
+
+@pytest.mark.parametrize("height, width", [(64, 64), (100, 50), (50, 100), (7, 200), (1, 1), (333, 250)])
+def test_canvas_keeps_the_aspect_and_pads_as_training(height, width):
+    for scale, side in ((0.75, 64), (1.0, 64), (1.25, 96), (1.5, 96)):
+        padded, (h, w) = canvas(photo(height, width), CFG, scale)
+        assert max(h, w) == round(64 * scale) and padded.shape == (side, side, 3)
+        assert abs(h / w - height / width) <= 0.51 * (1 / w + h / w / w) or 1 in (h, w)
+        assert (padded[h:] == evaluate.MEAN_COLOUR).all() and (padded[:, w:] == evaluate.MEAN_COLOUR).all()
+
+
+def test_canvas_sides_of_the_paper():
+    cfg = Config()
+    assert [canvas(photo(40, 30), cfg, s)[0].shape[0] for s in cfg.tta_scales] == [384, 480, 608, 736]
+
+
+def test_rows_are_the_bilinear_resize():
+    logits = torch.randn(5, 13, 17, generator=torch.Generator().manual_seed(0))
+    for size in ((40, 50), (13, 17), (9, 11), (1, 1)):
+        expected = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0].softmax(0)
+        torch.testing.assert_close(probabilities([logits], size, 0, size[0]), expected, atol=1e-6, rtol=1e-5)
+        strips = torch.cat([probabilities([logits], size, top, min(top + 3, size[0])) for top in range(0, size[0], 3)], 1)
+        torch.testing.assert_close(strips, expected, atol=1e-6, rtol=1e-5)
+
+
+def naive_tta(model, image, scales, flip_pairs):
+    """One view after the other, each for itself, as §4.4 says it."""
+    height, width = image.shape[:2]
+    views = []
+    for scale in scales:
+        for flip in (False, True):
+            padded, (h, w) = canvas(image[:, ::-1] if flip else image, model.cfg, scale)
+            x = torch.from_numpy(padded.copy()).permute(2, 0, 1)[None].float() / 255
+            logits = model(x)[:, :, :h, :w]
+            if flip:
+                swapped = logits.clone()
+                for a, b in flip_pairs:
+                    swapped[:, a], swapped[:, b] = logits[:, b], logits[:, a]
+                logits = swapped.flip(-1)
+            views.append(F.interpolate(logits, (height, width), mode="bilinear", align_corners=False).softmax(1)[0])
+    return torch.stack(views).mean(0)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (90, 60), (64, 128), (50, 123)])
+def test_tta_equals_a_naive_loop_over_views(size):
+    """The mirrored view of the naive loop mirrors the photo before it is resized; ours after: they agree where resizing is
+    symmetric, which bilinear and area resampling are."""
+    model = Sided(tied=False).eval()
+    image = photo(*size)
+    with torch.inference_mode():
+        expected = naive_tta(model, image, (0.75, 1.0, 1.5), [(1, 2)])
+    ours = predict(model, image, (0.75, 1.0, 1.5), [(1, 2)])
+    assert (ours - expected).abs().max() < 0.02                          # uint8 rounding in the resized photo
+    assert (ours - expected).abs().mean() < 1e-3
+    assert torch.allclose(ours.sum(0), torch.ones(size), atol=1e-5)
+
+
+def test_flip_changes_nothing_for_an_equivariant_network():
+    model, image = Pointwise().eval(), photo(70, 64)
+    torch.testing.assert_close(predict(model, image, (1.0,), [(1, 2)]), predict(model, image), atol=1e-5, rtol=1e-4)
+
+
+def test_left_and_right_change_places_in_a_mirror():
+    """A network whose left and right depend on the side: the right swap changes (next to) nothing, a wrong one ruins it."""
+    model, image = Sided().eval(), photo(64, 64)
+    plain = predict(model, image)
+    assert (predict(model, image, (1.0,), [(1, 2)]) - plain).abs().max() < 1e-4
+    for wrong in ([], [(0, 1)], [(2, 3)]):
+        assert (predict(model, image, (1.0,), wrong) - plain).abs().max() > 0.1, wrong
+
+
+def test_flip_channels_of_lip():
+    order = flip_channels(20, LABEL_SETS["lip"].flip_pairs)
+    assert order == [*range(14), 15, 14, 17, 16, 19, 18] and [order[k] for k in order] == list(range(20))
+
+
+def test_labels_in_strips_are_the_argmax(monkeypatch):
+    model, images = Pointwise(tied=False).eval(), [photo(70, 64), photo(33, 90, 1), photo(1, 1, 2)]
+    expected = [predict(model, image, (1.0, 1.5), [(1, 2)]).argmax(0).numpy() for image in images]
+    monkeypatch.setattr(evaluate, "STRIP_BYTES", 4 * 64 * 4 * 5)         # five rows at a time
+    for ours, theirs, image in zip(predict_labels(model, images, (1.0, 1.5), [(1, 2)]), expected, images):
+        assert ours.dtype == np.uint8 and ours.shape == image.shape[:2]
+        assert (ours == theirs).mean() > 0.999                           # a batch of three rounds unlike a batch of one
+
+
+# ---- evaluation
+
+class Pairs(list):
+    def read(self, i):
+        return self[i]
+
+
+def test_evaluation_sums_over_images():
+    rng = np.random.default_rng(0)
+    pairs = Pairs((photo(48 + n, 64, n), rng.integers(0, 4, (48 + n, 64), np.uint8)) for n in range(7))
+    model = Pointwise(tied=False).train()
+    matrix, per_image = evaluate_split(model, pairs, 4, batch=3)
+    assert model.training                                                # as it was
+    expected = sum(confusion_matrix(predict(model, image).argmax(0), torch.from_numpy(label), 4) for image, label in pairs)
+    assert torch.equal(matrix, expected) and matrix.sum() == sum(label.size for _, label in pairs)
+    assert [i for _, i in per_image] == list(range(7))
+    first = confusion_matrix(predict(model, pairs[0][0]).argmax(0), torch.from_numpy(pairs[0][1]), 4)
+    assert per_image[0][0] == pytest.approx(scores(first)["miou"])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_shards_together_are_the_whole(world):
+    """What the processes of a sharded evaluation count adds up to the whole, batch for batch (7 images divide by none)."""
+    rng = np.random.default_rng(0)
+    pairs = Pairs((photo(48 + n, 64, n), rng.integers(0, 4, (48 + n, 64), np.uint8)) for n in range(7))
+    model = Pointwise(tied=False).eval()
+    whole, _ = evaluate_split(model, pairs, 4, batch=2)
+
+    class Alone:                                                         # no process group: each shard by itself
+        all_reduce = staticmethod(lambda *a, **k: None)
+        all_gather_object = staticmethod(lambda out, own, **k: out.__setitem__(slice(None), [own] + [[]] * (len(out) - 1)))
+
+    original, evaluate.dist = evaluate.dist, Alone
+    try:
+        shards = [evaluate_split(model, pairs, 4, batch=2, rank=r, world=world) for r in range(world)]
+    finally:
+        evaluate.dist = original
+    assert torch.equal(sum(matrix for matrix, _ in shards), whole)
+    assert sorted(i for _, part in shards for _, i in part) == list(range(7))
+
+
+def test_a_missing_run_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for argv, words in (([], "holds no run yet"), (["--run", "runs/x"], "no such run"), (["--run", str(Path(__file__))], "not a checkpoint")):
+        with pytest.raises(evaluate.ERRORS) as error:
+            evaluate.main(argv)
+        assert words in str(error.value) and "\n" not in str(error.value)
