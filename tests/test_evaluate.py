@@ -186,7 +186,7 @@ def test_flip_channels_of_lip():
 
 
 def test_labels_in_strips_are_the_argmax(monkeypatch):
-    model, images = Pointwise(tied=False).eval(), [photo(70, 64), photo(33, 90, 1), photo(1, 1, 2)]
+    model, images = Sided(tied=False).eval(), [photo(70, 64), photo(33, 90, 1), photo(1, 1, 2)]
     expected = [predict(model, image, (1.0, 1.5), [(1, 2)]).argmax(0).numpy() for image in images]
     monkeypatch.setattr(evaluate, "STRIP_BYTES", 4 * 64 * 4 * 5)         # five rows at a time
     for ours, theirs, image in zip(predict_labels(model, images, (1.0, 1.5), [(1, 2)]), expected, images):
