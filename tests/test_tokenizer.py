@@ -11,7 +11,7 @@ import torch
 
 from config import Config, ConfigError
 from datasets import LABEL_SETS
-from tokenizer import tokenize
+from tokenizer import END, START, _vocabulary, tokenize
 from weights import WeightsError
 
 PACKAGE = find_spec("open_clip")                           # looked at, not imported
@@ -48,6 +48,13 @@ def test_official_ids():
     assert tokens.shape == (len(OFFICIAL), 77) and tokens.dtype == torch.int64
     for row, ids in zip(tokens, OFFICIAL.values()):
         assert row.tolist() == [49406, *ids, 49407] + [0] * (75 - len(ids))
+
+
+@needs_vocab
+def test_whole_vocabulary(peer):
+    _, ids = _vocabulary(VOCAB)
+    assert len(ids) == 49406 == START and all(peer.encoder[symbol] == n for symbol, n in ids.items())
+    assert END == 49407
 
 
 @needs_vocab
