@@ -98,6 +98,7 @@ def check(cfg: Config, out: Path) -> int:
     for what in dict.fromkeys(what for what, _ in notes):
         files = [file for kind, file in notes if kind == what]
         print(f"\nnote, {what}: {len(files)}\n  " + "\n  ".join(files[:5] + ["..."] * (len(files) > 5)))
+    faults = list(dict.fromkeys(faults))                   # a folder that both splits want is one fault
     if faults:
         print(f"\nfaults: {len(faults)}\n  " + "\n  ".join(faults))
     for path in draw_sheets(cfg, labels, splits, out):
@@ -175,7 +176,7 @@ def inspect_files(photo: str, label_path: str, num_classes: int) -> Pair:
     with Image.open(photo) as image:
         way = orientation(image)
     if way in (2, 3, 4) or (way != 1 and label.shape[0] == label.shape[1]):
-        pair.notes.append(("photos with an EXIF orientation that the label's size cannot confirm, read as stored", photo))
+        pair.notes.append(("photos with an EXIF orientation that the label's size cannot tell, read as stored", photo))
     return _measured(pair, rgb, label)
 
 
@@ -224,12 +225,17 @@ def side_notes(labels: LabelSet) -> list[Note]:
     sides = [(k, lower.index(name.replace("left", "right"))) for k, name in enumerate(lower)
              if "left" in name and name.replace("left", "right") in lower]
     return [("left and right classes that flip_pairs does not name: mirrored samples teach the wrong side",
-             f"[{a}, {b}] {labels.classes[a]}, {labels.classes[b]}") for a, b in sides if frozenset((a, b)) not in pairs]
+             f"[{a}, {b}] {labels.classes[a]}, {labels.classes[b]}")
+            for a, b in sides if frozenset((a, b)) not in pairs]
 
 
 def absent_notes(splits: list[Split], labels: LabelSet) -> list[Note]:
-    return [(f"classes that no photo of {split.name} shows", f"{k} {labels.classes[k]}") for split in splits if split.good()
-            for k in range(len(labels.classes)) if not any(split.pairs[i].counts[k] for i in split.good())]
+    notes = []
+    for split in splits:
+        shown = sum((split.pairs[i].counts for i in split.good()), np.zeros(256, int))
+        notes += [(f"classes that no photo of {split.name} shows", f"{k} {name}")
+                  for k, name in enumerate(labels.classes) if split.good() and not shown[k]]
+    return notes
 
 
 def summary(cfg: Config, split: Split) -> str:

@@ -159,8 +159,8 @@ def open_split(cfg: Config, split: str) -> PairSet | DrawnSet:
 class BatchOrder:
     """Which sample stands where: endless micro-batches, lists of (index, iteration, slot), fixed by the seed.
 
-    Batch `iteration` takes positions iteration * batch_size + slot of an endless row of shuffled epochs. Each rank takes
-    a run of its slots, each accumulation step a part of that: together always the same batch in the same order.
+    Batch `iteration` takes positions iteration * batch_size + slot of an endless row of shuffled epochs. A rank takes a
+    run of its slots, each accumulation step a part of that: together always the same batch in the same order.
     """
 
     def __init__(self, count: int, cfg: Config, rank: int = 0, world: int = 1, start_iter: int = 0):
@@ -225,16 +225,23 @@ def train_loader(cfg: Config, pairs: PairSet | DrawnSet, rank: int = 0, world: i
 
 
 def _raise_faults(loader: DataLoader):
-    try:
-        for batch in loader:
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError("a loader process was ended by the system, usually for want of memory (or of shared memory, "
-                        f"/dev/shm): try fewer workers ({' '.join(str(error).split())})") from None
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if loader.num_workers:                                 # torch's handler raises in whatever the main process is at
+        signal.signal(signal.SIGCHLD, handler)             # when a worker dies; without it, waiting for a batch does
+    while True:
+        try:
+            batch = next(batches)
+        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+            other = isinstance(error, RuntimeError) and "DataLoader worker (" not in str(error)
+            if loader.num_workers == 0 or other or str(error).startswith("Caught"):         # a bug keeps its traceback
+                raise
+            reason = " ".join(f"{type(error).__name__} {error}".split())
+            raise DataError("a loader process was ended by the system, usually for want of memory (or of shared "
+                            f"memory, /dev/shm): try fewer workers ({reason})") from None
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
 
 
 def _start_worker(_):

@@ -71,10 +71,10 @@ def find_split(cfg: Config, split: str) -> Place:
     if not cfg.data_root:
         raise DataError(f"data_root is not set: give the folder of the {cfg.dataset} data (data_root=/path/to/it)")
     root = Path(os.path.abspath(os.path.expanduser(cfg.data_root)))
-    if not os.path.isdir(root):
-        raise DataError(f"data_root {root}: no such folder")
-    if not os.access(root, os.R_OK | os.X_OK):
-        raise DataError(f"data_root {root}: no permission to read it")
+    try:
+        os.scandir(root).close()
+    except OSError as error:
+        raise DataError(f"data_root {root}: {error.strerror.lower()}") from None
     images_at, labels_at, lists_at = _candidates(cfg, split)
     images = _first(root, images_at, os.path.isdir)
     labels = _first(root, labels_at, os.path.isdir)
