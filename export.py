@@ -1,0 +1,170 @@
+"""Export a trained SCHNet to ONNX, checked against PyTorch before the file gets its name.
+
+    python export.py                                     # the newest run -> model.onnx in its folder
+    python export.py --run runs/lip --out lip.onnx --size 480x480 --size 480x320
+
+    image           uint8 (N, H, W, 3), RGB              # any N; H and W are fixed
+    probabilities   float32 (N, K, H, W)
+
+Height and width are fixed because the network's structure follows them: how many of SAM's windows the edges cut, the
+tables of positions, the bins of the pyramid pooling. Nothing is lost by it: prediction always shows the network a canvas
+of one size, with the photo's long side at `base_size` and the rest in the mean colour (examples/onnx_predict.py).
+Several --size give several files, NAME_480x320.onnx. The metadata holds classes, palette and the rest as JSON.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import evaluate
+import synthetic
+import weights
+from datasets import LabelSet
+
+MAX_DIFFERENCE = 1e-4                                      # of probabilities
+MIN_AGREEMENT = 0.999                                      # share of pixels with the same class
+ONE_FILE_BYTES = 1 << 30                                   # larger weights go into a file of their own: ONNX stops at 2 GiB
+
+
+class ExportError(ValueError):
+    """An export that cannot be made or is not right; the message is one line for the user."""
+
+
+class Deployed(nn.Module):
+    """The network with what surrounds it in prediction: bytes in, probabilities out."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(image.permute(0, 3, 1, 2).float() / 255).softmax(1)
+
+
+def export(model: nn.Module, labels: LabelSet, source: Path, target: Path, size: tuple[int, int],
+           opset: int) -> tuple[float, float]:
+    """Write `target` (and `target`.data beside it if it is large); returns the largest difference and the agreement."""
+    model = Deployed(model).eval().requires_grad_(False)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".export", dir=target.parent))
+    try:
+        part = folder / target.name
+        apart = sum(p.nbytes for p in model.state_dict().values()) > ONE_FILE_BYTES
+        program = _translate(model, size, opset)
+        program.model.metadata_props.update(metadata(model.model.cfg, labels, source, size))
+        program.save(part, external_data=apart)
+        difference, agreement = check(model, part, size)
+        if not (difference <= MAX_DIFFERENCE and agreement >= MIN_AGREEMENT):
+            raise ExportError(f"{target} was not written: probabilities differ from PyTorch's by up to {difference:.1e}, "
+                              f"{agreement:.2%} of the pixels have the same class")
+        for file in sorted(folder.iterdir(), key=lambda file: file == part):     # weights before the file that needs them
+            file.replace(target.parent / file.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return difference, agreement
+
+
+def _translate(model: Deployed, size: tuple[int, int], opset: int):
+    image = torch.zeros(2, *size, 3, dtype=torch.uint8)
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    for name in ("torch.onnx", "onnxscript"):              # about the translation's own steps, nothing a user can act on
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            return torch.onnx.export(model, (image,), dynamo=True, opset_version=opset, input_names=["image"],
+                                     output_names=["probabilities"], dynamic_shapes={"image": {0: batch}}, verbose=False)
+    except torch.onnx.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        raise ExportError(f"torch.onnx cannot translate the network: {str(cause).strip().splitlines()[0]}") from error
+
+
+def metadata(cfg, labels: LabelSet, source: Path, size: tuple[int, int]) -> dict[str, str]:
+    """What a program needs to use the file, as JSON values."""
+    values = {"label_set": labels.name, "classes": labels.classes, "palette": labels.palette,
+              "flip_pairs": labels.flip_pairs, "height": size[0], "width": size[1], "base_size": cfg.base_size,
+              "pad_colour": evaluate.MEAN_COLOUR, "normalisation": "inside the network: give RGB bytes",
+              "checkpoint_sha256": weights.sha256(source)}
+    return {key: json.dumps(value) for key, value in values.items()}
+
+
+@torch.inference_mode()
+def check(model: Deployed, path: Path, size: tuple[int, int]) -> tuple[float, float]:
+    """onnxruntime against PyTorch on a drawn figure, on noise, and on both at once."""
+    import onnxruntime
+
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    images = np.stack([synthetic.draw(0, 0, size)[0], noise])
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    difference, same = 0.0, []
+    for batch in (images[:1], images):
+        expected = model(torch.from_numpy(batch)).numpy()
+        found = session.run(["probabilities"], {"image": batch})[0]
+        difference = max(difference, float(np.abs(found - expected).max()))
+        same.append((found.argmax(1) == expected.argmax(1)).mean())
+    return difference, float(min(same))
+
+
+def default_size(cfg) -> tuple[int, int]:
+    """The square that every photo fits into at its prediction size."""
+    side = -(-max(cfg.base_size, *cfg.crop_size) // 32) * 32
+    return side, side
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    if not match or any(int(side) < 32 or int(side) % 32 for side in match.groups()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH in multiples of 32, such as 480x320")
+    return int(match[1]), int(match[2])
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", help="folder of a run, or a checkpoint; the newest run if not given")
+    parser.add_argument("--out", type=Path, help="the file; model.onnx in the run's folder if not given")
+    parser.add_argument("--size", type=_size, action="append", metavar="HxW",
+                        help="height and width in pixels; may be repeated")
+    parser.add_argument("--opset", type=int, default=18, help="ONNX operator set, at least 18 (default: 18)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run's config")
+    args = parser.parse_args(argv)
+    if args.opset < 18:
+        parser.error("--opset must be at least 18")
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ExportError(f"{error.name} is missing: pip install onnx onnxruntime onnxscript") from None
+    model, labels, source = evaluate.load_run(args.run, [*args.overrides, "precision=fp32"], "cpu")
+    sizes = args.size or [default_size(model.cfg)]
+    target = args.out or source.parent / "model.onnx"
+    print(f"{source}: {len(labels.classes)} classes of {labels.name}")
+    for height, width in sizes:
+        path = target if len(sizes) == 1 else target.with_stem(f"{target.stem}_{height}x{width}")
+        difference, agreement = export(model, labels, source, path, (height, width), args.opset)
+        print(f"{path}: {height} x {width}; beside PyTorch the probabilities differ by at most {difference:.1e}, "
+              f"{agreement:.2%} of the pixels have the same class")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ExportError, *evaluate.ERRORS) as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or 'export'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
