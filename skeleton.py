@@ -179,10 +179,13 @@ class Figure:
         return self.skull[0, :2] + np.stack([p[:, 0] * jaw * self.skull[0, 2], -p[:, 1] * self.skull[0, 5]], 1)
 
     def visible(self, start: float, end: float) -> np.ndarray | None:
-        """The part of the angles start..end of a torso section that the viewer sees, in radians, or None."""
+        """What the viewer sees of the angles start..end of a torso section: points of the unit circle, or None."""
         turns = 360 * round((self.facing - (start + end) / 2) / 360)
         low, high = max(start + turns, self.facing - 88), min(end + turns, self.facing + 88)
-        return np.radians(low + (high - low) * STEPS) if high - low > 3 else None
+        if high - low < 3:
+            return None
+        angles = np.radians(low + (high - low) * STEPS)
+        return np.stack([np.cos(angles), np.sin(angles)], 1)
 
     def hem(self, t: float, flare: float) -> np.ndarray:
         """A cross-section around both legs, at the fractional row `t`, in pixels."""
