@@ -7,6 +7,7 @@ Every picture grows to hold its text: nothing is ever cut off.
 import contextlib
 import math
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -140,8 +141,11 @@ def with_legend(picture: np.ndarray, classes: Sequence[str], palette: Palette, s
         high, wide = math.ceil(len(entries) / columns) * step + 2 * gap, columns * column + gap
         return (height + high, max(width, wide)) if below else (max(height, high), width + wide)
 
-    choices = [(columns, below) for columns in range(1, len(entries) + 1) for below in (False, True)]
-    columns, below = min(choices, key=lambda choice: math.hypot(*layout(*choice)))
+    def cost(choice: tuple[int, bool]) -> float:
+        high, wide = layout(*choice)
+        return math.hypot(high, wide) * (1.3 if high > height and wide > width else 1)    # empty strips are ugly
+
+    columns, below = min(((n, below) for n in range(1, len(entries) + 1) for below in (False, True)), key=cost)
     canvas, draw = paper(*layout(columns, below))
     canvas.paste(Image.fromarray(picture), (0, 0))
     left, top = (gap, height + gap) if below else (width + gap, gap)
@@ -217,7 +221,7 @@ def save_palette_png(path: str | Path, label: np.ndarray, palette: Palette):
 
 
 def _save(path: Path, picture: Image.Image, **options):
-    part = path.with_name(f".{path.name[:100]}.{os.getpid()}.part")
+    part = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part")
     try:
         with open(part, "wb") as file:
             picture.save(file, **options)

@@ -1,0 +1,200 @@
+"""Pictures and plots: colours, sizes, nothing cut off, files whole or absent."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import pictures
+import plots
+
+CLASSES = ("Background", "Hat", "Hair", "Upper-clothes")
+PALETTE = ((0, 0, 0), (128, 0, 0), (255, 0, 0), (255, 85, 0))
+
+
+def figure(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """A grey photo, and a label map with a rectangle of class 2 in the middle."""
+    label = np.zeros((height, width), np.uint8)
+    label[height // 4:height * 3 // 4, width // 4:width * 3 // 4] = 2
+    return np.full((height, width, 3), 100, np.uint8), label
+
+
+def edge_is_empty(picture: np.ndarray, top: int = 0, left: int = 0) -> bool:
+    """True if the last two rows and columns, right of `left` and below `top`, are paper: no text runs out of the picture."""
+    return (picture[-2:, left:] == 255).all() and (picture[top:, -2:] == 255).all()
+
+
+def test_colours_are_the_palettes_and_unknown_labels_are_hatched():
+    label = np.array([[0, 1, 2, 3], [255, 4, 254, 0]], np.uint8)
+    rgb = pictures.colourise(label, PALETTE)
+    assert [tuple(v) for v in rgb[0]] == list(PALETTE)
+    assert all(tuple(v) in pictures.HATCH for v in rgb[1, :3]) and tuple(rgb[1, 3]) == PALETTE[0]
+    assert pictures.present(label) == [0, 1, 2, 3, 4, 254, 255]
+
+
+def test_overlay_mixes_colour_and_photo_dims_black_classes_and_outlines():
+    image, label = figure(40, 40)
+    rgb = pictures.overlay(image, label, PALETTE, alpha=0.6)
+    assert np.abs(rgb[20, 20] - [0.4 * 100 + 0.6 * 255, 40, 40]).max() <= 1
+    assert (np.abs(rgb[2, 2].astype(int) - 70) <= 1).all()
+    assert (rgb[10, 10:30] == 255).all() and (rgb[10:30, 10] == 255).all()
+    assert (rgb == 255).all(-1).sum() == 4 * 20 - 1        # one pixel wide, and nowhere else
+    large = pictures.overlay(*figure(2400, 2400), PALETTE)
+    assert (large[1200] == 255).all(-1).sum() == 2 * 4     # lines grow with the picture
+
+
+def test_errors_are_red_and_ignored_pixels_hatched():
+    image, label = figure(16, 16)
+    prediction = label.copy()
+    prediction[0, 0], label[15] = 1, 255
+    prediction[15, 3] = 3
+    rgb = pictures.errors(image, label, prediction)
+    assert (rgb == pictures.WRONG).all(-1).sum() == 1 and tuple(rgb[0, 0]) == pictures.WRONG
+    assert all(tuple(v) in pictures.HATCH for v in rgb[15])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (100, 60), (60, 400), (600, 80), (2600, 3500)])
+@pytest.mark.parametrize("count", [1, 4, 40])
+def test_legend_shows_every_class_and_is_never_cut_off(size: tuple[int, int], count: int):
+    names = [f"{name}-{n}" for n in range(10) for name in CLASSES][:count]
+    palette = [(40 + 5 * n, 200, n) for n in range(count)]
+    picture = np.full((*size, 3), 77, np.uint8)
+    result = pictures.with_legend(picture, names, palette)
+    height, width = size
+    assert (result[:height, :width] == 77).all()
+    beside, below = result[:, width:], result[height:]
+    assert not (beside.size and below.size) or min(size) < 500   # beside or below; a small picture may need both
+    assert edge_is_empty(result, height if below.size else 0, width if beside.size else 0)
+    legend = {tuple(v) for part in (beside, below) for v in np.unique(part.reshape(-1, 3), axis=0)}
+    assert legend >= set(palette)
+    dark = (result.sum(-1) < 150) & ~(result == 77).all(-1)
+    assert dark.sum() > 20 * count                          # there is text
+
+
+def test_legend_lists_what_is_asked_for():
+    image, label = figure(50, 50)
+    label[0, 0] = 255
+    full = pictures.with_legend(image, CLASSES, PALETTE)
+    some = pictures.with_legend(image, CLASSES, PALETTE, shown=pictures.present(label))
+    colours = {tuple(v) for v in np.unique(some.reshape(-1, 3), axis=0)}
+    assert PALETTE[2] in colours and PALETTE[1] not in colours and set(pictures.HATCH) <= colours
+    assert full.shape != some.shape or (full != some).any()
+    assert pictures.with_legend(image, CLASSES, PALETTE, shown=[]).shape == image.shape
+
+
+def test_wrapped_lines_fit_and_keep_the_text():
+    text = "a photo called " + "x" * 90 + " and more words, öäü"
+    for width in (30, 77, 200):
+        lines = pictures.wrap(text, 14, width)
+        assert max(pictures.text_width(line, 14) for line in lines) <= width
+        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert pictures.wrap("", 14, 50) == [""] and pictures.wrap("W", 40, 1) == ["W"]
+
+
+def test_sheet_holds_pictures_of_all_sizes_and_long_texts():
+    colours = [(10, 200, 30), (200, 10, 30), (30, 10, 200)]
+    shapes = [(1, 1), (300, 20), (20, 900)]
+    cells = [np.full((*shape, 3), colour, np.uint8) for shape, colour in zip(shapes, colours)]
+    rows = [cells, [cells[2], None], []]
+    result = pictures.sheet(rows, ["photo", "a title that is much longer than its column " * 2], ["name " * 99, "x" * 400], 120)
+    assert edge_is_empty(result) and (result[:, :2] == 255).all() and (result[:2] == 255).all()
+    for colour in colours:
+        assert (result == colour).all(-1).sum() > 400
+    assert pictures.sheet([]).ndim == 3
+
+
+def test_axes_enclose_the_values_with_round_ticks():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        low = float(rng.normal() * 10.0 ** rng.integers(-6, 6))
+        high = low + float(rng.exponential() * 10.0 ** rng.integers(-6, 6)) + abs(low) * 1e-6
+        first, last, ticks = plots._axis(low, high, 5)
+        span = high - low
+        assert first <= low + 1e-6 * span and last >= high - 1e-6 * span and 2 <= len(ticks) <= 8
+        step = ticks[1] - ticks[0]
+        mantissa = step / 10 ** math.floor(math.log10(step) + 1e-9)
+        assert min(abs(mantissa - m) for m in (1, 2, 2.5, 5)) < 1e-3
+    for low, high in ((0.01, 0.02), (1, 1), (1e-7, 3e4)):
+        first, last, ticks = plots._log_axis(math.log10(low), math.log10(high))
+        assert first <= math.log10(low) + 1e-9 < last and last >= math.log10(high) - 1e-9 and len(ticks) >= 2
+    assert [plots._number(v) for v in (0, 6e-4, 1.5e-4, 60_000, 2500, 0.25, -1)] == [
+        "0", "6e-4", "1.5e-4", "60k", "2500", "0.25", "-1"]
+
+
+def test_curves_draw_every_series_and_survive_odd_values():
+    x = np.arange(100)
+    series = {f"series {n}": (x, n + np.sin(x / 9)) for n in range(5)}
+    odd = {"nan": (x, np.where(x % 7, x, np.nan)), "inf": (x, np.where(x == 3, np.inf, 1.0)), "none": ([], [])}
+    panels = {"many": series, "odd": odd, "empty": {}, "one": {"a": ([5], [2.0])}, "negative": {"a": (x, x - 50.0)}}
+    picture = plots.curves(panels, log=("negative",), smooth=("many",))
+    assert edge_is_empty(picture) and picture.shape == (900, 960, 3)
+    for colour in plots.SERIES[:5]:
+        assert (picture[:300, :480] == colour).all(-1).sum() > 50
+    assert plots.curves({}).shape == (300, 480, 3)
+    assert plots.curves({"one panel": series}).shape == (300, 480, 3)
+
+
+def test_a_rising_line_rises_where_the_axes_say():
+    picture = plots.curves({"line": {"a": ([0, 100], [0.0, 50.0])}})
+    y, x = np.nonzero((picture == plots.SERIES[0]).all(-1))
+    assert np.corrcoef(x, y)[0, 1] < -0.999 and np.ptp(x) > 380 and np.ptp(y) > 180
+
+
+def test_running_mean_is_the_mean_of_its_neighbours():
+    values = np.random.default_rng(0).normal(size=50)
+    values[[0, 7, 8]] = np.nan
+    smooth = plots._running_mean(values, 3)
+    for n, v in enumerate(values):
+        expected = np.nan if np.isnan(v) else np.nanmean(values[max(0, n - 3):n + 4])
+        np.testing.assert_allclose(smooth[n], expected)
+
+
+def test_bars_are_as_long_as_their_values():
+    palette = ((10, 20, 30), (200, 0, 0), (0, 90, 0), (0, 0, 250))
+    picture = plots.bars(CLASSES, [100, 50, math.nan, 0.0], [90, 60, 50, math.nan], palette, "IoU " * 60)
+    assert edge_is_empty(picture)
+    lengths = [np.ptp(np.nonzero((picture == colour).all(-1))[1]) if (picture == colour).all(-1).any() else 0
+               for colour in palette]
+    assert abs(lengths[0] - 2 * lengths[1]) <= 2 and lengths[0] > 400 and lengths[2] == 0
+
+
+def test_confusion_matrix_shades_shares_of_the_truth():
+    matrix = np.array([[90, 10, 0], [0, 5, 5], [0, 0, 0]])
+    picture = plots.confusion_picture(matrix, CLASSES[:3], "title " * 40)
+    assert edge_is_empty(picture)
+    for share, cells in ((0.9, 1), (0.1, 1), (0.5, 2)):
+        area = (picture == plots._shade(share)).all(-1).sum()
+        assert cells * 800 < area <= cells * 35 * 35
+    assert (picture == plots.GRID).all(-1).sum() == 3 * 35 * 35
+    assert plots.confusion_picture(np.eye(60), [f"class {n}" for n in range(60)]).shape[0] > 60 * 36
+
+
+def test_palette_png_keeps_labels_and_colours(tmp_path: Path):
+    label = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    pictures.save_palette_png(tmp_path / "a.png", label, PALETTE)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.mode == "P" and (np.asarray(image) == label).all()
+        rgb = np.asarray(image.convert("RGB"))
+    assert [tuple(v) for v in rgb[0, :4]] == list(PALETTE) and tuple(rgb[15, 15]) == pictures.HATCH[0]
+
+
+def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    image, _ = figure(8, 8)
+    pictures.save_png(tmp_path / "a.png", image)
+    pictures.save_jpeg(tmp_path / "ä b.jpg", image)
+    assert (np.asarray(Image.open(tmp_path / "a.png")) == image).all()
+    before = (tmp_path / "a.png").read_bytes()
+
+    def fail(self, file, **options):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(KeyboardInterrupt):
+        pictures.save_png(tmp_path / "a.png", image)
+    with pytest.raises(KeyboardInterrupt):
+        pictures.save_png(tmp_path / "new.png", image)
+    assert (tmp_path / "a.png").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "ä b.jpg"]
