@@ -1,19 +1,23 @@
 """What a run keeps: checkpoints that are written whole or not at all, and read back without executing anything.
 
-A checkpoint is a plain dict: the trained tensors (BatchNorm statistics and text features included), the optimiser, the iteration,
-the configuration and the label set. Tensors that came unchanged out of an official file (§4.3: CLIP and SAM are frozen) are left
-out; the file is named with its SHA-256, which is checked when the run is loaded. There is no random state to keep: every random
-number of training is a function of (seed, iteration, place in the batch).
+A checkpoint is a plain dict: the trained tensors (BatchNorm statistics and text features included), the optimiser, how
+far the run is, the configuration and the label set. Tensors that came unchanged out of an official file (§4.3: CLIP
+and SAM are frozen) are left out; the file is named with its SHA-256, which is checked when the run is loaded. There is
+no random state to keep: every random number of training is a function of (seed, iteration, place in the batch).
 
     runs/cihp/last.pt       the newest state: model, optimiser, iteration
     runs/cihp/previous.pt   the one before, used when last.pt is damaged
     runs/cihp/best.pt       the best validation mIoU so far, without the optimiser
 """
 
+import contextlib
 import dataclasses
 import os
+import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -52,40 +56,51 @@ def official_files(model: SCHNet) -> dict[str, str]:
     return {f"{prefix}_weights": weights.sha256(getattr(model.cfg, f"{prefix}_weights")) for prefix in sorted(prefixes)}
 
 
-def pack(model: SCHNet, labels: LabelSet, official: dict[str, str], iteration: int, **more) -> dict:
-    """A checkpoint as a plain dict; `more` is what training adds (optimiser, best score, ...)."""
-    return {"format": FORMAT, "iteration": iteration, "model": model_state(model), "official": official,
-            "config": dataclasses.asdict(model.cfg), "labels": dataclasses.asdict(labels), **more}
+def pack(model: SCHNet, labels: LabelSet, official: dict[str, str], training: dict) -> dict:
+    """A checkpoint as a plain dict; `training` is what a run adds (how far it is, the optimiser, ...)."""
+    return {"format": FORMAT, "model": model_state(model), "official": official, "labels": dataclasses.asdict(labels),
+            "config": dataclasses.asdict(model.cfg), **training}
 
 
-def write(path: Path, content: dict):
-    """`content` under `path`, whole or not at all: a temporary file, forced to the disk, renamed."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                             # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else _disk_reason(path, error)
-        raise CheckpointError(f"{path} could not be written ({reason}); what was saved before is untouched") from error
+def write(path: Path, content: dict, keep: Path | None = None):
+    """`content` under `path`, whole or not at all; with `keep`, the file that was there before goes by that name."""
+    _replace(path, lambda file: torch.save(content, file), keep)
 
 
-def _disk_reason(path: Path, error: Exception) -> str:
-    stat = os.statvfs(path.parent)
-    free = stat.f_bavail * stat.f_frsize >> 20
-    return f"{free} MiB free on its disk" if free < 1024 else str(error).splitlines()[0]
+def write_text(path: Path, text: str):
+    _replace(path, lambda file: file.write(text.encode()))
 
 
 def write_last(folder: Path, content: dict):
-    """last.pt, the one before it kept as previous.pt. At any moment one of the two is whole."""
-    fresh = folder / ".fresh.pt"
-    write(fresh, content)
-    if (folder / LAST).exists():
-        os.replace(folder / LAST, folder / PREVIOUS)
-    os.replace(fresh, folder / LAST)
+    """last.pt, the one before it kept as previous.pt: at any moment one of the two is whole."""
+    write(folder / LAST, content, keep=folder / PREVIOUS)
+
+
+def _replace(path: Path, write_to: Callable[[BinaryIO], None], keep: Path | None = None):
+    """A temporary file in the same folder, forced to the disk, renamed."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with open(temporary, "wb") as file:
+            write_to(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                             # torch hides an OSError in a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} could not be written ({_reason(path, error)}); what was saved before is "
+                              "untouched") from error
+
+
+def _reason(path: Path, error: BaseException) -> str:
+    while not isinstance(error, OSError) and error.__context__ is not None:
+        error = error.__context__
+    words = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+    with contextlib.suppress(OSError):
+        words += f", {shutil.disk_usage(path.parent).free / 2 ** 30:.1f} GiB free on that disk"
+    return words
 
 
 def read(path: Path) -> dict:
@@ -98,7 +113,7 @@ def read(path: Path) -> dict:
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception as error:                                           # damage has many faces: BadZipFile, zlib, pickle, ...
+    except Exception as error:                             # damage has many faces: BadZipFile, zlib, pickle, ...
         raise CheckpointError(f"{path}: damaged or not a checkpoint ({type(error).__name__})") from None
     if content is None:
         raise CheckpointError(f"{path}: damaged (the checksum of {damaged} is wrong)")
@@ -107,18 +122,16 @@ def read(path: Path) -> dict:
     return content
 
 
-def read_last(folder: Path) -> tuple[dict, Path, list[str]]:
-    """The newest whole checkpoint of a run to go on from: (content, its path, a warning for each damaged one)."""
-    warnings = []
+def read_last(folder: Path) -> tuple[dict, Path, list[tuple[Path, str]]]:
+    """The newest whole checkpoint of a run to go on from: (content, its path, which were damaged and how)."""
+    damaged = []
     for name in (LAST, PREVIOUS):
         if (folder / name).exists():
             try:
-                return read(folder / name), folder / name, warnings
+                return read(folder / name), folder / name, damaged
             except CheckpointError as error:
-                warnings.append(str(error))
-    if warnings:
-        raise CheckpointError("; ".join(warnings) + "; nothing to go on from")
-    raise CheckpointError(f"{folder}: no checkpoint to go on from (no {LAST})")
+                damaged.append((folder / name, str(error)))
+    raise CheckpointError(f"{folder}: nothing to go on from ({'; '.join(why for _, why in damaged) or f'no {LAST}'})")
 
 
 def newest_run(root: Path = Path("runs")) -> Path:
@@ -143,7 +156,7 @@ def find(run: str | Path | None) -> Path:
 
 
 def restore(content: dict, path: Path, overrides: list[str] | tuple[str, ...] = ()) -> tuple[SCHNet, LabelSet]:
-    """The network of a checkpoint, in evaluation mode on the CPU. `overrides` (`key=value`) may say where files lie now."""
+    """The network of a checkpoint, in evaluation mode on the CPU. `overrides` (`key=value`): where files lie now."""
     values = content["config"] | config.parse_overrides(overrides)
     cfg = config.from_dict(values, source=str(path))
     kept = content["labels"]
@@ -171,8 +184,8 @@ def load_state(model: SCHNet, state: dict[str, Tensor], content: dict, path: Pat
     expected = tuple(key.removesuffix("weights").replace("_", ".") for key in content["official"])
     lost = [name for name in missing if not (expected and name.startswith(expected))]
     if lost or unexpected:
-        raise CheckpointError(f"{path} does not fit its network: {len(lost)} tensors missing, {len(unexpected)} unknown "
-                              f"({(lost + unexpected)[0]}, ...)")
+        raise CheckpointError(f"{path} does not fit its network: {len(lost)} tensors missing, {len(unexpected)} "
+                              f"unknown ({(lost + unexpected)[0]}, ...)")
 
 
 def _tuple(value):

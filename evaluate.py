@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -191,11 +191,12 @@ def _read_ahead(pairs, order: list[int], threads: int) -> Iterator[tuple[int, np
 
 def evaluate_split(model: SCHNet, pairs, num_classes: int, scales: Sequence[float] = (1.0,),
                    flip_pairs: Sequence[tuple[int, int]] | None = None, batch: int = 4, rank: int = 0, world: int = 1,
-                   group=None, progress: bool = False) -> tuple[Tensor, list[tuple[float, int]]]:
+                   group=None, progress: bool = False,
+                   interrupted: Callable[[], bool] = lambda: False) -> tuple[Tensor, list[tuple[float, int]]]:
     """The confusion matrix (K, K) over a whole set and (mIoU, index) of each image, the same on every process.
 
     Images go through the network in the same batches of `batch` however many processes share the work, each batch on one of
-    them: sharded evaluation is exact.
+    them: sharded evaluation is exact. When `interrupted()` becomes true the rest is left out.
     """
     was_training = model.training
     model.eval()
@@ -206,6 +207,8 @@ def evaluate_split(model: SCHNet, pairs, num_classes: int, scales: Sequence[floa
     samples = _read_ahead(pairs, order, model.cfg.workers)
     with tqdm(total=len(order) * world, desc="evaluate", unit="image", disable=not progress, leave=False) as bar:
         for chunk in chunks:
+            if interrupted():
+                break
             indices, images, labels = zip(*islice(samples, len(chunk)))
             for i, pred, label in zip(indices, predict_labels(model, list(images), scales, flip_pairs), labels):
                 counts = confusion_matrix(torch.from_numpy(pred), torch.from_numpy(label), num_classes)

@@ -1,0 +1,171 @@
+"""The processes of a run: how they find and hear each other, what ends them, what they say then.
+
+One process alone, or those that torchrun starts, on one machine or many: gloo on CPUs, NCCL on GPUs.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from config import ConfigError
+from evaluate import ERRORS, pick_device
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; raised on every process alike. The message is one line for the user."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """What a user is told about an error that is no bug; "" for a bug, which keeps its traceback."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (*ERRORS, TrainingError)):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped before training had begun; nothing is lost"
+    if isinstance(error, torch.OutOfMemoryError):
+        return ("out of GPU memory: try checkpointing=true (recomputes the encoder layers in the backward pass), or "
+                "accum_steps=2 (the same batch in two halves)")
+    if isinstance(error, RuntimeError) and "can't allocate memory" in text:
+        return "out of memory: try accum_steps=2 (the same batch in two halves), or fewer workers"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+        return ("a loader process was ended by the system, usually for want of memory (or of shared memory, /dev/shm): "
+                f"try fewer workers ({text})")
+    if _lost_another(error):
+        return "another process of this run has ended; why, it said itself, above or in the log of its machine"
+    return ""
+
+
+def _lost_another(error: BaseException) -> bool:
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+
+
+def end_with(error: BaseException, world: "World | None"):
+    """Leave with one line, said once, and exit code 1 (Ctrl-C: 130). Returns for a bug in a process that is alone."""
+    line = in_one_line(error)
+    code = 130 if isinstance(error, KeyboardInterrupt) else 1
+    alike = world is None or isinstance(error, TrainingError | KeyboardInterrupt) or _lost_another(error)
+    first = world.main if world else int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if line and (first or not alike):
+        print("error" + ("" if first else f" in process {world.rank}") + f": {line}", file=sys.stderr, flush=True)
+    if world is not None and world.size > 1:
+        if not line:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)                                     # the orderly way can wait for others that wait for this one
+    if line:
+        sys.exit(code)
+
+
+def memory(device: torch.device) -> float:
+    """The most memory this process has held, in GiB: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    if sys.platform == "win32":                                          # has no such counter in the standard library
+        return 0.0
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+class World:
+    """This process among the others: torchrun's environment, or one process alone."""
+
+    def __init__(self):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        self.device = pick_device()
+        if self.device.type == "cuda":
+            if self.device.index >= torch.cuda.device_count():
+                raise ConfigError(f"process {self.rank} finds {torch.cuda.device_count()} GPUs: --nproc_per_node must "
+                                  "not be more")
+            torch.cuda.set_device(self.device)
+        self.control = None                                              # a CPU group for counts, scores and messages
+        if self.size > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+            self.control = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+        # torchrun counts restarts per machine, and not those that another machine caused
+        self.restarted = self.sum([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))])[0] > 0
+
+    def say(self, text: str):
+        if self.main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def sum(self, values: list[float]) -> list[float]:
+        """The sum over all processes, the same on each. float64, so that counts stay exact."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def gather(self, value) -> list:
+        """The values of all processes, by rank."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def from_main(self, value):
+        """The main process's value, on every process."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    @contextlib.contextmanager
+    def together(self):
+        """Around what can fail on some processes only, and does not communicate: if one fails all stop, and the main
+        process says why."""
+        mine = None
+        try:
+            yield
+        except ERRORS as error:
+            if self.size == 1:
+                raise
+            mine = str(error)
+        errors = self.gather(mine)
+        failed = [rank for rank, error in enumerate(errors) if error]
+        if failed:
+            everywhere = len(failed) == self.size
+            raise TrainingError(errors[failed[0]] + ("" if everywhere else f" (process {failed[0]})"))
+
+    def close(self):
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask for a stop after the current step; a second one ends the process at once.
+
+    Under torchrun one Ctrl-C can arrive twice, from the terminal and from torchrun: what follows within seconds is
+    the same one.
+    """
+
+    def __init__(self):
+        self.number, self.since = 0, 0.0
+        self.grace = 5.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+
+    def __enter__(self) -> "StopSignal":
+        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, frame):
+        if self.number and time.monotonic() - self.since >= self.grace:
+            os.write(2, f"\nleaving at once, without saving: a second signal, {signal.Signals(number).name}\n".encode())
+            os._exit(128 + number)
+        if not self.number:
+            self.number, self.since = number, time.monotonic()

@@ -1,0 +1,157 @@
+"""The folder of a run. Only the main process opens and writes it: the others may be on machines that do not see it.
+
+    runs/cihp/last.pt, previous.pt, best.pt      see checkpoint.py
+    runs/cihp/config.yaml                        every knob as it was used
+    runs/cihp/log.jsonl                          a line per log_every iterations, and one per validation
+    runs/cihp/curves.png, validation.png         to look at, refreshed as it runs
+"""
+
+import contextlib
+import dataclasses
+import json
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+import checkpoint
+import pictures
+import plots
+from checkpoint import CheckpointError
+from config import Config, ConfigError, to_yaml
+from datasets import DrawnSet, LabelSet, PairSet
+from evaluate import predict_labels
+from model import SCHNet
+from processes import World
+
+# Keys that may change when a run goes on: where things lie, how often something is done, how the work is cut up.
+HARMLESS = {"data_root", "sam_weights", "clip_weights", "vocab", "workers", "log_every", "eval_every", "save_every",
+            "out", "checkpointing", "compile", "tta_scales", "accum_steps"}
+
+LOSSES = ("loss", "ce", "lovasz", "aux")
+
+
+@dataclass
+class Progress:
+    """How far a run is. Saved with the weights: its log and its best score go on as if it had never stopped."""
+    iteration: int = 0
+    validated: int = 0                                     # iteration of the newest validation
+    best_miou: float = -1.0
+    best_iteration: int = 0
+    sums: dict[str, float] = field(default_factory=dict)   # of the losses since the last entry of the log
+    count: int = 0
+    images: int = 0                                        # of the training set
+    seconds: float = 0.0
+
+
+class Run:
+    """The folder, its log and its pictures."""
+
+    def __init__(self, cfg: Config, world: World):
+        self.cfg, self.world = cfg, world
+        self.folder = Path(cfg.out or "runs/demo")
+        self.log = self.folder / "log.jsonl"
+        self.entries: list[dict] = []
+
+    def open(self, resume: bool) -> dict | None:
+        """Make the folder, or find the checkpoint to go on from; a run that is there is never overwritten."""
+        if not self.world.main:
+            return None
+        taken = any((self.folder / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS))
+        if taken and not resume and not self.world.restarted:
+            raise ConfigError(f"{self.folder} already holds a run: go on with --resume, or choose another folder "
+                              "with out=FOLDER")
+        if resume and not taken and not self.world.restarted:
+            raise CheckpointError(f"{self.folder}: no checkpoint to go on from (no {checkpoint.LAST})")
+        content = self._go_on() if taken else None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out: {self.folder} cannot be made ({error.strerror})") from None
+        checkpoint.write_text(self.folder / "config.yaml", to_yaml(self.cfg))
+        self.write_log()                                   # cut back to the checkpoint; empty for a new run
+        return content
+
+    def _go_on(self) -> dict:
+        content, path, damaged = checkpoint.read_last(self.folder)
+        for file, why in damaged:                          # aside: the next save must not put it in the other's place
+            with contextlib.suppress(OSError):
+                file.rename(file.with_suffix(".damaged"))
+            self.world.say(f"warning: {why}; {path} is used")
+        old = content["config"]
+        changed = {key: f"{key} {old.get(key)!r} -> {value!r}" for key, value in vars(self.cfg).items()
+                   if old.get(key) != value}
+        refused = [text for key, text in changed.items() if key not in HARMLESS]
+        if refused:
+            raise ConfigError(f"{path} was trained with another configuration ({', '.join(refused)}): restore it, or "
+                              "start a new run with out=FOLDER")
+        now = content["progress"]
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        self.entries = [entry for entry in map(json.loads, lines)
+                        if entry["iter"] <= (now["validated"] if "miou" in entry else now["iteration"])]
+        self.world.say(f"going on from {path}, iteration {now['iteration']}"
+                       + (f"; changed: {', '.join(changed.values())}" if changed else ""))
+        return content
+
+    def note(self, **entry):
+        """One more line of the log; a score that does not exist (nan) becomes null."""
+        if self.world.main:
+            self.entries.append(json.loads(json.dumps(entry), parse_constant=lambda _: None))
+
+    def write_log(self):
+        """log.jsonl as a whole, so that it never holds half a line."""
+        if self.world.main:
+            checkpoint.write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in self.entries))
+
+    def draw_curves(self):
+        """curves.png from the log: the loss and its parts, the learning rate, the validation scores."""
+        train, val = [e for e in self.entries if "loss" in e], [e for e in self.entries if "miou" in e]
+        at = [e["iter"] for e in train]
+        panels = {"loss": {name: (at, [e[name] for e in train]) for name in LOSSES if train and name in train[0]},
+                  "learning rate": {"lr": (at, [e["lr"] for e in train])}}
+        if val:
+            panels["validation"] = {name: ([e["iter"] for e in val], [e[name] for e in val])
+                                    for name in ("miou", "mean_acc", "pixel_acc")}
+        if train:
+            self._picture("curves.png", lambda: plots.curves(panels, smooth=["loss"]))
+
+    def draw_validation(self, model: SCHNet, pairs: PairSet | DrawnSet, labels: LabelSet, iteration: int):
+        """validation.png: the first photos of the validation set, their labels, what the network makes of them."""
+        def draw() -> np.ndarray:
+            model.eval()
+            rows = []
+            for i in range(min(4, len(pairs))):
+                image, label = pairs.read(i)
+                pred = predict_labels(model, [image])[0]
+                rows.append([image] + [pictures.overlay(image, part, labels.palette) for part in (label, pred)])
+            model.train()
+            sheet = pictures.sheet(rows, titles=["photo", "truth", f"iteration {iteration}"])
+            return pictures.with_legend(sheet, labels.classes, labels.palette, size=16)
+
+        self._picture("validation.png", draw)
+
+    def _picture(self, name: str, draw: Callable[[], np.ndarray]):
+        """A picture is nothing to stop for: where it cannot be written, that is said."""
+        if self.world.main:
+            try:
+                pictures.save_png(self.folder / name, draw())
+            except OSError as error:
+                self.world.say(f"warning: {self.folder / name} could not be written ({error.strerror})")
+
+
+def describe(model: SCHNet, cfg: Config, world: World, count: int) -> str:
+    """The whole configuration, what is about to be trained, and on what."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    each = cfg.batch_size // (world.size * cfg.accum_steps)
+    knobs = " ".join(f"{key}={str(value).replace(' ', '')}" for key, value in dataclasses.asdict(cfg).items())
+    lines = [*textwrap.wrap(knobs, 120, break_long_words=False, break_on_hyphens=False),
+             f"{trained / 1e6:.2f} M parameters trained, {(total - trained) / 1e6:.2f} M frozen; {count} images",
+             f"{cfg.iters} iterations of {cfg.batch_size} images = {world.size} processes x {cfg.accum_steps} steps "
+             f"x {each}, {cfg.precision} on {world.device.type}"]
+    if each % cfg.loss_group:
+        lines.append(f"note: the loss is computed on {each} images at a time or fewer, not on loss_group = "
+                     f"{cfg.loss_group}")
+    return "\n".join(lines)
