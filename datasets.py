@@ -246,7 +246,8 @@ def _raise_faults(loader: DataLoader):
 
 def _start_worker(_):
     cv2.setNumThreads(0)                                   # the workers are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C ends the main process, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)           # both go to a whole group of processes: the main one decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)          # what is still done, and ends its workers
 
 
 if __name__ == "__main__":

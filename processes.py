@@ -35,9 +35,6 @@ def in_one_line(error: BaseException) -> str:
                 "accum_steps=2 (the same batch in two halves)")
     if isinstance(error, RuntimeError) and "can't allocate memory" in text:
         return "out of memory: try accum_steps=2 (the same batch in two halves), or fewer workers"
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
-        return ("a loader process was ended by the system, usually for want of memory (or of shared memory, /dev/shm): "
-                f"try fewer workers ({text})")
     if _lost_another(error):
         return "another process of this run has ended; why, it said itself, above or in the log of its machine"
     return ""
