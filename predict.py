@@ -297,6 +297,9 @@ def main(argv: list[str] | None = None) -> int:
         report.failed.append("out of GPU memory: try a smaller --batch or --size, or --device cpu")
     except OSError as error:
         report.failed.append(f"{error.filename or args.out}: {error.strerror or error}")
+    except evaluate.ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     seconds = time.monotonic() - start
     print(f"{len(report.parsed)} parsed in {seconds:.1f} s" + (f", in {args.out}" if report.parsed else ""))
     if report.failed:
@@ -307,7 +310,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except evaluate.ERRORS as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main())

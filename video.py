@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 import pictures
 
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")      # what is wrong with a video is said here, once and in words
+
 
 class VideoError(ValueError):
     """A video that cannot be used; the message is one line for the user."""

@@ -1,0 +1,348 @@
+"""predict.py and video.py: all kinds of files, names of outputs, exact results, honest reports."""
+
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import evaluate
+import pictures
+import predict
+import video
+from config import Config
+from datasets import LABEL_SETS
+from model import build_model
+from predict import Parser, Report, collect
+
+SMALL = dict(
+    dataset="synthetic", crop_size=(64, 64), base_size=64, sam_weights="", clip_weights="", vocab="", sam_dim=32,
+    sam_depth=4, sam_heads=2, sam_window=3, sam_grid=4, clip_dim=32, clip_depth=4, clip_heads=2, clip_grid=4,
+    clip_taps=(0, 1, 2, 3), clip_embed=16, text_dim=16, text_depth=1, text_heads=2, ftm_tokens=8, prior_dim=8,
+    deform_heads=2, head_dim=16, aux_weight=0.0, tta_scales=(1.0, 1.5))
+PHOTOS = Path(__file__).parents[1] / "../shared/data/photos"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose small random network finds many classes in a photo."""
+    torch.manual_seed(0)
+    labels = LABEL_SETS["lip"]
+    model = build_model(Config(**SMALL), labels.classes)
+    torch.nn.init.normal_(model.head.conv_seg.weight, std=2.0)
+    path = tmp_path_factory.mktemp("runs") / "small"
+    path.mkdir()
+    checkpoint.write(path / checkpoint.LAST, checkpoint.pack(model, labels, {}, {}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def parser(run: Path) -> Parser:
+    return Parser(run)
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return cv2.resize(rng.integers(0, 256, (6, 5, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def read(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def odd_files(folder: Path) -> dict[str, tuple[int, int]]:
+    """The kinds of files people have. Returns the (height, width) a viewer shows, by the name expected in the results."""
+    folder.mkdir()
+    rgb = Image.fromarray(photo(50, 70))
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.png").write_text("not a picture")
+    rgb.save(folder / "whole.jpg")
+    whole = (folder / "whole.jpg").read_bytes()
+    (folder / "truncated.jpg").write_bytes(whole[:len(whole) // 2])
+    rgb.convert("L").save(folder / "grey.png")
+    rgb.convert("RGBA").save(folder / "rgba.png")
+    rgb.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(photo(50, 70)[..., 0].astype(np.uint16) * 257).save(folder / "deep.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rgb.save(folder / "turned.png", exif=exif)
+    Image.new("RGB", (1, 1), "red").save(folder / "one pixel.png")
+    Image.new("RGB", (8000, 40), "green").save(folder / "long.JPG")
+    rgb.save(folder / "Ünï çødé 人.webp")
+    rgb.save(folder / "same.jpg")
+    rgb.save(folder / "same.png")
+    (folder / ".hidden.jpg").write_bytes(b"")
+    (folder / "notes.txt").write_text("no photo, and not called one")
+    return {"whole": (50, 70), "grey": (50, 70), "rgba": (50, 70), "cmyk": (50, 70), "deep": (50, 70), "turned": (70, 50),
+            "one pixel": (1, 1), "long": (40, 8000), "Ünï çødé 人": (50, 70), "same_jpg": (50, 70), "same_png": (50, 70)}
+
+
+def test_odd_files_are_parsed_at_their_size_or_reported(run: Path, tmp_path: Path, capsys):
+    sizes = odd_files(tmp_path / "in")
+    out = tmp_path / "out"
+    assert predict.main([str(tmp_path / "in"), "--run", str(run), "--out", str(out), "--batch", "3"]) == 1
+    assert files(out / "labels") == sorted(f"{name}.png" for name in sizes)
+    assert files(out / "overlays") == sorted(f"{name}.jpg" for name in sizes)
+    for name, size in sizes.items():
+        label = read(out / "labels" / f"{name}.png")
+        assert label.shape == size and label.max() < 20, name
+        with Image.open(out / "overlays" / f"{name}.jpg") as image:
+            assert image.height >= size[0] and image.width >= size[1]
+    with Image.open(out / "labels" / "whole.png") as image:
+        assert image.mode == "P" and image.getpalette()[:60] == [v for c in LABEL_SETS["lip"].palette for v in c]
+    printed = capsys.readouterr()
+    assert "11 parsed" in printed.out and "3 not parsed" in printed.err
+    reports = {line.split(":")[0].split("/")[-1].strip(): line for line in printed.err.splitlines() if "/in/" in line}
+    assert set(reports) == {"empty.jpg", "text.png", "truncated.jpg"}
+    assert "empty" in reports["empty.jpg"] and "not a picture" in reports["text.png"] and "cut off" in reports["truncated.jpg"]
+    assert "same.jpg is called same_jpg" in printed.out
+
+
+def test_colour_modes_and_orientation_change_nothing_else(run: Path, tmp_path: Path, parser: Parser):
+    odd_files(tmp_path / "in")
+    label = parser.parse(tmp_path / "in" / "same.png")
+    assert len(np.unique(label)) > 3                       # the network sees something to get wrong
+    assert (parser.parse(tmp_path / "in" / "rgba.png") == label).all()
+    assert (parser.parse(photo(50, 70)) == label).all()
+    turned = parser.parse(np.ascontiguousarray(np.rot90(photo(50, 70), -1)))     # orientation 6: turn to the right
+    assert (parser.parse(tmp_path / "in" / "turned.png") == turned).all()
+
+
+@pytest.mark.parametrize("size", [(50, 70), (300, 20), (1, 1), (64, 64)])
+@pytest.mark.parametrize("tta", [False, True])
+def test_labels_are_the_argmax_of_the_networks_probabilities(run: Path, tmp_path: Path, monkeypatch, size, tta):
+    image = photo(*size)
+    Image.fromarray(image).save(tmp_path / "x.png")
+    parser = Parser(run, tta=tta)
+    expected = parser.probabilities(image)
+    assert expected.shape == (20, *size)
+    np.testing.assert_allclose(expected.sum(0), 1, atol=1e-5)
+    monkeypatch.setattr(evaluate, "STRIP_BYTES", 4 * 20 * size[1] * 7)           # strips of 7 rows, as a huge photo has
+    arguments = [str(tmp_path / "x.png"), "--run", str(run), "--out", str(tmp_path / "out"), "--masks", "--probs"]
+    assert predict.main(arguments + ["--tta"] * tta) == 0
+    label = read(tmp_path / "out/labels/x.png")
+    best = np.sort(expected, 0)
+    assert (label == expected.argmax(0))[best[-1] - best[-2] > 1e-5].all()
+    assert (parser.parse(image) == label).mean() > 0.999
+    probs = np.load(tmp_path / "out/probs/x.npy")
+    assert probs.dtype == np.float16
+    np.testing.assert_allclose(probs, expected, atol=1e-3)
+    masks = np.stack([read(path) for path in sorted((tmp_path / "out/masks/x").iterdir())])
+    assert masks.shape == (20, *size) and (masks.argmax(0) == label).all() and (np.sort(masks, 0)[-2] == 0).all()
+    assert files(tmp_path / "out/masks/x")[5] == "05_Upper-clothes.png"
+
+
+def test_size_is_the_long_side_the_network_sees(run: Path, monkeypatch):
+    seen = []
+    parser = Parser(run, size=160)
+    forward = parser.model.forward
+    monkeypatch.setattr(parser.model, "forward", lambda image: (seen.append(image.shape), forward(image))[1])
+    parser.parse(photo(50, 100))
+    assert seen == [(1, 3, 96, 160)]
+
+
+def test_names_never_collide(tmp_path: Path):
+    rng = random.Random(0)
+    for _ in range(50):
+        names = [f"{rng.choice(['', 'b/', 'B/'])}{rng.choice(['a', 'A', 'a_jpg', 'a_2'])}{rng.choice(['.jpg', '.JPG', '.png', '.mp4'])}"
+                 for _ in range(12)]
+        jobs = predict._name([(Path(name), name) for name in names])
+        assert len({job.name.lower() for job in jobs}) == len(names)
+        assert [str(job.path) for job in jobs] == names
+    names = ["a.jpg", "b.tar.jpg", "c/a.jpg"]
+    assert [job.name for job in predict._name([(Path(n), n) for n in names])] == ["a", "b.tar", "c/a"]
+
+
+def test_inputs_are_found_once_in_folders_globs_and_by_name(tmp_path: Path, monkeypatch):
+    for name in ("p/a.jpg", "p/deep/b.PNG", "p/clip.mp4", "q/a.jpg", "p/.git/c.jpg", "p/x.txt", "7", "we[i]rd.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    out = Path("out")
+
+    def names(*inputs: str) -> list[str]:
+        report = Report()
+        photos, videos, cameras = collect(list(inputs), out, report)
+        return [job.name for job in photos + videos] + cameras + report.failed
+
+    assert names("p") == ["a", "deep/b", "clip"]
+    assert names("p", "q") == ["p/a", "p/deep/b", "q/a", "p/clip"]
+    assert names("p/a.jpg", "q/a.jpg", "p/../p/a.jpg") == ["a_jpg", "a_jpg_2"]
+    assert names("**/*.jpg") == ["a_jpg", "a_jpg_2", "we[i]rd"]
+    assert names("we[i]rd.jpg", "3", "7") == ["we[i]rd", "7", 3]
+    assert names("gone.jpg", "gone*") == ["gone.jpg: no such file or folder", "gone*: matches no file"]
+    shutil.copytree("p", "out/labels")
+    assert names(".") == ["we[i]rd", "p/a", "p/deep/b", "q/a", "p/clip"]
+    with pytest.raises(ValueError, match="choose another --out"):
+        names("out/labels/a.jpg")
+
+
+def test_results_beside_the_photos_are_not_parsed_again(run: Path, tmp_path: Path):
+    Image.fromarray(photo(20, 30)).save(tmp_path / "x.png")
+    before = (tmp_path / "x.png").read_bytes()
+    for _ in range(2):
+        assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path)]) == 0
+    assert files(tmp_path) == ["labels/x.png", "overlays/x.jpg", "x.png"] and (tmp_path / "x.png").read_bytes() == before
+
+
+def test_interrupt_leaves_whole_files_and_says_so(run: Path, tmp_path: Path, monkeypatch, capsys):
+    for n in range(5):
+        Image.fromarray(photo(20, 30, n)).save(tmp_path / f"{n}.png")
+    work, calls = Parser.parse_batch, []
+
+    def interrupted(self, images):
+        calls.append(len(images))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return work(self, images)
+
+    monkeypatch.setattr(Parser, "parse_batch", interrupted)
+    out = tmp_path / "out"
+    assert predict.main([str(tmp_path), "--run", str(run), "--out", str(out), "--batch", "1"]) == 130
+    assert files(out) == ["labels/0.png", "labels/1.png", "overlays/0.jpg", "overlays/1.jpg"]
+    printed = capsys.readouterr()
+    assert "2 parsed" in printed.out and "stopped" in printed.err
+
+
+def test_a_full_disk_is_one_line(run: Path, tmp_path: Path, monkeypatch, capsys):
+    Image.fromarray(photo(20, 30)).save(tmp_path / "x.png")
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "x_label")
+
+    monkeypatch.setattr(pictures, "save_palette_png", full)
+    assert predict.main([str(tmp_path / "x.png"), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
+    assert "x_label: No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["nothing/"], "nothing/: no such file or folder"), (["."], "no photo or video in ."),
+    (["photo.png", "--run", "nowhere"], "nowhere: no such run"), (["photo.png"], "holds no run yet")])
+def test_mistakes_are_one_line(tmp_path: Path, monkeypatch, capsys, arguments: list[str], words: str):
+    if arguments[0].endswith(".png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    assert predict.main(arguments) == 1
+    printed = capsys.readouterr()
+    assert words in printed.err and printed.err.startswith("error:") and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_the_program_ends_with_the_honest_code(run: Path, tmp_path: Path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"")
+    command = [sys.executable, predict.__file__, str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "bad.png" in done.stderr
+    assert files(tmp_path / "out") == ["labels/good.png", "overlays/good.jpg"]
+
+
+# ---- video
+
+def clip(path: Path, count: int = 7, size: tuple[int, int] = (50, 61)) -> list[np.ndarray]:
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 12, size[::-1])
+    frames = [photo(*size, seed=n) for n in range(count)]
+    for frame in frames:
+        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    writer.release()
+    return frames
+
+
+def opened(path: Path) -> tuple[int, float, tuple[int, int]]:
+    """Frames, rate and size of a video."""
+    capture, frames = cv2.VideoCapture(str(path)), []
+    rate = capture.get(cv2.CAP_PROP_FPS)
+    while (read := capture.read())[0]:
+        frames.append(read[1])
+    return len(frames), rate, frames[0].shape[:2]
+
+
+def test_a_video_keeps_its_length_and_rate(run: Path, tmp_path: Path, parser: Parser):
+    clip(tmp_path / "walk.avi")
+    out = tmp_path / "out"
+    assert predict.main([str(tmp_path), "--run", str(run), "--out", str(out), "--frames", "--batch", "3"]) == 0
+    count, rate, (height, width) = opened(out / "overlays/walk.mp4")
+    assert (count, round(rate, 3)) == (7, 12) and height % 2 == width % 2 == 0 and height >= 50 and width >= 61
+    assert files(out / "labels/walk") == [f"{n:06d}.png" for n in range(1, 8)]
+    capture = cv2.VideoCapture(str(tmp_path / "walk.avi"))
+    for n in range(1, 8):
+        frame = cv2.cvtColor(capture.read()[1], cv2.COLOR_BGR2RGB)
+        assert (read(out / f"labels/walk/{n:06d}.png") == parser.parse(frame)).mean() > 0.99
+    assert files(out / "overlays") == ["walk.mp4"]
+
+
+def test_damaged_videos_are_reported(run: Path, tmp_path: Path, capsys):
+    clip(tmp_path / "whole.avi", 20)
+    data = (tmp_path / "whole.avi").read_bytes()
+    (tmp_path / "noise.mp4").write_bytes(b"no video at all" * 99)
+    (tmp_path / "cut.avi").write_bytes(data[:len(data) // 2])
+    assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
+    report = capsys.readouterr().err.partition("2 not parsed:")[2]
+    assert "noise.mp4: no frame could be read" in report and "cut.avi: ends after" in report and "whole" not in report
+    assert "whole.mp4" in files(tmp_path / "out/overlays") and "noise.mp4" not in files(tmp_path / "out/overlays")
+    assert not [name for name in files(tmp_path / "out") if "part" in name]
+
+
+def test_an_interrupted_video_leaves_nothing(parser: Parser, tmp_path: Path, monkeypatch):
+    clip(tmp_path / "walk.avi")
+    work, calls = parser.overlay, []
+
+    def interrupted(*args):
+        calls.append(0)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return work(*args)
+
+    monkeypatch.setattr(parser, "overlay", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        video.parse_video(parser, tmp_path / "walk.avi", tmp_path / "out.mp4")
+    assert files(tmp_path) == ["walk.avi"]
+
+
+def test_a_webcam_is_recorded_until_ctrl_c(run: Path, tmp_path: Path, monkeypatch):
+    class Camera:
+        def __init__(self, source):
+            assert source == 0
+            self.count = 0
+
+        def get(self, key):
+            return 30.0
+
+        def read(self):
+            self.count += 1
+            if self.count == 6:
+                raise KeyboardInterrupt
+            return True, photo(50, 60, self.count)
+
+        def release(self):
+            pass
+
+    monkeypatch.setattr(cv2, "VideoCapture", Camera)
+    out = tmp_path / "out"
+    assert predict.main(["0", "--run", str(run), "--out", str(out)]) == 0
+    monkeypatch.undo()
+    assert files(out) == ["overlays/webcam_0.mp4"] and opened(out / "overlays/webcam_0.mp4")[0] == 4
+
+
+def test_no_webcam_is_reported(run: Path, tmp_path: Path, capsys):
+    assert predict.main(["97", "--run", str(run), "--out", str(tmp_path)]) == 1
+    assert "webcam 97: no frame could be read" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="the photos for trials are not here")
+def test_real_photos(run: Path, tmp_path: Path):
+    assert predict.main([str(PHOTOS), "--run", str(run), "--out", str(tmp_path)]) == 0
+    for path in PHOTOS.iterdir():
+        with Image.open(path) as image:
+            assert read(tmp_path / "labels" / f"{path.stem}.png").shape == (image.height, image.width)
