@@ -25,6 +25,7 @@ NEUTRALS = ((30, 32, 38), (70, 70, 76), (150, 148, 144), (226, 222, 214), (188, 
 LENSES = ((18, 18, 22), (40, 24, 20), (20, 30, 70), (90, 40, 30))
 
 CIRCLE = np.array([(math.cos(a * math.pi / 6), math.sin(a * math.pi / 6)) for a in range(12)])
+PRINTS = ("", "", "", "stripes", "checks", "dots", "fade", "worn")
 SHADES, SHADES_SMALL = ((np.reshape(sizes, (-1, 1, 1, 1)), lights) for sizes, lights in (
     ((1, 0.8, 0.55), (0.78, 0.92, 1.06)), ((1, 0.65), (0.78, 1.04))))       # a piece's layers: size and light
 GRAIN = np.random.default_rng(0).random((64, 64), np.float32) * 0.45   # of worn cloth
@@ -40,16 +41,18 @@ def any_colour(d: Dice, neutral: float = 0.35) -> tuple:
     return tuple(255 * c for c in colorsys.hsv_to_rgb(d(), d(0.25, 0.9), d(0.3, 0.95)))
 
 
-def any_cloth(d: Dice, scale: float, unlike: tuple = (), neutral: float = 0.35, plain: float = 0.5) -> tuple:
+def any_cloth(d: Dice, scale: float, unlike: tuple = (), neutral: float = 0.35, kinds: tuple = PRINTS) -> tuple:
     """A cloth whose colour differs clearly from those of the cloths `unlike`; `scale`: pixels per body height."""
     for _ in range(8):
         colour = any_colour(d, neutral)
-        if all(sum(abs(a - b) for a, b in zip(colour, other[0])) > 110 for other in unlike):
+        if all(sum(abs(a - b) for a, b in zip(colour, other[0])) > 130 for other in unlike):
             break
-    if d.chance(plain):
+    kind = d.pick(kinds)
+    if not kind:
         return colour, None
-    kind = d.pick(("stripes", "stripes", "checks", "dots", "fade", "worn"))
-    return colour, (kind, any_colour(d), max(3.0, scale * d(0.025, 0.06)), d.pick((0.0, 0.0, math.pi / 2, d(-1, 1))))
+    other = tone((colour, None), 0.45)[0] if kind == "pleats" else any_colour(d)
+    turn = {"pleats": math.pi / 2, "bands": 0.0}.get(kind, d.pick((0.0, 0.0, d(-1, 1))))
+    return colour, (kind, other, max(3.0, scale * d(0.025, 0.06) * (2.2 if kind == "bands" else 1)), turn)
 
 
 def tone(cloth: tuple, factor: float) -> tuple:
@@ -104,8 +107,10 @@ class Canvas:
         ys = np.arange(inside.shape[0], dtype=np.float32)[:, None] + np.float32(y0 - sy)
         along, across = xs * c + ys * s, ys * c - xs * s
         u, v = along - np.floor(along), across - np.floor(across)
-        if kind == "stripes":
+        if kind in ("stripes", "pleats"):
             weight = (u < 0.45) * np.float32(0.9)
+        elif kind == "bands":
+            weight = (u < 0.22) * np.float32(0.9)
         elif kind == "checks":
             weight = ((u < 0.5) * np.float32(1) + (v < 0.5)) * np.float32(0.45)
         elif kind == "dots":
@@ -128,30 +133,35 @@ class Person:
         size = fig.scale
         self.skin = jitter(d, d.pick(SKINS), 10), None
         self.hair = jitter(d, d.pick(HAIRS), 14), None
-        self.top = any_cloth(d, size)
-        self.bottom = any_cloth(d, size, (self.top, self.skin))
-        self.coat = any_cloth(d, size, (self.top, self.bottom), neutral=0.6) if d.chance(0.27) else None
-        self.scarf = any_cloth(d, size, (self.coat or self.top, self.skin)) if d.chance(0.24) else None
-        self.gloves = any_cloth(d, size, (self.coat or self.top, self.skin), plain=0.8) if d.chance(0.26) else None
-        self.shoe = any_cloth(d, size, (self.bottom,), neutral=0.5, plain=0.9)
-        self.sock = any_cloth(d, size, (self.bottom, self.shoe, self.skin)) if d.chance(0.45) else None
-        self.hat = d.pick(("cap", "brim", "beanie")) if d.chance(0.3) else ""
-        self.felt = any_cloth(d, size, (self.hair,))
-        kind = d()
-        self.main = DRESS if kind < 0.12 + 0.14 * fig.woman else JUMPSUITS if kind > 0.84 else UPPER
-        below = SKIRT if d.chance(0.12 + 0.36 * fig.woman) else PANTS
+        kind, below = d(), SKIRT if d.chance(0.15 + 0.4 * fig.woman) else PANTS
+        self.main = DRESS if kind < 0.1 + 0.16 * fig.woman else JUMPSUITS if kind > 0.83 else UPPER
         self.lower = below if self.main == UPPER else self.main
         self.legged = self.lower in (PANTS, JUMPSUITS)
-        self.belted = self.main != UPPER or d.chance(0.45)
-        self.sleeve = 3.0 if self.coat else d.pick((0, d(0.3, 0.45), d(0.5, 0.9), d(0.5, 0.9), d(1.3, 2.2), 3.0, 3.0))
-        self.trouser = d.pick((d(0.45, 0.8), d(0.6, 0.95), d(1.3, 2.2), 3.0, 3.0, 3.0))
-        self.fit, self.wide = d(1.08, 1.3), d(0.95, 1.6)
-        self.sock_top = 3 - d(0.5, 1.8)
+        self.belted = self.main != UPPER or d.chance(0.5)
+        prints = {UPPER: PRINTS, DRESS: ("", "dots", "dots", "fade"), JUMPSUITS: ("bands", "bands", "bands", "")}[self.main]
+        self.top = any_cloth(d, size, (self.skin,), kinds=prints)
+        self.bottom = any_cloth(d, size, (self.top, self.skin), *((0.1, ("pleats",)) if below == SKIRT else
+                                                                  (0.6, ("", "", "worn", "stripes"))))
+        coated, over = d.chance(0.22), (self.top, self.bottom)
+        self.coat = any_cloth(d, size, over, 0.85, ("", "", "worn", "checks")) if coated else None
+        self.scarf = any_cloth(d, size, (*over, self.coat or self.skin), 0, ("stripes",)) if d.chance(0.26) else None
+        self.gloves = any_cloth(d, size, (*over, self.skin), 0.1, ("", "", "dots")) if d.chance(0.28) else None
+        self.shoe = any_cloth(d, size, (self.bottom, self.skin), 0.5, ("",))
+        unlike = (self.bottom, self.shoe, self.skin)
+        self.sock = any_cloth(d, size, unlike, 0.2, ("", "stripes")) if d.chance(0.4) else None
+        self.hat = d.pick(("cap", "brim", "beanie")) if d.chance(0.32) else ""
+        self.felt = any_cloth(d, size, (self.hair, self.skin))
+        self.trim = any_cloth(d, size, over, 0, ("",))     # belts, hems, bands, toe caps
+        bare = (0, d(0.3, 0.45), d(0.5, 0.9), d(0.5, 0.9), d(0.5, 0.9), d(1.3, 2.2), 3.0, 3.0)
+        self.sleeve = 3.0 if self.coat else d.pick(bare)
+        self.trouser = d.pick((d(0.45, 0.8), d(0.45, 0.8), d(0.6, 0.95), d(1.3, 2.0), 3.0, 3.0, 3.0))
+        self.fit, self.wide = d(1.08, 1.3), d(0.95, 1.5)
+        self.sock_top = 3 - d(0.6, 1.6)
         if self.sock and self.legged:
-            self.trouser = min(self.trouser, self.sock_top + d.pick((0.15, d(-0.8, -0.25))))
-        self.boots = not self.sock and d.chance(0.15)
-        self.hem, self.flare = d.pick((d(0.45, 0.8), d(0.7, 1.15), d(1.1, 2.2))), d(1.1, 1.9)
-        self.coat_hem, self.gap = d(0.25, 1.3), d(6, 40) if d.chance(0.8) else -3
+            self.trouser = min(self.trouser, self.sock_top + d.pick((0.15, d(-0.9, -0.3))))
+        self.boots = not self.sock and d.chance(0.12)
+        self.hem, self.flare = d.pick((d(0.45, 0.8), d(0.6, 0.95), d(1.1, 2.0))), d(1.2, 2.0)
+        self.coat_hem, self.gap = d(0.3, 1.3), d(10, 40) if d.chance(0.85) else -3
         self.length = d.pick(("short", "short", "short", "bob", "long", "bald") if fig.woman < 0.4 else
                              ("short", "bob", "bob", "long", "long", "long", "tail", "tail"))
 
@@ -175,50 +185,62 @@ class Person:
             self.cv.tube(table, cls, cloth, arc, shade)
 
     def _legs(self):
-        fig, tube = self.fig, self.cv.tube
-        cloth = self.bottom if self.main == UPPER else self.top
-        for side in sorted((0, 1), key=lambda side: fig.leg_depth[side]):
-            leg, shoe = fig.leg[side], LEFT_SHOE + side
-            tube(leg, LEFT_LEG + side, self.skin)
-            if self.sock:
-                tube(cut(leg, self.sock_top, 3, 1.12), SOCKS, self.sock)
-            tube(fig.foot[side], shoe, self.shoe)
-            if self.boots:
-                tube(cut(leg, self.sock_top, 3, 1.25), shoe, self.shoe)
-            tube(fig.sole[side], shoe, tone(self.shoe, 0.45 if sum(self.shoe[0]) > 330 else 2.4), shade=False)
-            if self.legged:
-                tube(cut(leg, 0, self.trouser, self.fit, self.wide), self.lower, cloth)
+        for side in sorted((0, 1), key=lambda side: self.fig.leg_depth[side]):
+            self._leg(side)
+        torso, cloth = self.fig.torso, self.bottom if self.main == UPPER else self.top
         if self.legged:
-            tube(cut(fig.torso, 4.4, 6, 1.04), self.lower, cloth)
-            self._patch(cut(fig.torso, 5, 6), 88, 92, self.lower, tone(cloth, 0.6))
+            self.cv.tube(cut(torso, 4.4, 6, 1.04), self.lower, cloth)
+            self._patch(cut(torso, 5, 6), 87, 93, self.lower, tone(cloth, 0.5))
             for middle in (-128, -52):                     # back pockets
-                self._patch(cut(fig.torso, 5.1, 5.8, 1.04), middle - 18, middle + 18, self.lower, tone(cloth, 0.6))
+                self._patch(cut(torso, 5.1, 5.8, 1.04), middle - 18, middle + 18, self.lower, tone(cloth, 0.5))
         elif self.lower == SKIRT:
-            tube(np.concatenate([cut(fig.torso, 4.4, 5), fig.hem(self.hem, self.flare)]), SKIRT, cloth)
+            self.cv.tube(np.concatenate([cut(torso, 4.4, 5), self.fig.hem(self.hem, self.flare)]), SKIRT, cloth)
+
+    def _leg(self, side: int):
+        fig, tube = self.fig, self.cv.tube
+        leg, foot, cls, shoe = fig.leg[side], fig.foot[side], LEFT_LEG + side, LEFT_SHOE + side
+        tube(leg, cls, self.skin)
+        knee = tone(self.skin, 1.15 if fig.view[2, 2] > 0 else 0.7)
+        tube(cut(leg, 0.85, 1.15, 0.6), cls, knee, shade=False)
+        if self.sock:
+            tube(cut(leg, self.sock_top, 3, 1.15), SOCKS, self.sock)
+        tube(foot, shoe, self.shoe)
+        if self.boots:
+            tube(cut(leg, self.sock_top, 3, 1.25), shoe, self.shoe)
+        tube(fig.sole[side], shoe, tone(self.shoe, 0.45 if sum(self.shoe[0]) > 330 else 2.4), shade=False)
+        if fig.toe_depth[side] > 0.3:
+            tube(cut(foot, 0, 0.4, 0.9), shoe, self.trim, shade=False)
+        elif fig.toe_depth[side] < -0.3:
+            tube(cut(foot, 2.4, 3, 0.6), shoe, tone(self.shoe, 0.5), shade=False)
+        if self.legged:
+            cloth = self.bottom if self.lower == PANTS else self.top
+            tube(cut(leg, 0, self.trouser, self.fit, self.wide), self.lower, cloth)
 
     def _torso(self):
-        fig, d, cls, dark = self.fig, self.d, self.main, tone(self.top, 0.6)
-        hem = 4.7 if self.belted else 5.5
-        front = cut(fig.torso, 1, hem)
+        fig, d, cls = self.fig, self.d, self.main
+        front = cut(fig.torso, 1, 4.7 if self.belted else 5.5)
         self.cv.tube(front, cls, self.top)
-        style = d.pick(("vee", "buttons", "print", "zip", ""))
+        style = "zip" if cls == JUMPSUITS else d.pick(("vee", "buttons", "print", "zip"))
         if style == "vee":
-            self._patch(cut(fig.torso, 1, 2.4, 1, 0.1), 55, 125, BACKGROUND, self.skin)
+            self._patch(cut(fig.torso, 1, 2.4, 1, 0.1), 50, 130, BACKGROUND, self.skin)
         elif style == "print":
-            self._patch(cut(fig.torso, 2.5, 3.5), 55, 125, cls, (any_colour(d), None))
-        elif style:
-            width = 4 if style == "zip" else 7
-            self._patch(front, 90 - width, 90 + width, cls, dark if style == "zip" else tone(self.top, 1.25))
-        self._patch(cut(fig.torso, 1, 1.35, 1.05), 20, 160, cls, dark)     # collar
+            self._patch(cut(fig.torso, 2.4, 3.6), 50, 130, cls, (any_colour(d), None))
+        else:
+            width = 5 if style == "zip" else 9
+            self._patch(front, 90 - width, 90 + width, cls, tone(self.top, 0.5 if style == "zip" else 1.5))
+        self._patch(cut(fig.torso, 1, 1.5, 1.05), 20, 160, cls, tone(self.top, 0.6))           # collar
+        self._patch(cut(fig.torso, 2.2, 2.4, 1.02), -160, -20, cls, tone(self.top, 0.6))       # yoke behind
 
     def _overall(self):
         """What lies over torso and legs: belt, the bell of a dress, coat."""
         fig = self.fig
         if self.main == DRESS:
-            self.cv.tube(np.concatenate([cut(fig.torso, 4, 5), fig.hem(self.hem, self.flare)]), DRESS, self.top)
+            bell = np.concatenate([cut(fig.torso, 4, 5), fig.hem(self.hem, self.flare)])
+            self.cv.tube(bell, DRESS, self.top)
+            self.cv.tube(cut(bell, 1.75, 2, 1.02), DRESS, self.trim, shade=False)
         if self.belted:
             belt = cut(fig.torso, 4.3, 4.7, 1.06)
-            self._patch(belt, fig.facing - 88, fig.facing + 88, self.lower, tone(self.bottom, 0.7))
+            self._patch(belt, fig.facing - 88, fig.facing + 88, self.lower, self.trim)
         if self.coat:
             table = np.concatenate([cut(fig.torso, 0.8, 5, 1.1, 1.1), fig.hem(self.coat_hem, 1.6)])
             gap, dark = self.gap, tone(self.coat, 0.7)
@@ -240,8 +262,8 @@ class Person:
             cloth, cls = (self.coat, COAT) if self.coat else (self.top, self.main)
             self.cv.tube(cut(arm, 0, self.sleeve, 1.25 if self.coat else 1.14, 1.1), cls, cloth)
         if self.gloves:
-            hand[:, 2:] *= 1.2
-            self.cv.tube(np.concatenate([cut(arm, 2.45, 3, 1.3), hand]), GLOVE, self.gloves)
+            hand[:, 2:] *= 1.25
+            self.cv.tube(np.concatenate([cut(arm, 2.1, 3, 1.3), hand]), GLOVE, self.gloves)
 
     def _neck(self):
         self.cv.tube(self.fig.neck, BACKGROUND, self.skin)
@@ -264,9 +286,9 @@ class Person:
     def _head(self):
         fig, fill = self.fig, self.cv.fill
         if self.scarf:
-            self.cv.tube(cut(fig.torso, 0, 1.1, 1.5, 0.8), SCARF, self.scarf)
+            self.cv.tube(cut(fig.torso, 0, 1.4, 1.7, 0.75), SCARF, self.scarf)
             middle = self.d.pick((70, 90, 110))
-            self._patch(cut(fig.torso, 1, self.d(3.2, 4.4), 1.16), middle - 17, middle + 17, SCARF, self.scarf, True)
+            self._patch(cut(fig.torso, 1, self.d(3.2, 4.4), 1.16), middle - 24, middle + 24, SCARF, self.scarf, True)
         skull, hair = fig.skull[0], self.length != "bald"
         grown = (1.08, 1.02) if hair else (1, 1)
         fill((skull[:2] + CIRCLE * skull[[2, 5]] * grown)[None], *((HAIR, self.hair) if hair else (FACE, self.skin)))
@@ -302,9 +324,9 @@ class Person:
             self._spot(x, 0.1, 0.17, 0.1, FACE, (235, 232, 228))
             self._spot(x, 0.1, 0.09, 0.1, FACE, (40, 28, 24))
             self._spot(x, 0.28, 0.2, 0.04, FACE, hair)
-        if d.chance(0.42):
+        if d.chance(0.45):
             shade = d.pick(LENSES)
-            for x, y, rx, ry in ((-0.42, 0.1, 0.36, 0.26), (0.42, 0.1, 0.36, 0.26), (0, 0.2, 0.9, 0.06)):
+            for x, y, rx, ry in ((-0.43, 0.08, 0.4, 0.3), (0.43, 0.08, 0.4, 0.3), (0, 0.2, 0.95, 0.08)):
                 self._spot(x, y, rx, ry, SUNGLASSES, shade)
 
     def _hat(self):

@@ -95,17 +95,17 @@ class Figure:
     """
 
     def __init__(self, d: Dice):
-        self.woman, self.girth, self.size = d(), d(0.86, 1.22), d(0.94, 1.14)
-        yaw = (180 if d.chance(0.42) else 0) + (85 if d.chance(0.12) else 48) * (d(-1, 1) + d(-1, 1)) / 2
-        bend = d(35, 75) if d.chance(0.07) else d(-4, 14)
-        self.view = rotation(yaw, d(2, 16), d(-7, 7))
-        self.upper = self.view @ rotation(d(-12, 12), bend, d(-7, 7))
-        self.head = self.upper @ rotation(d(-35, 35), d(-12, 14) - 0.5 * bend, d(-12, 12))
+        self.woman, self.girth, self.size = d(), d(0.9, 1.25), d(0.98, 1.16)
+        yaw = (180 if d.chance(0.45) else 0) + (80 if d.chance(0.08) else 40) * (d(-1, 1) + d(-1, 1)) / 2
+        bend = d(30, 60) if d.chance(0.05) else d(-4, 12)
+        self.view = rotation(yaw, d(4, 16), d(-6, 6))
+        self.upper = self.view @ rotation(d(-10, 10), bend, d(-6, 6))
+        self.head = self.upper @ rotation(d(-25, 25), d(-12, 12) - 0.5 * bend, d(-10, 10))
         self.facing = math.degrees(math.atan2(self.upper[2, 2], self.upper[2, 0]))   # section angle towards the viewer
         stance = d.pick(STANCES)[::d.pick((1, -1))]
         arms = (ARMS[0], ARMS[0]) if d.chance(0.2) else (d.pick(ARMS), d.pick(ARMS))
         self.arm, self.hand, self.leg, self.foot, self.sole, self.joints = [], [], [], [], [], []
-        self.arm_depth, self.leg_depth, self.knee_depth = [], [], []
+        self.arm_depth, self.leg_depth, self.knee_depth, self.toe_depth = [], [], [], []
         self._spine()
         for side, arm, leg in zip((1, -1), arms, stance):
             self._arm(d, side, [bone(side, d(*arm[i]), d(*arm[i + 1])) for i in (0, 2)])
@@ -133,16 +133,16 @@ class Figure:
         tips = [palm + along * d(0.015, 0.042) + out * k for k in (-0.018, 0.0, 0.018)]
         thumb = palm + out * 0.034 + along * 0.012
         self.arm.append(rings(self.upper, [shoulder, elbow, elbow + 0.05 * along, wrist],
-                              np.array([0.036, 0.027, 0.028, 0.02]) * g))
+                              np.array([0.038, 0.031, 0.031, 0.023]) * g))
         self.hand.append(rings(self.upper, [wrist, palm, tips[0], palm, tips[1], palm, tips[2], palm, thumb],
-                               [0.02, 0.025, 0.01, 0.025, 0.01, 0.025, 0.01, 0.022, 0.01]))
+                               [0.022, 0.028, 0.011, 0.028, 0.011, 0.028, 0.011, 0.024, 0.012]))
         self.arm_depth.append(self.upper[2] @ (elbow + wrist * 2 - 3 * shoulder * (0, 0.8, 0)) / 3)
 
     def _leg(self, d: Dice, side: int, bones: list):
         hip, shin = np.array([side * 0.05 * self.girth, -0.03, 0]), 0.215 * bones[1]
         knee = hip + 0.225 * bones[0]
         ankle = knee + shin
-        out, tilt = math.radians(d(4, 28)), 0.7 * math.atan2(-shin[2], -shin[1])
+        out, tilt = math.radians(d(8, 34)), 0.7 * math.atan2(-shin[2], -shin[1])
         tilt = tilt if tilt > 0.2 else 0.0                 # a trailing foot stands on its toes
         toe = np.array([side * math.sin(out), -math.sin(tilt), math.cos(out) * math.cos(tilt)])
         down = np.array([0, -math.cos(tilt), -math.sin(tilt)])
@@ -154,6 +154,7 @@ class Figure:
                                [0.02, 0.029, 0.028, 0.025, 0.029]))
         self.sole.append(rings(self.view, np.array([heel, ball, tip]) + down * 0.019, [0.012, 0.013, 0.01]))
         self.leg_depth.append(self.view[2] @ (knee + ankle))
+        self.toe_depth.append(self.view[2] @ toe)
         self.knee_depth.append(self.view[2] @ (knee - hip))
 
     def place(self, scale: float, shift: np.ndarray):

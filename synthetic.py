@@ -27,7 +27,7 @@ def backdrop(d: Dice, rng: np.random.Generator, h: int, w: int) -> np.ndarray:
 
 def box(cv: Canvas, d: Dice, x: float, y: float, width: float, height: float, cloth: tuple | None = None):
     corners = np.array([(x, y), (x + width, y), (x + width, y + height), (x, y + height)])
-    cv.fill(corners[None], BACKGROUND, cloth or any_cloth(d, 200, plain=0.75), d.chance(0.3))
+    cv.fill(corners[None], BACKGROUND, cloth or any_cloth(d, 200), d.chance(0.3))
 
 
 def clutter(cv: Canvas, d: Dice, h: int, w: int):
@@ -49,7 +49,7 @@ def _pole(cv: Canvas, d: Dice, x: float, y: float, unit: float):
 
 
 def _table(cv: Canvas, d: Dice, x: float, y: float, unit: float):
-    wide, tall, cloth = unit * d(0.15, 0.4), unit * d(0.1, 0.3), any_cloth(d, unit, plain=0.8)
+    wide, tall, cloth = unit * d(0.15, 0.4), unit * d(0.1, 0.3), any_cloth(d, unit)
     for left, width, height in ((0, 1, 0.15), (0, 0.1, 1), (0.9, 0.1, 1)):
         box(cv, d, x + left * wide, y, width * wide, height * tall, cloth)
 
@@ -72,13 +72,13 @@ def _bush(cv: Canvas, d: Dice, x: float, y: float, unit: float):
 
 
 def pose(d: Dice, h: int, w: int, alone: bool) -> Figure:
-    """A figure with its place in the picture; one in six is too big for it."""
+    """A figure with its place in the picture; one in eight is too big for it."""
     fig = Figure(d)
     x0, y0, x1, y1 = fig.box()
-    full = d(0.84, 1.02) if alone else d(0.55, 0.92)
+    full = d(0.88, 1.02) if alone else d(0.65, 0.95)
     scale = min(h * full / (y1 - y0), w * (full + 0.05) / (x1 - x0), h * 1.5)
-    if d.chance(0.16):
-        scale *= d(1.15, 1.9)
+    if d.chance(0.12):
+        scale *= d(1.15, 1.8)
     spare = np.array([w - (x1 - x0) * scale, h - (y1 - y0) * scale])
     x, y = spare * (d(-0.05, 1.05), d() if spare[1] > 0 else d.pick((0, 0, 1))) - np.array([x0, y0]) * scale
     middle = fig.torso[3, 0] * scale                       # the chest stays in the picture
@@ -89,14 +89,14 @@ def pose(d: Dice, h: int, w: int, alone: bool) -> Figure:
 def expose(image: np.ndarray, pieces: np.ndarray, d: Dice, rng: np.random.Generator) -> np.ndarray:
     """Dark seams between pieces, light that falls off, a colour cast, noise and blur."""
     h, w = pieces.shape
-    gain = np.linspace(-1, 1, h, dtype=np.float32)[:, None] * np.float32(d(-0.3, 0.3)) + np.float32(d(0.75, 1.2)) \
-        + np.linspace(-1, 1, w, dtype=np.float32) * np.float32(d(-0.3, 0.3))
+    gain = np.linspace(-1, 1, h, dtype=np.float32)[:, None] * np.float32(d(-0.2, 0.2)) + np.float32(d(0.75, 1.2)) \
+        + np.linspace(-1, 1, w, dtype=np.float32) * np.float32(d(-0.2, 0.2))
     seam = np.float32(d(0.75, 1.0))
     gain[1:][pieces[1:] != pieces[:-1]] *= seam
     gain[:, 1:][pieces[:, 1:] != pieces[:, :-1]] *= seam
     cast = np.tile(np.array([d(0.88, 1.12) for _ in range(3)], np.float32), w)
     noise = np.frombuffer(rng.bytes(image.size), np.int8).reshape(h, 3 * w)
-    grain, lift = np.float32(d(0.01, 0.14)), np.float32(d(-15, 15))
+    grain, lift = np.float32(d(0.01, 0.1)), np.float32(d(-15, 15))
     flat = image.reshape(h, 3 * w)
     for y in range(0, h, 32):                              # in bands: larger temporaries cost a page fault a piece
         rows = slice(y, y + 32)
@@ -114,11 +114,11 @@ def draw(seed: int, index: int, size: tuple[int, int] = (480, 480)) -> tuple[np.
     d = Dice(rng)
     cv = Canvas(backdrop(d, rng, h, w), d)
     clutter(cv, d, h, w)
-    count = d.pick((1,) * 15 + (2,) * 3 + (3,) * 2)
+    count = d.pick((1,) * 17 + (2, 2, 3))
     figures = [pose(d, h, w, count == 1) for _ in range(count)]
     for fig in sorted(figures, key=lambda fig: max(table[:, 1].max() for table in fig.foot)):
         Person(cv, fig, d).paint()
-    if d.chance(0.15):                                     # something stands in front
+    if d.chance(0.1):                                      # something stands in front
         pole = d.chance(0.5)
         box(cv, d, d(0, 0.8) * w, -1 if pole else d(0.5, 0.9) * h, w * (d(0.03, 0.09) if pole else d(0.2, 0.6)), 2 * h)
     label = np.take(np.array(cv.classes, np.uint8), cv.pieces)
