@@ -64,59 +64,107 @@ class Resampled:
         return self.kept[grid]
 
 
+class Linear(nn.Linear):
+    """nn.Linear over (B, h, w, C); in fp32 on a CPU the same as a 1x1 convolution, which oneDNN computes and not MKL.
+
+    Two cores of an AMD Zen 5, 900 tokens, 1024 to 3072: 15 ms instead of 29; 4096 to 1024: 20 instead of 38.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if (x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+                and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()):
+            return F.conv2d(x.permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1)
+        return F.linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Self-attention with decomposed relative positions, over the whole grid (window 0) or in windows.
 
-    The official logit of query (y, x) and key (y', x') is q.k / sqrt(d) + q.Rh[y - y'] + q.Rw[x - x']. With
-        q' = [q / sqrt(d), q.Rh[y - 0], q.Rh[y - 1] ..., q.Rw[x - 0], ...]  and  k' = [k, one-hot of y', one-hot of x']
-    it is q'.k', so no N x N bias has to be made.
+    The official logit of query (y, x) and key (y', x') is q.k / sqrt(d) + q.Rh[y - y'] + q.Rw[x - x'].
     """
 
     def __init__(self, dim: int, heads: int, window: int, size: int) -> None:
         super().__init__()
         self.heads = heads
         self.window = window
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * size - 1, dim // heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, dim // heads))
         self.rows = Resampled(expand_relative)
         self.columns = Resampled(expand_relative)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, h, w, C = x.shape
-        H, W = (self.window, self.window) if self.window else (h, w)
-        rows, columns = -(-h // H), -(-w // W)
-        qkv = self.qkv(x)                                                                   # (B, h, w, 3C)
-        if (h, w) != (rows * H, columns * W):
-            padded = self.qkv.bias.to(qkv.dtype).expand(B, rows * H, columns * W, -1).clone()
-            padded[:, :h, :w] = qkv
-            qkv = padded
-        qkv = qkv.reshape(B, rows, H, columns, W, 3, self.heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        q, k, v = qkv.reshape(3, B * rows * columns, self.heads, H, W, -1)                  # 3 x (B', heads, H, W, d)
-        x = self.attend(q, k, v)                                                            # (B', heads, HW, d)
-        x = x.reshape(B, rows, columns, self.heads, H, W, -1).permute(0, 1, 4, 2, 5, 3, 6)
-        x = x.reshape(B, rows * H, columns * W, C)[:, :h, :w]
-        return self.proj(x.contiguous())                   # nn.Linear copies its weight for every row of a cropped view
+        """(B, h, w, C) -> (B, h, w, C). Whole windows are one piece; those that the edges cut are up to three more."""
+        h, w = x.shape[1:3]
+        size = (self.window, self.window) if self.window else (h, w)
+        bands = self.qkv(x).split(spans(h, size[0]), 1)
+        bands = [[self.attend(piece, *size) for piece in band.split(spans(w, size[1]), 2)] for band in bands]
+        return self.proj(torch.cat([torch.cat(band, 2) for band in bands], 1))
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        B, _, H, W, d = q.shape
-        by_row = torch.einsum("bnhwd,hkd->bnhwk", q, self.rows(self.rel_pos_h, H).to(q.dtype))
-        by_column = torch.einsum("bnhwd,wkd->bnhwk", q, self.columns(self.rel_pos_w, W).to(q.dtype))
-        place = F.one_hot(torch.arange(H * W, device=q.device) // W, H), F.one_hot(torch.arange(H * W, device=q.device) % W, W)
-        place = torch.cat(place, 1).to(k.dtype).view(H, W, H + W).expand(B, self.heads, -1, -1, -1)
-        q = torch.cat([q * d ** -0.5, by_row, by_column], -1).flatten(2, 3)
-        k = torch.cat([k, place], -1).flatten(2, 3)
-        spare = -q.shape[-1] % 32
-        q, k, v = F.pad(q, (0, spare)), F.pad(k, (0, spare)), F.pad(v.flatten(2, 3), (0, q.shape[-1] + spare - d))
-        return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
+    def attend(self, qkv: torch.Tensor, H: int, W: int) -> torch.Tensor:
+        """Windows of H x W keys, of which the first (h, w) are tokens and queries: (B, y h, x w, 3C) -> (B, y h, x w, C)."""
+        h, w = min(H, qkv.shape[1]), min(W, qkv.shape[2])
+        qkv = qkv.unflatten(3, (3, self.heads, -1)).unflatten(2, (-1, w)).unflatten(1, (-1, h))  # (B, y, h, x, w, 3, n, d)
+        q, kv = qkv[..., 0, :, :], qkv[..., 1:, :, :]
+        if (h, w) != (H, W):                               # SAM pads with zeros before `qkv`: k and v are its bias there
+            bias = self.qkv.bias.to(kv.dtype).view(3, self.heads, -1)[1:]
+            padded = bias.expand(*kv.shape[:2], H, kv.shape[3], W, -1, -1, -1).clone()
+            padded[:, :, :h, :, :w] = kv
+            kv = padded
+        by_row = torch.einsum("byhxwnd,hkd->byxnhwk", q, self.rows(self.rel_pos_h, H)[:h].to(q.dtype))
+        by_column = torch.einsum("byhxwnd,wkd->byxnhwk", q, self.columns(self.rel_pos_w, W)[:w].to(q.dtype))
+        q = q.permute(0, 1, 3, 5, 2, 4, 6)                                                  # (B, y, x, n, h, w, d)
+        k, v = kv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6)                             # (B, y, x, n, H W, d)
+        x = biased_attention(q, k, v, by_row, by_column)
+        return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+
+
+def spans(size: int, window: int) -> list[int]:
+    """Lengths of what whole windows cover and of the rest."""
+    return [length for length in (size // window * window, size % window) if length]
+
+
+def biased_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, by_row: torch.Tensor,
+                     by_column: torch.Tensor) -> torch.Tensor:
+    """softmax(q.k / sqrt(d) + by_row + by_column) v.
+
+    q (..., h, w, d); k, v (..., H W, d); by_row (..., h, w, H), by_column (..., h, w, W): the terms of a key's row and column.
+    With q' = [q / sqrt(d), by_row, by_column] and k' = [k, one-hot of its row, one-hot of its column] the logit is q'.k': no
+    array of all pairs is made for it, so that a GPU's fused kernels, which take no such array, can run.
+    """
+    d, H, W = q.shape[-1], by_row.shape[-1], by_column.shape[-1]
+    q = q * d ** -0.5
+    fold = q.device.type != "cpu" or q.dtype != torch.float32
+    if fold:
+        place = torch.arange(H * W, device=k.device)
+        place = torch.cat([F.one_hot(place // W, H), F.one_hot(place % W, W)], 1).to(k.dtype)
+        q = torch.cat([q, by_row, by_column], -1)
+        k = torch.cat([k, place.expand(*k.shape[:-1], -1)], -1)
+    if q.device.type != "cpu":
+        return fused_attention(q.flatten(-3, -2), k, v).unflatten(-2, q.shape[-3:-1])
+    k = k.transpose(-1, -2)
+    out = []
+    rows = -(-128 // q.shape[-2])
+    for q, r, c in zip(q.split(rows, -3), by_row.split(rows, -3), by_column.split(rows, -3)):
+        logits = q.flatten(-3, -2) @ k
+        if not fold:
+            logits.view(*q.shape[:-1], H, W).add_(r[..., None]).add_(c[..., None, :])
+        out.append((logits.softmax(-1) @ v).unflatten(-2, q.shape[-3:-1]))
+    return torch.cat(out, -3)
+
+
+def fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    spare = -q.shape[-1] % 32
+    x = F.scaled_dot_product_attention(*(F.pad(t.flatten(0, -4), (0, q.shape[-1] + spare - t.shape[-1])) for t in (q, k, v)), scale=1.0)
+    return x[..., :v.shape[-1]].unflatten(0, q.shape[:-3])
 
 
 class MLP(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.lin1 = nn.Linear(dim, hidden)
-        self.lin2 = nn.Linear(hidden, dim)
+        self.lin1 = Linear(dim, hidden)
+        self.lin2 = Linear(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.lin2(F.gelu(self.lin1(x)))
