@@ -1,0 +1,440 @@
+"""adapter.py against explicit loops, transformers' Deformable DETR and a naive restatement of every part."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import DeformableDetrConfig
+from transformers.models.deformable_detr.modeling_deformable_detr import (DeformableDetrMultiscaleDeformableAttention,
+                                                                          MultiScaleDeformableAttention)
+
+import adapter
+from adapter import Extractor, Injector, MSDeformAttn, SpatialPrior, ViTAdapter, grid_sample_attn, ms_deform_attn
+
+SHAPES = [(3, 5), (4, 2), (1, 1)]
+
+
+def close(a, b, tolerance=1e-10):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def problem(shapes=SHAPES, b=2, q=4, m=3, p=2, d=5, dtype=torch.float64, reach=0.5):
+    """Random values, and locations of which many lie outside the maps."""
+    torch.manual_seed(0)
+    value = torch.randn(b, sum(h * w for h, w in shapes), m, d, dtype=dtype)
+    locations = torch.rand(b, q, m, len(shapes), p, 2, dtype=dtype) * (1 + 2 * reach) - reach
+    weights = torch.rand(b, q, m, len(shapes), p, dtype=dtype)
+    return value.requires_grad_(), shapes, locations.requires_grad_(), weights.requires_grad_()
+
+
+def loops(value, shapes, locations, weights):
+    """One sample after the other: four cells, weighed by nearness, nothing for those outside."""
+    b, _, m, d = value.shape
+    _, q, _, _, points, _ = locations.shape
+    rows = []
+    for i in range(b):
+        for j in range(q):
+            heads = []
+            for k in range(m):
+                total, start = torch.zeros(d, dtype=value.dtype), 0
+                for level, (h, w) in enumerate(shapes):
+                    for p in range(points):
+                        x, y = locations[i, j, k, level, p] * torch.tensor([w, h]) - 0.5
+                        left, top = math.floor(x.item()), math.floor(y.item())
+                        for row in (top, top + 1):
+                            for column in (left, left + 1):
+                                if 0 <= row < h and 0 <= column < w:
+                                    share = (1 - (x - column).abs()) * (1 - (y - row).abs())
+                                    cell = value[i, start + row * w + column, k]
+                                    total = total + weights[i, j, k, level, p] * share * cell
+                    start += h * w
+                heads.append(total)
+            rows.append(torch.cat(heads))
+    return torch.stack(rows).view(b, q, m * d)
+
+
+# ---------------------------------------------------------------------------------------------- deformable attention
+
+
+@pytest.mark.parametrize("form", [ms_deform_attn, grid_sample_attn])
+def test_sampling_against_loops(form):
+    args = problem()
+    inside = (args[2] > 0).all(-1) & (args[2] < 1).all(-1)
+    assert 0 < inside.sum() < inside.numel()
+    out, expected = form(*args), loops(*args)
+    close(out, expected)
+    up = torch.randn_like(out)
+    inputs = (args[0], args[2], args[3])
+    mine, naive = torch.autograd.grad(out, inputs, up), torch.autograd.grad(expected, inputs, up)
+    for a, b in zip(mine, naive, strict=True):
+        close(a, b)
+
+
+def test_sampling_against_numerical_gradient():
+    value, shapes, locations, weights = problem([(2, 3), (1, 2)], b=1, q=2, m=2, p=1, d=2)
+    torch.autograd.gradcheck(lambda v, x, w: ms_deform_attn(v, shapes, x, w), (value, locations, weights))
+
+
+def test_sampling_at_the_real_sizes_against_deformable_detr():
+    shapes = [(60, 60), (30, 30), (15, 15)]
+    value, _, locations, weights = problem(shapes, b=1, q=900, m=16, p=4, d=32, dtype=torch.float32, reach=0.05)
+    sizes = torch.tensor(shapes)
+    expected = MultiScaleDeformableAttention()(value, sizes, shapes, None, locations, weights, 64)
+    out = ms_deform_attn(value, shapes, locations, weights)
+    close(out, expected, 1e-4)
+    up = torch.randn_like(out)
+    for mine, theirs in zip(torch.autograd.grad(out, (value, weights), up),
+                            torch.autograd.grad(expected, (value, weights), up), strict=True):
+        close(mine, theirs, 1e-3)
+
+
+def test_one_input_may_be_constant():
+    value, shapes, locations, weights = problem()
+    full = torch.autograd.grad(ms_deform_attn(value, shapes, locations, weights).sum(), (value, locations))
+    out = ms_deform_attn(value, shapes, locations.detach(), weights.detach())
+    close(torch.autograd.grad(out.sum(), value)[0], full[0])
+    out = ms_deform_attn(value.detach(), shapes, locations, weights.detach())
+    close(torch.autograd.grad(out.sum(), locations)[0], full[1])
+
+
+def test_far_outside_counts_nothing():
+    value, shapes, locations, weights = problem(dtype=torch.float32)
+    for far in (-1e9, -2.0, 3.0, 1e9):
+        out = ms_deform_attn(value, shapes, torch.full_like(locations, far), weights)
+        assert (out == 0).all() and torch.autograd.grad(out.sum(), value)[0].abs().sum() == 0
+    broken = ms_deform_attn(value, shapes, torch.full_like(locations, math.nan), weights)
+    assert broken.isnan().all()                            # visible, but no wild memory access
+
+
+def test_half_precision_is_sampled_in_single():
+    value, shapes, locations, weights = problem(dtype=torch.float32)
+    half = value.bfloat16()
+    out = ms_deform_attn(half, shapes, locations, weights)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, ms_deform_attn(half.float(), shapes, locations, weights).bfloat16())
+
+
+def deformable_detr(levels, dim=32, heads=8, points=4):
+    """transformers' module, and ours with its weights."""
+    config = DeformableDetrConfig(d_model=dim, num_feature_levels=levels)
+    theirs = DeformableDetrMultiscaleDeformableAttention(config, heads, points)
+    ours = MSDeformAttn(dim, levels, heads, points, 1.0)
+    torch.manual_seed(1)
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs.double(), ours.double()
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, [(6, 4)]])
+def test_module_against_deformable_detr(shapes):
+    theirs, ours = deformable_detr(len(shapes))
+    sizes = torch.tensor(shapes)
+    query = torch.randn(2, 7, 32).double()
+    keys = torch.randn(2, int(sizes.prod(1).sum()), 32).double()
+    reference = torch.rand(7, 2).double()
+    expected, _ = theirs(query, encoder_hidden_states=keys, spatial_shapes=sizes, spatial_shapes_list=shapes,
+                         reference_points=reference.view(1, 7, 1, 2).expand(2, 7, len(shapes), 2))
+    close(ours(query, reference, keys, shapes), expected)
+
+
+def test_module_starts_on_a_star():
+    attn = MSDeformAttn(32, 2, 8, 3, 0.5)
+    for linear in (attn.sampling_offsets, attn.attention_weights):
+        torch.nn.init.normal_(linear.weight)
+    attn.reset_parameters()
+    star = torch.tensor([(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]).float()
+    offsets = attn.sampling_offsets(torch.randn(1, 32)).view(8, 2, 3, 2)
+    for level in range(2):
+        for point in range(3):
+            close(offsets[:, level, point], star * (point + 1), 1e-5)
+    assert (attn.attention_weights(torch.randn(1, 32)) == 0).all()
+    assert (attn.output_proj.bias == 0).all() and (attn.value_proj.bias == 0).all()
+    bound = math.sqrt(6 / (32 + 16))
+    assert 0.9 * bound < attn.value_proj.weight.abs().max() <= bound
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="width 48 .* 7 heads"):
+        MSDeformAttn(96, 1, 7, 4, 0.5)
+
+
+# ----------------------------------------------------------------------------------------- the parts, restated naively
+
+
+def shake(module):
+    """Random values everywhere, so that nothing hides behind a zero or a one."""
+    torch.manual_seed(2)
+    for name, p in module.named_parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    for name, buffer in module.named_buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 2)
+    return module.double().eval()
+
+
+def layer_norm(x, norm):
+    mean, var = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
+    return (x - mean) / (var + 1e-6).sqrt() * norm.weight + norm.bias
+
+
+def naive_attention(attn, query, reference, keys, shapes):
+    b, q, _ = query.shape
+    m, levels, p = attn.heads, len(shapes), attn.points
+    value = (keys @ attn.value_proj.weight.T + attn.value_proj.bias).view(b, -1, m, attn.value_proj.out_features // m)
+    offsets = (query @ attn.sampling_offsets.weight.T + attn.sampling_offsets.bias).view(b, q, m, levels, p, 2)
+    logits = (query @ attn.attention_weights.weight.T + attn.attention_weights.bias).view(b, q, m, levels * p)
+    weights = (logits.exp() / logits.exp().sum(-1, keepdim=True)).view(b, q, m, levels, p)
+    locations = torch.empty_like(offsets)
+    for level, (h, w) in enumerate(shapes):
+        for i in range(q):
+            locations[:, i, :, level, :, 0] = reference[i][0] + offsets[:, i, :, level, :, 0] / w
+            locations[:, i, :, level, :, 1] = reference[i][1] + offsets[:, i, :, level, :, 1] / h
+    return loops(value, shapes, locations, weights) @ attn.output_proj.weight.T + attn.output_proj.bias
+
+
+def centres(shapes):
+    return [((j + 0.5) / w, (i + 0.5) / h) for h, w in shapes for i in range(h) for j in range(w)]
+
+
+def tokens(h, w, dim=8, b=2):
+    torch.manual_seed(3)
+    shapes = [(2 * h, 2 * w), (h, w), (h // 2, w // 2)]
+    x = torch.randn(b, h, w, dim).double()
+    return x, torch.randn(b, sum(a * b for a, b in shapes), dim).double(), shapes
+
+
+def test_reference_points():
+    shapes = [(2, 3), (1, 4)]
+    close(adapter.cell_centres(shapes, "cpu", torch.float64), torch.tensor(centres(shapes), dtype=torch.float64))
+    assert adapter.pyramid(6, 4) == [(12, 8), (6, 4), (3, 2)]
+
+
+def test_injector():
+    injector = shake(Injector(8, 2, 2, 0.5))
+    x, c, shapes = tokens(2, 4)
+    update = naive_attention(injector.attn, layer_norm(x, injector.query_norm).view(2, 8, 8), centres([(2, 4)]),
+                             layer_norm(c, injector.feat_norm), shapes)
+    close(injector(x, c, shapes), x + injector.gamma * update.view(2, 2, 4, 8))
+
+
+def test_injector_changes_nothing_at_first():
+    x, c, shapes = tokens(2, 4)
+    assert torch.equal(Injector(8, 2, 2, 0.5).double()(x, c, shapes), x)
+
+
+def naive_ffn(ffn, c, shapes):
+    hidden = c @ ffn.fc1.weight.T + ffn.fc1.bias
+    out, start = torch.zeros_like(hidden), 0
+    for h, w in shapes:
+        for i in range(h):
+            for j in range(w):
+                for di in (-1, 0, 1):
+                    for dj in (-1, 0, 1):
+                        if 0 <= i + di < h and 0 <= j + dj < w:
+                            tap = ffn.dwconv.weight[:, 0, di + 1, dj + 1]
+                            out[:, start + i * w + j] += tap * hidden[:, start + (i + di) * w + j + dj]
+        start += h * w
+    out = out + ffn.dwconv.bias
+    out = out * 0.5 * (1 + torch.erf(out / math.sqrt(2)))
+    return out @ ffn.fc2.weight.T + ffn.fc2.bias
+
+
+def test_extractor():
+    extractor = shake(Extractor(8, 2, 2, 0.5, 0.5, 0.3))
+    x, c, shapes = tokens(2, 4)
+    keys = layer_norm(x.view(2, 8, 8), extractor.feat_norm)
+    with torch.no_grad():
+        query = layer_norm(c, extractor.query_norm)
+        expected = c + naive_attention(extractor.attn, query, centres(shapes), keys, [(2, 4)])
+        expected = expected + naive_ffn(extractor.ffn, layer_norm(expected, extractor.ffn_norm), shapes)
+        close(extractor(x, c, shapes), expected)
+
+
+def test_drop_path_drops_the_ffn_of_whole_samples():
+    extractor = shake(Extractor(8, 2, 2, 0.5, 0.5, 0.25)).train()
+    x, c, shapes = tokens(2, 2)
+    x, c = x[:1].expand(4000, -1, -1, -1), c[:1].expand(4000, -1, -1)
+    with torch.no_grad():
+        out = extractor(x, c, shapes)
+        extractor.drop_path.prob = 1 - 1e-9
+        attended = extractor(x[:1], c[:1], shapes)
+        extractor.eval()
+        full = extractor(x[:1], c[:1], shapes)
+    dropped = (out - attended).abs().flatten(1).amax(1) < 1e-9
+    assert 0.22 < dropped.double().mean() < 0.28
+    close(out[~dropped], (attended + (full - attended) / 0.75).expand(int((~dropped).sum()), -1, -1))
+
+
+def batch_norm(x, bn):
+    view = (1, -1, 1, 1)
+    x = (x - bn.running_mean.view(view)) / (bn.running_var.view(view) + 1e-5).sqrt()
+    return x * bn.weight.view(view) + bn.bias.view(view)
+
+
+def test_spatial_prior():
+    spm = shake(SpatialPrior(8, 2))
+    image = torch.randn(2, 3, 64, 96).double()
+
+    def step(x, conv, bn, stride):
+        return F.conv2d(x, conv.weight, stride=stride, padding=1), bn
+
+    x = image
+    for i, stride in ((0, 2), (3, 1), (6, 1)):
+        x = batch_norm(*step(x, spm.stem[i], spm.stem[i + 1], stride)).clamp(min=0)
+    x = F.max_pool2d(F.pad(x, (1, 1, 1, 1), value=-math.inf), 3, 2)
+    expected = [x]
+    for conv in (spm.conv2, spm.conv3, spm.conv4):
+        expected.append(batch_norm(*step(expected[-1], conv[0], conv[1], 2)).clamp(min=0))
+    linears = (spm.fc1, spm.fc2, spm.fc3, spm.fc4)
+    for out, x, fc, stride in zip(spm(image), expected, linears, (4, 8, 16, 32), strict=True):
+        assert out.shape == (2, 8, 64 // stride, 96 // stride)
+        close(out, torch.einsum("oc,bchw->bohw", fc.weight[:, :, 0, 0], x) + fc.bias.view(1, -1, 1, 1))
+
+
+def test_prior_lays_the_maps_out_as_tokens():
+    net = shake(ViTAdapter(8, 2, 2, 2))
+    image = torch.randn(2, 3, 64, 96).double()
+    c1, c = net.prior(image)
+    m1, *maps = net.spm(image)
+    close(c1, m1)
+    assert c.shape == (2, 96 + 24 + 6, 8)
+    for level, (start, x) in enumerate(zip((0, 96, 120), maps, strict=True)):
+        h, w = x.shape[2:]
+        for i in range(h):
+            for j in range(w):
+                close(c[:, start + i * w + j], x[:, :, i, j] + net.level_embed[level])
+
+
+def enlarge(x, size):
+    """Bilinear, align_corners False, written out along each axis."""
+    for axis in (2, 3):
+        n, out = x.shape[axis], size[axis - 2]
+        slices = []
+        for i in range(out):
+            at = min(max((i + 0.5) * n / out - 0.5, 0), n - 1)
+            low = math.floor(at)
+            slices.append(x.select(axis, low) * (1 - at + low) + x.select(axis, min(low + 1, n - 1)) * (at - low))
+        x = torch.stack(slices, axis)
+    return x
+
+
+def test_fusion():
+    net = shake(ViTAdapter(8, 2, 2, 2))
+    h, w = 4, 6
+    outs = [torch.randn(2, h, w, 8).double() for _ in range(4)]
+    _, c, shapes = tokens(h, w)
+    c1 = torch.randn(2, 8, 4 * h, 4 * w).double()
+    c2, c3, c4 = (part.transpose(1, 2).reshape(2, 8, *shape)
+                  for part, shape in zip(c.split([4 * h * w, h * w, h * w // 4], 1), shapes, strict=True))
+    up = torch.zeros(2, 8, 4 * h, 4 * w).double()
+    for i in range(2):
+        for j in range(2):
+            up[:, :, i::2, j::2] = torch.einsum("co,bchw->bohw", net.up.weight[:, :, i, j], c2)
+    maps = [c1 + up + net.up.bias.view(1, -1, 1, 1), c2, c3, c4]
+    x1, x2, x3, x4 = (out.permute(0, 3, 1, 2) for out in outs)
+    levels = [enlarge(x1, (16, 24)), enlarge(x2, (8, 12)), x3, F.avg_pool2d(x4, 2)]      # half size: the mean of 2 x 2
+    for f, m, x, norm in zip(net.fuse(c1, c, outs), maps, levels, net.norms, strict=True):
+        close(f, batch_norm(m + x, norm))
+
+
+# ------------------------------------------------------------------------------------------------------------ the whole
+
+
+def run(net, image):
+    c1, c = net.prior(image)
+    x = torch.randn(image.shape[0], image.shape[2] // 16, image.shape[3] // 16, c.shape[2], dtype=image.dtype)
+    outs = []
+    for stage in range(4):
+        x = net.inject(stage, x, c)
+        c = net.extract(stage, x, c)
+        outs.append(x)
+    return net.fuse(c1, c, outs)
+
+
+def test_parameter_counts():
+    net = ViTAdapter(1024)
+    assert count(net.injectors) == 4 * 1_645_632 and count(net.extractors) == 6 * 1_781_184
+    assert count(net.injectors[0].attn) == 1_640_512 and count(net.extractors[0].attn) == 1_246_912
+    assert count(net.spm) == 1_760_576
+    assert count(net.up) + count(net.norms) + net.level_embed.numel() == 4_206_592
+    assert count(net) == 23_236_800
+
+
+def test_initialisation():
+    torch.manual_seed(4)
+    net = ViTAdapter(96, 16, 8)
+    assert abs(net.extractors[0].ffn.fc1.weight.std() - 0.02) < 2e-3 and (net.extractors[0].ffn.fc1.bias == 0).all()
+    assert abs(net.spm.conv2[0].weight.std() / math.sqrt(2 / (9 * 32)) - 1) < 0.05
+    assert abs(net.up.weight.std() / math.sqrt(2 / (4 * 96)) - 1) < 0.05
+    assert abs(net.extractors[0].ffn.dwconv.weight.std() / math.sqrt(2 / 9) - 1) < 0.2
+    assert abs(net.level_embed.std() - 1) < 0.15 and (net.up.bias == 0).all()
+    assert all((injector.gamma == 0).all() for injector in net.injectors)
+    assert net.extractors[5].attn.sampling_offsets.bias.abs().max() == 4
+
+
+@pytest.mark.parametrize("size", [(160, 128), (32, 64), (32, 32)])
+def test_sizes_and_gradient(size):
+    net = shake(ViTAdapter(96, 16, 8, drop_path=0.0)).train()        # at its start, zeros keep some gradients from flowing
+    features = run(net, torch.randn(2, 3, *size).double())
+    assert [f.shape for f in features] == [(2, 96, size[0] // s, size[1] // s) for s in (4, 8, 16, 32)]
+    sum((f * torch.randn_like(f)).sum() for f in features).backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+        if size == (160, 128):
+            assert p.grad.abs().sum() > 0, name
+
+
+def test_last_stage_runs_three_extractors():
+    net = shake(ViTAdapter(8, 2, 2, 2))
+    x, c, shapes = tokens(2, 4)
+    for stage in range(3):
+        close(net.extract(stage, x, c), net.extractors[stage](x, c, shapes))
+    expected = c
+    for extractor in net.extractors[3:]:
+        expected = extractor(x, expected, shapes)
+    assert len(net.extractors) == 6
+    close(net.extract(3, x, c), expected)
+
+
+def test_image_sides_must_be_multiples_of_32():
+    with pytest.raises(ValueError, match="48 x 64: pad it to multiples of 32"):
+        ViTAdapter(8, 2, 2, 2).prior(torch.zeros(1, 3, 48, 64))
+
+
+def test_checkpointing_gives_the_same_gradient():
+    net = shake(ViTAdapter(8, 2, 2, 2))
+    x, c, _ = tokens(2, 4)
+    c.requires_grad_()
+
+    def stage(x, c):
+        x = net.inject(0, x, c)
+        return net.extract(3, x, c).square().sum()
+
+    plain = torch.autograd.grad(stage(x, c), [c, *net.extractors[3].parameters()])
+    again = torch.autograd.grad(checkpoint(stage, x, c, use_reentrant=False), [c, *net.extractors[3].parameters()])
+    for a, b in zip(plain, again, strict=True):
+        close(a, b)
+
+
+def test_autocast_stays_close():
+    torch.manual_seed(5)
+    net = ViTAdapter(96, 16, 8).eval()
+    for injector in net.injectors:
+        torch.nn.init.ones_(injector.gamma)
+    image = torch.randn(1, 3, 64, 96)
+    torch.manual_seed(6)
+    single = run(net, image)
+    torch.manual_seed(6)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = run(net, image)
+    for a, b in zip(single, half, strict=True):
+        assert (a - b).norm() < 0.02 * a.norm()
+    sum(f.sum() for f in half).backward()
+    assert all(p.grad is not None for p in net.parameters())
