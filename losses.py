@@ -43,17 +43,18 @@ def lovasz_softmax(logits: torch.Tensor, labels: torch.Tensor, ignore: int = 255
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     probs = logits.softmax(1)                                                            # (B, K, H, W)
     valid = labels != ignore
-    slopes, constant, present = [], 0, 0
+    slopes, cost, present = [], 0, 0
     with torch.no_grad():
         for c, p in enumerate(probs.unbind(1)):                                          # (B, H, W)
             truth = labels == c
             errors = torch.where(truth, 1 - p, p) * valid
             weights = lovasz_weights(errors.flatten(), truth.flatten()).view_as(p) * valid
             slopes.append(torch.where(truth, -weights, weights))                         # of the cost, over p
-            constant = constant + (weights * truth).sum()
+            cost = cost + (weights * errors).sum()
             present = present + truth.any()
         slopes = torch.stack(slopes, dim=1)                                              # (B, K, H, W)
-    return ((probs * slopes).sum() + constant) / present.clamp(min=1)
+    linear = (probs * slopes).sum()                                                      # the cost up to a constant
+    return (cost + (linear - linear.detach())) / present.clamp(min=1)
 
 
 def lovasz_weights(errors: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:

@@ -381,7 +381,7 @@ def test_initialisation():
 
 @pytest.mark.parametrize("size", [(160, 128), (32, 64), (32, 32)])
 def test_sizes_and_gradient(size):
-    net = shake(ViTAdapter(96, 16, 8, drop_path=0.0)).train()        # at its start, zeros keep some gradients from flowing
+    net = shake(ViTAdapter(96, 16, 8, drop_path=0.0)).train()        # at its start, zeros stop some gradients
     features = run(net, torch.randn(2, 3, *size).double())
     assert [f.shape for f in features] == [(2, 96, size[0] // s, size[1] // s) for s in (4, 8, 16, 32)]
     sum((f * torch.randn_like(f)).sum() for f in features).backward()
