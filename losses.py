@@ -18,8 +18,8 @@ def parsing_loss(logits: torch.Tensor, labels: torch.Tensor, lovasz_weight: floa
                  ignore: int = 255) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """CE + lovasz_weight * Lovasz of logits (B, K, H, W) and labels (B, H, W), uint8 or int64; parts without gradient.
 
-    Computed on `group` consecutive images at a time and averaged over the groups: the authors' 16 images on 4 GPUs saw 4
-    at a time, and so the gradient does not depend on how a batch is spread over processes or accumulation steps.
+    Computed on `group` consecutive images at a time and averaged over the groups: the authors' 16 images on 4 GPUs saw
+    4 at a time, and so the gradient does not depend on how a batch is spread over processes or accumulation steps.
     """
     groups = list(zip(logits.split(group), labels.split(group)))
     ce = torch.stack([cross_entropy(x, y, ignore) for x, y in groups]).mean()

@@ -1,0 +1,152 @@
+"""uperhead.py against transformers' UperNet heads with the same weights, and the fusion convolution's plain form."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import UperNetConfig
+from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
+
+from uperhead import FCNHead, UPerHead, conv_of_resized, resize
+
+SIZES = [(24, 16), (12, 8), (6, 4), (3, 2)]
+
+
+def close(a, b, tolerance=1e-10):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def features(dim=8, b=3, sizes=SIZES, dtype=torch.float64):
+    torch.manual_seed(0)
+    return [torch.randn(b, dim, *size, dtype=dtype, requires_grad=True) for size in sizes]
+
+
+def shake(module):
+    """Random values everywhere, so that nothing hides behind a zero or a one."""
+    torch.manual_seed(1)
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 2)
+    return module.double()
+
+
+def transformers_names(state):
+    return {name.replace(".bn.", ".batch_norm.").replace("conv_seg", "classifier"): x for name, x in state.items()}
+
+
+def heads(in_dim=8, dim=6, num_classes=5):
+    """(ours, transformers') of both kinds with the same random weights, in double precision, no dropout."""
+    config = UperNetConfig(hidden_size=dim, auxiliary_channels=dim, auxiliary_num_convs=1, num_labels=num_classes,
+                           auxiliary_in_channels=in_dim)
+    pairs = []
+    for ours, theirs in ((UPerHead(in_dim, dim, num_classes, 0.0), UperNetHead(config, [in_dim] * 4)),
+                         (FCNHead(in_dim, dim, num_classes, 0.0), UperNetFCNHead(config, [in_dim] * 4))):
+        theirs.double().load_state_dict(transformers_names(shake(ours).state_dict()))
+        pairs.append((ours, theirs))
+    return pairs
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("sizes", [SIZES, [(40, 24), (20, 12), (10, 6), (5, 3)], [(8, 8), (4, 4), (2, 2), (1, 1)]])
+def test_upernet_against_transformers(train, sizes):
+    (ours, theirs), _ = heads()
+    ours.train(train), theirs.train(train)
+    f = features(sizes=sizes)
+    out, expected = ours(f), theirs(f)
+    assert out.shape == (3, 5, *sizes[0])
+    close(out, expected)
+    up = torch.randn_like(out)
+    parameters = dict(ours.named_parameters())
+    others = dict(theirs.named_parameters())
+    mine = torch.autograd.grad(out, [*f, *parameters.values()], up)
+    naive = torch.autograd.grad(expected, [*f, *[others[name] for name in transformers_names(parameters)]], up)
+    for a, b in zip(mine, naive, strict=True):
+        close(a, b, 1e-8)
+    buffers = dict(theirs.named_buffers())
+    for name, buffer in transformers_names(dict(ours.named_buffers())).items():
+        close(buffer, buffers[name])
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_fcn_against_transformers(train):
+    _, (ours, theirs) = heads()
+    ours.train(train), theirs.train(train)
+    f = features()
+    out, expected = ours(f[2]), theirs(f)
+    close(out, expected)
+    up = torch.randn_like(out)
+    mine, naive = torch.autograd.grad(out, ours.parameters(), up), torch.autograd.grad(expected, theirs.parameters(), up)
+    for a, b in zip(mine, naive, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, [(7, 9), (5, 4), (3, 3), (1, 1)], [(4, 4), (9, 8)]])
+def test_convolution_before_resizing(sizes):
+    maps = features(sizes=sizes)
+    weight = torch.randn(4, 8 * len(sizes), 3, 3, dtype=torch.float64)
+    joined = torch.cat([resize(x, sizes[0]) for x in maps], dim=1)
+    close(conv_of_resized(maps, weight, sizes[0]), F.conv2d(joined, weight, padding=1))
+
+
+def test_parameter_counts_and_names():
+    head = UPerHead(1024, 512, 20)
+    assert count(head) == 34_363_412
+    assert count(FCNHead(1024, 256, 20)) == 2_364_948
+    convs = ["bottleneck", "fpn_bottleneck"] + [f"psp_modules.{i}.1" for i in range(4)]
+    convs += [f"{name}.{i}" for name in ("lateral_convs", "fpn_convs") for i in range(3)]
+    names = {f"{conv}.{name}" for conv in convs for name in ("conv.weight", "bn.weight", "bn.bias")}
+    assert {name for name, _ in head.named_parameters()} == names | {"conv_seg.weight", "conv_seg.bias"}
+    assert head.bottleneck.conv.weight.shape == (512, 3072, 3, 3)
+    assert head.fpn_bottleneck.conv.weight.shape == (512, 2048, 3, 3)
+
+
+def test_initialisation():
+    torch.manual_seed(2)
+    head = UPerHead(64, 64, 20)
+    for module, fan_out in ((head.fpn_bottleneck, 64 * 9), (head.lateral_convs[0], 64)):
+        assert abs(module.conv.weight.std() / (2 / fan_out) ** 0.5 - 1) < 0.05
+        assert (module.bn.weight == 1).all() and (module.bn.bias == 0).all()
+    assert abs(head.conv_seg.weight.std() / 0.01 - 1) < 0.1 and (head.conv_seg.bias == 0).all()
+
+
+def test_one_image_per_process_is_refused_in_training_only():
+    head = UPerHead(8, 6, 5)
+    f = features(b=1, dtype=torch.float32)
+    with pytest.raises(ValueError, match="at least 2 images per process"):
+        head(f)
+    assert head.eval()(f).isfinite().all()
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm(head.train())          # sees the other processes' images: allowed
+    assert not isinstance(head.psp_modules[0][1].bn, torch.nn.BatchNorm2d)
+
+
+def test_dropout_drops_whole_channels():
+    for head in (UPerHead(8, 60, 5, dropout=0.5), FCNHead(8, 60, 5, dropout=0.5)):
+        seen = []
+        head.conv_seg.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        f = features(dtype=torch.float32)
+        head.train()(f if isinstance(head, UPerHead) else f[2])
+        dropped = (seen[0] == 0).flatten(2).all(-1)
+        assert 0.3 < dropped.float().mean() < 0.7
+
+
+def test_layout_of_the_input_does_not_matter():
+    (head, _), _ = heads()
+    f = features()
+    close(head.eval()([x.contiguous(memory_format=torch.channels_last) for x in f]), head(f))
+
+
+def test_half_precision_stays_close():
+    torch.manual_seed(3)
+    head = UPerHead(32, 24, 5).eval()
+    f = features(32, dtype=torch.float32)
+    exact = head(f)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = head(f)
+    assert (half - exact).norm() < 0.02 * exact.norm()
+    head.bfloat16()
+    assert (head([x.bfloat16() for x in f]) - exact).norm() < 0.02 * exact.norm()
