@@ -78,6 +78,10 @@ def export(model: nn.Module, labels: LabelSet, source: Path, target: Path, size:
 
 
 def _translate(model: Deployed, size: tuple[int, int], opset: int):
+    """An ONNX program. Of onnxscript's optimiser only what onnxruntime needs: all of it would take time in the square of
+    the network's depth, and onnxruntime fuses by itself (the same speed either way)."""
+    from onnxscript import optimizer
+
     image = torch.zeros(2, *size, 3, dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=1024)
     for name in ("torch.onnx", "onnxscript"):              # about the translation's own steps, nothing a user can act on
@@ -85,11 +89,16 @@ def _translate(model: Deployed, size: tuple[int, int], opset: int):
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            return torch.onnx.export(model, (image,), dynamo=True, opset_version=opset, input_names=["image"],
-                                     output_names=["probabilities"], dynamic_shapes={"image": {0: batch}}, verbose=False)
+            program = torch.onnx.export(
+                model, (image,), dynamo=True, opset_version=opset, input_names=["image"], output_names=["probabilities"],
+                dynamic_shapes={"image": {0: batch}}, optimize=False, verbose=False)
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
         raise ExportError(f"torch.onnx cannot translate the network: {str(cause).strip().splitlines()[0]}") from error
+    optimizer.inline(program.model)
+    optimizer.fold_constants(program.model)
+    optimizer.remove_unused_nodes(program.model)
+    return program
 
 
 def metadata(cfg, labels: LabelSet, source: Path, size: tuple[int, int]) -> dict[str, str]:
