@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import evaluate
@@ -84,7 +85,7 @@ class Parser:
             rows = max(1, evaluate.STRIP_BYTES // (4 * width * len(self.classes)))
             for top in range(0, height, rows):
                 strip = evaluate.probabilities(logits, (height, width), top, min(top + rows, height))
-                label[top:top + rows] = strip.argmax(0).to(torch.uint8).cpu().numpy()
+                label[top:top + rows] = strip.max(0).indices.to(torch.uint8).cpu().numpy()
                 array[:, top:top + rows] = strip.half().cpu().numpy()
             array.flush()
             os.replace(part, path)
@@ -288,6 +289,7 @@ def run(args: argparse.Namespace, report: Report):
 
 def main(argv: list[str] | None = None) -> int:
     args, report, stopped = arguments(argv), Report(), False
+    Image.MAX_IMAGE_PIXELS = 1 << 28                       # phones take 200 megapixels; Pillow's own limit is 89
     start = time.monotonic()
     try:
         run(args, report)

@@ -229,12 +229,14 @@ def test_a_full_disk_is_one_line(run: Path, tmp_path: Path, monkeypatch, capsys)
 
 @pytest.mark.parametrize("arguments, words", [
     (["nothing/"], "nothing/: no such file or folder"), (["."], "no photo or video in ."),
-    (["photo.png", "--run", "nowhere"], "nowhere: no such run"), (["photo.png"], "holds no run yet")])
-def test_mistakes_are_one_line(tmp_path: Path, monkeypatch, capsys, arguments: list[str], words: str):
+    (["photo.png", "--run", "nowhere"], "nowhere: no such run"), (["photo.png"], "holds no run yet"),
+    (["photo.png", "--run", "RUN", "--device", "warp"], "device 'warp' cannot be used"),
+    (["photo.png", "--run", "RUN", "--device", "cuda:77"], "device 'cuda:77' cannot be used")])
+def test_mistakes_are_one_line(run: Path, tmp_path: Path, monkeypatch, capsys, arguments: list[str], words: str):
     if arguments[0].endswith(".png"):
         Image.new("RGB", (4, 4)).save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
-    assert predict.main(arguments) == 1
+    assert predict.main([str(run) if argument == "RUN" else argument for argument in arguments]) == 1
     printed = capsys.readouterr()
     assert words in printed.err and printed.err.startswith("error:") and printed.err.count("\n") == 1 and not printed.out
 
