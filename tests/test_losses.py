@@ -122,6 +122,14 @@ def test_ignored_pixels_do_not_matter():
     torch.testing.assert_close(other, lovasz_softmax(logits, labels))
 
 
+def test_ignored_pixels_do_not_matter_beside_a_perfect_one():
+    logits = torch.randn(1, 3, 1, 4, requires_grad=True)
+    labels = torch.tensor([[[0, 1, 255, 255]]])
+    perfect = logits + 1e4 * torch.eye(3)[:, :2].view(1, 3, 1, 2).repeat(1, 1, 1, 2) * (labels != 255)
+    slope, = torch.autograd.grad(lovasz_softmax(perfect, labels), logits)
+    assert (slope == 0).all()
+
+
 def test_nothing_labelled():
     logits, labels = problem(b=5)
     labels[:] = 255
