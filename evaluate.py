@@ -311,7 +311,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ...; the GPU if there is one")
     parser.add_argument("--out", help="folder of the results; runs/<run>/evaluation[_tta] if not given")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
 
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if world > 1:

@@ -324,7 +324,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--cfg", default="configs/demo.yaml", help="a file of configs/; the demo if not given")
     parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)              # options may stand between overrides
     world = None
     try:
         cfg = load_config(args.cfg, args.overrides)

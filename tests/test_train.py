@@ -1,0 +1,447 @@
+"""train.py, run.py: schedule, groups, one step; what becomes of a run that is stopped, killed, changed or out of luck."""
+
+import dataclasses
+import functools
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import train
+from config import Config, load_config
+from datasets import BatchOrder
+from model import build_model
+from processes import in_one_line
+from tiny import assert_same_run, logged, make_config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)                               # the machine may be busy, and the sums must not vary with it
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> str:
+    return make_config(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def whole(config) -> Path:
+    """A run that nothing happened to."""
+    train.main(["--cfg", config])
+    return Path(load_config(config).out)
+
+
+def fails(capsys, *argv: str) -> str:
+    """The one line that a training that cannot go on leaves on stderr."""
+    with pytest.raises(SystemExit) as end:
+        train.main(list(argv))
+    assert end.value.code == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+# ---- schedule and groups
+
+def test_learning_rate_at_the_corners():
+    cfg = Config(iters=80_000, warmup_iters=1500, lr=6e-4, warmup_ratio=1e-5, poly_power=1.0)
+    assert train.get_lr(0, cfg) == pytest.approx(6e-9, rel=1e-9)
+    assert train.get_lr(750, cfg) == pytest.approx(6e-4 * (1 - 750 / 80_000) * (0.5 + 0.5e-5), rel=1e-9)
+    assert train.get_lr(1500, cfg) == pytest.approx(6e-4 * (1 - 1500 / 80_000), rel=1e-12)
+    assert train.get_lr(40_000, cfg) == pytest.approx(3e-4, rel=1e-12)
+    assert train.get_lr(79_999, cfg) == pytest.approx(6e-4 / 80_000, rel=1e-9)
+    assert train.get_lr(10, dataclasses.replace(cfg, warmup_iters=0, poly_power=0.0)) == 6e-4
+    rates = [train.get_lr(it, cfg) for it in range(0, 80_000, 7)]
+    top = rates.index(max(rates))
+    assert rates[:top + 1] == sorted(rates[:top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert abs(7 * top - 1500) <= 7
+
+
+@pytest.mark.parametrize("freeze", (True, False))
+def test_groups_hold_every_trained_parameter_once(config, freeze):
+    cfg = load_config(config, [f"freeze={freeze}", "patch_embed_lr_mult=0.5", "weight_decay=0.05"])
+    model = build_model(cfg, cfg.classes)
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    found = {}
+    for group in train.param_groups(model):
+        for p in group["params"]:
+            assert names[id(p)] not in found
+            found[names[id(p)]] = (group["weight_decay"], group["lr_factor"])
+    assert sorted(found) == sorted(names.values())
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            word = name.rpartition(".")[2]
+            plain = p.ndim == 1 or p.ndim == 0 or word in ("tokens", "level_embed", "pos_embed", "positional_embedding",
+                                                           "rel_pos_h", "rel_pos_w", "gamma", "rho")
+            assert found[name] == (0.0 if plain else 0.05, 0.5 if name.startswith("sam.patch_embed") else 1.0), name
+    assert {"ftm.rho", "ftm.tokens", "adapter.level_embed"} <= {name for name, (decay, _) in found.items() if not decay}
+
+
+# ---- one step
+
+def gradients(cfg: Config, parts: int, dtype=torch.float64, **changes) -> dict[str, torch.Tensor]:
+    """The gradient of one batch of 4 that is cut into `parts` micro-batches; BatchNorm frozen, nothing dropped."""
+    cfg = dataclasses.replace(cfg, drop_path=0.0, head_dropout=0.0, **changes)
+    torch.manual_seed(0)
+    model = build_model(cfg, cfg.classes).to(dtype).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    g = torch.Generator().manual_seed(1)
+    image = torch.randint(0, 256, (4, 3, 32, 32), generator=g, dtype=torch.uint8)
+    label = torch.randint(0, 3, (4, 32, 32), generator=g, dtype=torch.uint8)
+    label[:, :3] = 255
+    optimizer = torch.optim.AdamW(train.param_groups(model), lr=cfg.lr)
+    batches = [(i, n, None) for i, n in zip(image.chunk(parts), label.chunk(parts))]
+    train.train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), batches, cfg, torch.device("cpu"), 5)
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def worst(a: dict, b: dict) -> float:
+    """Largest relative difference between two gradients, over the tensors."""
+    assert a.keys() == b.keys()
+    return max(((a[name] - b[name]).norm() / b[name].norm().clamp(min=1e-30)).item() for name in a if b[name].any())
+
+
+@pytest.mark.parametrize("dtype, bound", ((torch.float64, 1e-10), (torch.float32, 1e-5)))
+def test_accumulation_does_not_change_the_gradient(config, dtype, bound):
+    cfg = load_config(config)
+    assert worst(gradients(cfg, 2, dtype), gradients(cfg, 1, dtype)) < bound
+    other = gradients(dataclasses.replace(cfg, loss_group=4), 1, dtype)
+    assert worst(other, gradients(cfg, 1, dtype)) > 1e-4   # the grouping of the loss is what makes it so
+
+
+@pytest.mark.parametrize("freeze", (True, False))
+def test_activation_checkpointing_does_not_change_the_gradient(config, freeze):
+    cfg = load_config(config)
+    with_it, without = (gradients(cfg, 1, checkpointing=on, freeze=freeze) for on in (True, False))
+    assert worst(with_it, without) < 1e-12
+
+
+def test_checkpointing_redraws_the_same_dropout(config):
+    cfg = dataclasses.replace(load_config(config), drop_path=0.5, head_dropout=0.5)
+    losses = []
+    for on in (True, False):
+        torch.manual_seed(0)
+        model = build_model(dataclasses.replace(cfg, checkpointing=on), cfg.classes).train()
+        optimizer = torch.optim.AdamW(train.param_groups(model), lr=cfg.lr)
+        batch = (torch.full((4, 3, 32, 32), 9, dtype=torch.uint8), torch.ones(4, 32, 32, dtype=torch.uint8), None)
+        losses.append(train.train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), [batch], cfg,
+                                       torch.device("cpu"), 0))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_compiled_network_trains_like_the_plain_one(config, whole, tmp_path, monkeypatch):
+    """Captured as by torch.compile, but run as it is: generating C++ for it takes minutes."""
+    graphs = []
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend=lambda graph, _: graphs.append(0) or graph))
+    train.main(["--cfg", config, "compile=true", f"out={tmp_path / 'run'}"])
+    assert graphs
+    a, b = (torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (tmp_path / "run", whole))
+    assert a.keys() == b.keys()
+    for first, second in zip(logged(tmp_path / "run"), logged(whole), strict=True):
+        assert "loss" not in first or first == pytest.approx(second, rel=1e-3)
+
+
+def test_every_split_of_the_work_sees_the_same_samples(config):
+    """... in the same order, also from the middle on."""
+    for world, accum, start in ((1, 1, 0), (2, 1, 3), (4, 1, 3), (1, 4, 3), (2, 2, 0)):
+        cfg = load_config(config, [f"accum_steps={accum}", "batch_size=8"])
+        orders = [iter(BatchOrder(10, cfg, rank, world, start)) for rank in range(world)]
+        found = [key for _ in range(9 - start) for order in orders for _ in range(accum) for key in next(order)]
+        one = iter(BatchOrder(10, dataclasses.replace(cfg, accum_steps=1)))
+        assert found == [key for batch in [next(one) for _ in range(9)][start:] for key in batch]
+
+
+# ---- stopped, killed, continued
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL: what is on the disk then is what a kill leaves."""
+
+
+def kill_and_resume(argv: list[str], folder: Path, at: int):
+    """Train, die in the step `at`, train on to the end."""
+    def step(*args):
+        if args[6] == at:
+            raise Killed
+        return real(*args)
+
+    real = train.train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", step)
+        with pytest.raises(Killed):
+            train.main([*argv, f"out={folder}"])
+    train.main([*argv, f"out={folder}", "--resume"])
+
+
+def test_a_run_killed_at_any_write_goes_on_exactly(config, whole, tmp_path, monkeypatch):
+    """Before each file is renamed, and with half of a checkpoint written; each time resumed to the end."""
+    folder, real_replace, real_save = tmp_path / "run", os.replace, torch.save
+    budget = [0]
+
+    def spend():
+        budget[0] -= 1
+        if budget[0] < 0:
+            raise Killed
+
+    def replace(*args):
+        spend()
+        real_replace(*args)
+
+    def save(content, file):
+        if budget[0] == 0:
+            file.write(b"PK\x03\x04half of a checkpoint")
+        spend()
+        real_save(content, file)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(torch, "save", save)
+    kills, allowed = 0, 0
+    while True:                                            # each attempt gets a little further than the one before
+        allowed += 1
+        budget[0] = allowed
+        resume = ["--resume"] if (folder / "last.pt").exists() or (folder / "previous.pt").exists() else []
+        try:
+            train.main(["--cfg", config, f"out={folder}", *resume])
+            break
+        except Killed:
+            kills += 1
+    assert kills >= 8
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize("number, at", ((signal.SIGTERM, 1), (signal.SIGINT, 3)))
+def test_a_signal_saves_and_leaves(config, whole, tmp_path, capsys, monkeypatch, number, at):
+    folder, real = tmp_path / "run", train.train_step
+    argv = ["--cfg", config, f"out={folder}", "save_every=100"]
+
+    def step(*args):
+        if args[6] == at:
+            signal.raise_signal(number)
+        return real(*args)
+
+    monkeypatch.setattr(train, "train_step", step)
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as end:
+        train.main(argv)
+    assert end.value.code == 128 + number
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    said = capsys.readouterr().out
+    assert f"stopped by {number.name} after iteration {at + 1}; {folder / 'last.pt'} is saved, --resume goes on" in said
+    monkeypatch.setattr(train, "train_step", real)
+    train.main(["--cfg", config, "--resume", f"out={folder}"])
+    said = capsys.readouterr().out
+    assert f"going on from {folder / 'last.pt'}, iteration {at + 1}; changed: save_every 100 -> 1" in said
+    assert_same_run(folder, whole)
+
+
+def test_a_signal_during_validation_leaves_at_once_and_validates_later(config, whole, tmp_path, capsys, monkeypatch):
+    folder, real = tmp_path / "run", train.evaluate_split
+    asked = []
+
+    def evaluate_split(model, pairs, *args, interrupted, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        matrix, images = real(model, pairs, *args, interrupted=interrupted, **kwargs)
+        asked.append(len(images))
+        return matrix, images
+
+    monkeypatch.setattr(train, "evaluate_split", evaluate_split)
+    with pytest.raises(SystemExit) as end:
+        train.main(["--cfg", config, f"out={folder}"])
+    assert end.value.code == 143 and asked == [0]
+    assert "stopped by SIGTERM after iteration 2" in capsys.readouterr().out
+    monkeypatch.setattr(train, "evaluate_split", real)
+    train.main(["--cfg", config, f"out={folder}", "--resume"])
+    assert_same_run(folder, whole)
+
+
+def test_frozen_encoders_resume_exactly(config, tmp_path):
+    """`freeze: true` with random encoders: they are in no official file, so the checkpoint has to hold them."""
+    argv = ["--cfg", config, "freeze=true", "workers=1"]
+    train.main([*argv, f"out={tmp_path / 'whole'}"])
+    kill_and_resume(argv, tmp_path / "run", at=3)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_fp16_saves_its_scaler(config, tmp_path, monkeypatch):
+    argv = ["--cfg", config, "precision=fp16"]
+    monkeypatch.setattr(torch.amp.GradScaler, "__init__", functools.partialmethod(   # overflows, then halves and grows
+        torch.amp.GradScaler.__init__, init_scale=2.0 ** 40, growth_interval=1))
+    train.main([*argv, f"out={tmp_path / 'whole'}"])
+    kill_and_resume(argv, tmp_path / "run", at=2)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    content = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert content["scaler"]["scale"] == 2.0 ** 36         # four steps overflowed, and were left out
+
+
+def test_a_finished_run_is_left_alone(config, whole, capsys):
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    train.main(["--cfg", config, "--resume"])
+    assert "done: best mIoU" in capsys.readouterr().out
+    assert before == {path.name: path.read_bytes() for path in whole.iterdir()}
+
+
+# ---- refused
+
+def test_a_folder_with_a_run_is_not_overwritten(config, whole, capsys):
+    before = (whole / "last.pt").read_bytes()
+    line = fails(capsys, "--cfg", config)
+    assert "already holds a run: go on with --resume, or choose another folder with out=FOLDER" in line
+    assert (whole / "last.pt").read_bytes() == before
+
+
+def test_a_restart_by_torchrun_goes_on_by_itself(config, whole, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train.main(["--cfg", config])
+    assert "going on from" in capsys.readouterr().out
+    train.main(["--cfg", config, "iters=2", f"out={tmp_path / 'run'}"])      # died before its first checkpoint
+    assert "going on from" not in capsys.readouterr().out
+
+
+def test_nothing_to_resume(config, tmp_path, capsys):
+    line = fails(capsys, "--cfg", config, "--resume", f"out={tmp_path / 'no'}")
+    assert "no checkpoint to go on from (no last.pt)" in line
+
+
+def test_a_changed_configuration_is_refused_or_listed(config, whole, capsys):
+    line = fails(capsys, "--cfg", config, "--resume", "lr=0.5", "workers=2")
+    assert "was trained with another configuration (lr 0.001 -> 0.5): restore it, or start a new run" in line
+    assert load_config(whole / "config.yaml").lr == 1e-3   # what the folder says still holds
+    train.main(["--cfg", config, "--resume", "workers=1", "log_every=7"])
+    assert "changed: workers 0 -> 1, log_every 2 -> 7" in capsys.readouterr().out
+    train.main(["--cfg", config, "--resume"])
+
+
+def test_a_batch_that_does_not_divide_is_refused_early(config, tmp_path, capsys):
+    line = fails(capsys, "--cfg", config, "batch_size=6", "accum_steps=4", f"out={tmp_path / 'run'}")
+    assert "batch_size" in line and "accum_steps" in line and not (tmp_path / "run").exists()
+
+
+def test_a_changed_training_set_is_mentioned(config, tmp_path, capsys):
+    shutil.copytree(Path(config).parent / "data", tmp_path / "data")
+    argv = ["--cfg", config, f"out={tmp_path / 'run'}"]
+    train.main([*argv, "iters=2"])
+    for folder in ("images", "labels"):
+        (tmp_path / "data" / folder / "train" / "3.png").unlink()
+    train.main([*argv, "iters=2", "--resume", f"data_root={tmp_path / 'data'}"])
+    assert "warning: 9 training images, there were 10" in capsys.readouterr().out
+
+
+# ---- out of luck
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    line = fails(capsys, "--cfg", config, "lr=1e30", "warmup_iters=0", f"out={folder}")
+    assert "iteration 2: the loss is not finite (loss " in line
+    assert f"the last good checkpoint is {folder / 'last.pt'}" in line
+    names = line.partition("the batch was ")[2].partition(";")[0].split(", ")
+    order = iter(BatchOrder(10, load_config(config)))
+    expected = [next(order), next(order)][1]
+    assert names == [sorted(str(i) for i in range(10))[index] for index, _, _ in expected]
+    content = torch.load(folder / "last.pt", weights_only=True)
+    assert content["progress"]["iteration"] == 1
+    assert all(t.isfinite().all() for t in content["model"].values())
+
+
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(config, tmp_path, capsys, monkeypatch):
+    """The loss may be finite and its gradient not: a step would make every weight nan, and the next save would keep it."""
+    real = train.parsing_loss
+    calls = []
+
+    def parsing_loss(logits, *args):
+        calls.append(0)
+        loss, parts = real(logits, *args)
+        return (loss + (logits - logits.detach()).sum().abs().sqrt() if len(calls) > 2 else loss), parts
+
+    monkeypatch.setattr(train, "parsing_loss", parsing_loss)
+    line = fails(capsys, "--cfg", config, f"out={tmp_path / 'run'}")
+    assert "iteration 2: the gradient is not finite" in line
+    content = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert content["progress"]["iteration"] == 1
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config, whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    content = (folder / "last.pt").read_bytes()
+    (folder / "last.pt").write_bytes(content[:len(content) // 2])
+    train.main(["--cfg", config, f"out={folder}", "--resume"])
+    said = capsys.readouterr().out
+    assert f"warning: {folder / 'last.pt'}: damaged" in said and f"{folder / 'previous.pt'} is used" in said
+    assert "going on from" in said
+    assert_same_run(folder, whole)
+    assert (folder / "last.damaged").stat().st_size == len(content) // 2
+
+    for name in ("last.pt", "previous.pt"):
+        (folder / name).write_bytes(content[:1000])
+    line = fails(capsys, "--cfg", config, f"out={folder}", "--resume")
+    assert "nothing to go on from" in line and "last.pt" in line and "previous.pt" in line
+
+
+def test_a_full_disk_is_reported_and_training_goes_on_while_it_can(config, whole, tmp_path, capsys, monkeypatch):
+    """/dev/full stands in for the disk: every write there fails as on a full one."""
+    folder, real = tmp_path / "run", train.train_step
+
+    def step(*args):
+        if args[6] in full:
+            for name in (".last.pt.part", ".log.jsonl.part", ".best.pt.part"):
+                (folder / name).symlink_to("/dev/full")
+        return real(*args)
+
+    full = {1}                                             # the save after iteration 2 fails, the others do not
+    monkeypatch.setattr(train, "train_step", step)
+    train.main(["--cfg", config, f"out={folder}"])
+    said = capsys.readouterr().out
+    assert f"warning: {folder / 'log.jsonl'} could not be written (No space left on device" in said
+    assert "what was saved before is untouched; training goes on" in said
+    assert_same_run(folder, whole)
+
+    full, folder = {3}, tmp_path / "other"                 # ... and at the end, where it matters
+    monkeypatch.setattr(checkpoint.Path, "unlink", lambda *_, **__: None)            # the disk stays full
+    line = fails(capsys, "--cfg", config, f"out={folder}")
+    assert "could not be written (No space left on device" in line
+    assert torch.load(folder / "last.pt", weights_only=True)["progress"]["iteration"] == 3
+
+
+def test_a_folder_that_cannot_be_written(config, capsys):
+    line = fails(capsys, "--cfg", config, "out=/proc/run")
+    assert line.startswith("error: out: /proc/run cannot be made (")
+    line = fails(capsys, "--cfg", config, f"out={config}")
+    assert "cannot be made (File exists)" in line
+
+
+def test_out_of_memory_is_one_line(config, tmp_path, capsys, monkeypatch):
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2 ** 60, dtype=torch.uint8)
+    assert in_one_line(error.value).startswith("out of memory: try accum_steps=2")
+
+    def step(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB ...")
+
+    monkeypatch.setattr(train, "train_step", step)
+    assert "checkpointing=true" in fails(capsys, "--cfg", config, f"out={tmp_path / 'run'}")
+
+
+def test_a_bug_keeps_its_traceback(config, tmp_path, monkeypatch):
+    def step(*args):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(train, "train_step", step)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train.main(["--cfg", config, f"out={tmp_path / 'run'}"])
+
+
+def test_a_dry_run_leaves_no_file(config, tmp_path, capsys):
+    train.main(["--cfg", config, "iters=0", f"out={tmp_path / 'run'}"])
+    said = capsys.readouterr().out
+    assert said.count("\nstep ") == 4 and "dry run: all well" in said and "4 iterations take about" in said
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,140 @@
+"""A data set and a network that are small enough to train in a test, and processes to train them in."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+SIZE = 32
+CONFIG = {
+    "dataset": "custom", "classes": ["ground", "left", "right"], "flip_pairs": [[1, 2]], "crop_size": SIZE,
+    "base_size": SIZE, "scale_range": [0.75, 1.25], "workers": 0, "sam_weights": "", "clip_weights": "", "vocab": "",
+    "freeze": False, "sam_dim": 16, "sam_depth": 4, "sam_heads": 2, "sam_window": 2, "sam_grid": 2, "clip_dim": 16,
+    "clip_depth": 4, "clip_heads": 2, "clip_grid": 2, "clip_taps": [0, 1, 2, 3], "clip_embed": 8, "text_dim": 8,
+    "text_depth": 1, "text_heads": 2, "ftm_tokens": 4, "prior_dim": 8, "deform_heads": 2, "deform_points": 2,
+    "head_dim": 8, "aux_dim": 8, "iters": 4, "batch_size": 4, "loss_group": 2, "lr": 1e-3, "warmup_iters": 1,
+    "precision": "fp32", "log_every": 2, "eval_every": 2, "save_every": 1}
+
+
+def make_data(root: Path, train: int = 10, val: int = 7):
+    """Photos with a bright left and a dark right patch, and their labels, in the folders of `dataset: custom`."""
+    for split, count in (("train", train), ("val", val)):
+        for folder in ("images", "labels"):
+            (root / folder / split).mkdir(parents=True)
+        for i in range(count):
+            rng = np.random.default_rng((count, i))
+            label = np.zeros((SIZE, SIZE + i % 3), np.uint8)
+            top, left = rng.integers(2, SIZE // 2, 2)
+            label[top:top + 12, left:left + 6], label[top:top + 12, left + 6:left + 12] = 1, 2
+            image = rng.integers(0, 40, (*label.shape, 3)) + np.array([90, 210, 30])[label][..., None]
+            Image.fromarray(image.astype(np.uint8)).save(root / "images" / split / f"{i}.png")
+            Image.fromarray(label).save(root / "labels" / split / f"{i}.png")
+
+
+def make_config(folder: Path) -> str:
+    """The path of a config file, beside which its data and its run lie."""
+    make_data(folder / "data")
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(CONFIG | {"data_root": str(folder / "data"), "out": str(folder / "run")}))
+    return str(path)
+
+
+# ---- comparing runs
+
+def logged(folder: Path) -> list[dict]:
+    """The log without what depends on the machine."""
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key not in ("seconds", "gib")} for entry in entries]
+
+
+def differences(a, b, where: str = "") -> list[str]:
+    """The places at which two checkpoints differ in a single bit; times and the folder's name do not count."""
+    if isinstance(a, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        keys = [key for key in a if key not in ("seconds", "out")]
+        return [place for key in keys for place in differences(a[key], b[key], f"{where}.{key}")]
+    if isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        return [place for n, (x, y) in enumerate(zip(a, b)) for place in differences(x, y, f"{where}.{n}")]
+    return [] if a == b else [where]
+
+
+def assert_same_run(a: Path, b: Path):
+    """Weights, optimiser, progress, best network and log, to the last bit."""
+    for name in ("last.pt", "best.pt"):
+        first, second = (torch.load(folder / name, weights_only=True) for folder in (a, b))
+        assert differences(first, second) == [], name
+    assert logged(a) == logged(b)
+
+
+# ---- processes of their own: a server that has imported the program once starts them in a moment
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["tiny", "train"])
+
+
+def _child(action, args, output: Path, environment: dict[str, str]):
+    os.environ.update(environment)
+    with open(output, "wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    torch.set_num_threads(1)
+    action(*args)
+
+
+class Processes:
+    """`count` processes that run `action(*args)`, as torchrun would set them up but without its help when one dies."""
+
+    def __init__(self, folder: Path, action, *args, count: int = 1, **environment: str):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.outputs, self.all = [], []
+        for rank in range(count):
+            place = {} if count == 1 else {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank),
+                                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            self.outputs.append(folder / f"output{rank}.txt")
+            task = (action, args, self.outputs[-1], place | environment)
+            self.all.append(FORKSERVER.Process(target=_child, args=task))
+            self.all[-1].start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.all:
+            process.kill()
+            process.join()
+
+    def wait(self, seconds: float = 60) -> list[int]:
+        """The exit codes; a process that is still there after `seconds` has none."""
+        end = time.monotonic() + seconds
+        for process in self.all:
+            process.join(max(0.0, end - time.monotonic()))
+        return [process.exitcode for process in self.all]
+
+    def said(self, rank: int = 0) -> str:
+        return self.outputs[rank].read_text()
+
+    def send(self, number: signal.Signals, rank: int = 0):
+        os.kill(self.all[rank].pid, number)
+
+
+def wait_until(true, seconds: float = 60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
