@@ -1,25 +1,28 @@
-"""SAM's ViT image encoder (§4.2), any input size, four outputs: one after each quarter of the layers (6 12 18 24 of ViT-L).
+"""SAM's ViT image encoder (§4.2) at any size, with four outputs: after each quarter of the layers (ViT-L: 6 12 18 24).
 
-Source: "Segment Anything", Kirillov et al. 2023, https://github.com/facebookresearch/segment-anything (Apache-2.0); module and
-parameter names are the official checkpoint's, so that loading it is one strict call. It computes the same function; differs in:
-  * no neck: SCHNet reads the blocks' outputs;
-  * any grid, also non-square: the absolute table is resampled bicubically, the relative ones by SAM's own linear rule;
-  * padding of the windows is not projected: the official code pads with zeros after norm1, so that a padded position's query,
-    key and value are the bias of `qkv`. Here they are filled in, and never become queries of `proj`;
-  * the relative positions are part of a dot product (see `Attention`), so that a fused attention kernel runs without a mask.
+Source: "Segment Anything", Kirillov et al. 2023, https://github.com/facebookresearch/segment-anything (Apache-2.0).
+Module and parameter names are the official checkpoint's, so that loading it is one strict call. It is the same function
+(the tests compare); what differs:
+  * no neck: SCHNet reads the outputs of the blocks;
+  * any grid, not only square ones: the absolute table is resampled bicubically, the relative ones by SAM's linear rule;
+  * the padding of windows is not projected: the official code pads with zeros before `qkv`, so that a padded position's
+    key and value are the bias of `qkv`. Here they are filled in, and there are no padded queries;
+  * the relative positions are part of a dot product where that is faster (`relative_terms`).
 
-B images of h x w tokens of width C; d width of a head; N tokens that see each other (h w, or a window's 196).
+In the comments: B images of h x w tokens of width C; n heads of width d; windows of H x W keys, or the whole grid.
 """
+
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import weights
 
-
-MEAN = (123.675, 116.28, 103.53)                           # ImageNet's, as SAM's preprocessing has them, for values 0..255
+MEAN = (123.675, 116.28, 103.53)                           # SAM's preprocessing: ImageNet's, for values from 0 to 255
 STD = (58.395, 57.12, 57.375)
-KEYS = "image_encoder."                                    # prefix in the official file
-UNUSED = ("image_encoder.neck.", "prompt_encoder.", "mask_decoder.")
+UNUSED = ("neck.", "prompt_encoder.", "mask_decoder.")      # what the official file holds besides
 
 
 def resample_absolute(table: torch.Tensor, h: int, w: int) -> torch.Tensor:
@@ -40,28 +43,28 @@ def expand_relative(table: torch.Tensor, size: int) -> torch.Tensor:
     return table[steps[:, None] - steps + size - 1]
 
 
-class Resampled:
-    """`rule(table, *grid)`, remembered for each grid as long as the table is frozen and unchanged.
+class Kept:
+    """`rule(*tables, *key)`, remembered for each key as long as the tables are frozen and unchanged.
 
-    A trained table is resampled at every call, so that its gradient arrives and its values are never stale.
+    With trained tables it is computed at every call, so that their gradient arrives and no value is stale.
     """
 
-    def __init__(self, rule) -> None:
+    def __init__(self, rule: Callable) -> None:
         self.rule = rule
-        self.source = None                                 # the table that the kept results are of; holding it keeps its
-        self.kept = {}                                     # address from being given to another tensor
+        self.state, self.tables = None, None
+        self.results = {}
 
-    def __call__(self, table: torch.Tensor, *grid: int) -> torch.Tensor:
-        if table.requires_grad or torch.compiler.is_compiling():
-            return self.rule(table, *grid)
-        state = (table.data_ptr(), table.dtype, table.device, None if table.is_inference() else table._version)
-        if self.source is None or self.source[0] != state:
-            self.source = (state, table.detach())
-            self.kept = {}
-        if grid not in self.kept:
-            with torch.inference_mode(False), torch.no_grad():          # training may follow an evaluation
-                self.kept[grid] = self.rule(table.detach(), *grid)
-        return self.kept[grid]
+    def __call__(self, tables: tuple[torch.Tensor, ...], *key):
+        if any(table.requires_grad for table in tables) or torch.compiler.is_compiling():
+            return self.rule(*tables, *key)
+        state = [(t.data_ptr(), t.dtype, t.device, None if t.is_inference() else t._version) for t in tables]
+        if state != self.state:
+            self.state, self.results = state, {}
+            self.tables = [table.detach() for table in tables]          # held: no other tensor can get their address
+        if key not in self.results:
+            with torch.inference_mode(False), torch.no_grad():          # what an evaluation keeps, training may use
+                self.results[key] = self.rule(*self.tables, *key)
+        return self.results[key]
 
 
 class Linear(nn.Linear):
@@ -77,11 +80,57 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
 
-class Attention(nn.Module):
-    """Self-attention with decomposed relative positions, over the whole grid (window 0) or in windows.
+def relative_terms(rel_pos_h: torch.Tensor, rel_pos_w: torch.Tensor, H: int, W: int, dtype: torch.dtype,
+                   device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What H x W keys need: rows (H, H, d), columns (W, W', d), and place (H W, H + W') or None.
 
-    The official logit of query (y, x) and key (y', x') is q.k / sqrt(d) + q.Rh[y - y'] + q.Rw[x - x'].
+    The logit of query (y, x) and key (y', x') is q.k / sqrt(d) + q.rows[y, y'] + q.columns[x, x']. That is q'.k' with
+        q' = [q / sqrt(d), q.rows[y, 0], q.rows[y, 1], ..., q.columns[x, 0], ...]
+        k' = [k, one-hot of y', one-hot of x'],
+    which needs no array over all pairs: a GPU's fused kernels run and memory is linear in the tokens. `place` holds the
+    one-hots; W' - W zeros make q' a multiple of 32 wide. On a CPU it is faster in bf16 (900 tokens: 11 ms, not 39) but
+    not in fp32 (34 ms, not 28; 4096 tokens: 1000, not 550), so that there the terms are added to the logits.
     """
+    rows, columns = (expand_relative(*p).to(device, dtype) for p in ((rel_pos_h, H), (rel_pos_w, W)))
+    if device.type == "cpu" and dtype == torch.float32:
+        return rows, columns, None
+    columns = F.pad(columns, (0, 0, 0, -(rows.shape[-1] + H + W) % 32))
+    places = torch.arange(H * W, device=device)
+    place = torch.cat([F.one_hot(places // W, H), F.one_hot(places % W, columns.shape[1])], 1)
+    return rows, columns, place.to(dtype)
+
+
+def spans(size: int, window: int) -> list[int]:
+    """The lengths of what whole windows cover and of the rest."""
+    return [length for length in (size // window * window, size % window) if length]
+
+
+def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, by_row: torch.Tensor | None = None,
+                      by_column: torch.Tensor | None = None) -> torch.Tensor:
+    """softmax(q.k + by_row + by_column) v for a CPU: q (..., h, w, D), k and v (..., H W, D), by_row (..., h, w, H).
+
+    A window's number of queries at a time: their logits stay in the cache, and memory is linear in the tokens.
+    """
+    k, v, step, out = k.contiguous().transpose(-1, -2), v.contiguous(), -(-196 // q.shape[-2]), []
+    for i in range(0, q.shape[-3], step):
+        logits = q[..., i:i + step, :, :].flatten(-3, -2) @ k
+        if by_row is not None:
+            pairs = logits.view(*by_row[..., i:i + step, :, :].shape, by_column.shape[-1])
+            pairs += by_row[..., i:i + step, :, :, None]
+            pairs += by_column[..., i:i + step, :, None, :]
+        out.append(logits.softmax(-1) @ v)
+    return torch.cat(out, -2).unflatten(-2, q.shape[-3:-1])
+
+
+def fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """softmax(q.k) v for a GPU: q (..., h, w, D), k (..., H W, D), v (..., H W, d); one kernel, for equal widths."""
+    d, v = v.shape[-1], F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+    x = F.scaled_dot_product_attention(*(t.flatten(0, -4) for t in (q.flatten(-3, -2), k, v)), scale=1.0)
+    return x[..., :d].reshape(*q.shape[:-1], d)
+
+
+class Attention(nn.Module):
+    """Self-attention with decomposed relative positions, over the whole grid (window 0) or in windows."""
 
     def __init__(self, dim: int, heads: int, window: int, size: int) -> None:
         super().__init__()
@@ -91,73 +140,37 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * size - 1, dim // heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, dim // heads))
-        self.rows = Resampled(expand_relative)
-        self.columns = Resampled(expand_relative)
+        self.relative_terms = Kept(relative_terms)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, h, w, C) -> (B, h, w, C). Whole windows are one piece; those that the edges cut are up to three more."""
-        h, w = x.shape[1:3]
-        size = (self.window, self.window) if self.window else (h, w)
-        bands = self.qkv(x).split(spans(h, size[0]), 1)
-        bands = [[self.attend(piece, *size) for piece in band.split(spans(w, size[1]), 2)] for band in bands]
+        """(B, h, w, C) -> (B, h, w, C). Whole windows make one piece, those that an edge cuts up to three more."""
+        H, W = (self.window, self.window) if self.window else x.shape[1:3]
+        bands = self.qkv(x).split(spans(x.shape[1], H), 1)
+        bands = [[self.attend(piece, H, W) for piece in band.split(spans(x.shape[2], W), 2)] for band in bands]
         return self.proj(torch.cat([torch.cat(band, 2) for band in bands], 1))
 
     def attend(self, qkv: torch.Tensor, H: int, W: int) -> torch.Tensor:
-        """Windows of H x W keys, of which the first (h, w) are tokens and queries: (B, y h, x w, 3C) -> (B, y h, x w, C)."""
+        """y x windows of H x W keys, of which the first h x w are tokens: (B, y h, x w, 3C) -> (B, y h, x w, C)."""
         h, w = min(H, qkv.shape[1]), min(W, qkv.shape[2])
-        qkv = qkv.unflatten(3, (3, self.heads, -1)).unflatten(2, (-1, w)).unflatten(1, (-1, h))  # (B, y, h, x, w, 3, n, d)
-        q, kv = qkv[..., 0, :, :], qkv[..., 1:, :, :]
-        if (h, w) != (H, W):                               # SAM pads with zeros before `qkv`: k and v are its bias there
-            bias = self.qkv.bias.to(kv.dtype).view(3, self.heads, -1)[1:]
+        qkv = qkv.unflatten(3, (3, self.heads, -1)).unflatten(2, (-1, w)).unflatten(1, (-1, h))
+        q, kv = qkv[..., 0, :, :], qkv[..., 1:, :, :]                           # (B, y, h, x, w, n, d), (..., 2, n, d)
+        if (h, w) != (H, W):
+            bias = self.qkv.bias.to(kv.dtype).view(3, self.heads, -1)[1:]       # what `qkv` makes of SAM's zero padding
             padded = bias.expand(*kv.shape[:2], H, kv.shape[3], W, -1, -1, -1).clone()
             padded[:, :, :h, :, :w] = kv
             kv = padded
-        by_row = torch.einsum("byhxwnd,hkd->byxnhwk", q, self.rows(self.rel_pos_h, H)[:h].to(q.dtype))
-        by_column = torch.einsum("byhxwnd,wkd->byxnhwk", q, self.columns(self.rel_pos_w, W)[:w].to(q.dtype))
-        q = q.permute(0, 1, 3, 5, 2, 4, 6)                                                  # (B, y, x, n, h, w, d)
-        k, v = kv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6)                             # (B, y, x, n, H W, d)
-        x = biased_attention(q, k, v, by_row, by_column)
+        rows, columns, place = self.relative_terms((self.rel_pos_h, self.rel_pos_w), H, W, q.dtype, q.device)
+        by_row = torch.einsum("byhxwnd,hkd->byxnhwk", q, rows[:h])              # (B, y, x, n, h, w, H)
+        by_column = torch.einsum("byhxwnd,wkd->byxnhwk", q, columns[:w])
+        q = q.permute(0, 1, 3, 5, 2, 4, 6) * q.shape[-1] ** -0.5                # (B, y, x, n, h, w, d)
+        k, v = kv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6)                 # (B, y, x, n, H W, d)
+        if place is None:
+            x = softmax_attention(q, k, v, by_row, by_column)
+        else:
+            q = torch.cat([q, by_row, by_column], -1)
+            k = torch.cat([k, place.expand(*k.shape[:-1], -1)], -1)
+            x = (softmax_attention if q.device.type == "cpu" else fused_attention)(q, k, v)
         return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
-
-
-def spans(size: int, window: int) -> list[int]:
-    """Lengths of what whole windows cover and of the rest."""
-    return [length for length in (size // window * window, size % window) if length]
-
-
-def biased_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, by_row: torch.Tensor,
-                     by_column: torch.Tensor) -> torch.Tensor:
-    """softmax(q.k / sqrt(d) + by_row + by_column) v.
-
-    q (..., h, w, d); k, v (..., H W, d); by_row (..., h, w, H), by_column (..., h, w, W): the terms of a key's row and column.
-    With q' = [q / sqrt(d), by_row, by_column] and k' = [k, one-hot of its row, one-hot of its column] the logit is q'.k': no
-    array of all pairs is made for it, so that a GPU's fused kernels, which take no such array, can run.
-    """
-    d, H, W = q.shape[-1], by_row.shape[-1], by_column.shape[-1]
-    q = q * d ** -0.5
-    fold = q.device.type != "cpu" or q.dtype != torch.float32
-    if fold:
-        place = torch.arange(H * W, device=k.device)
-        place = torch.cat([F.one_hot(place // W, H), F.one_hot(place % W, W)], 1).to(k.dtype)
-        q = torch.cat([q, by_row, by_column], -1)
-        k = torch.cat([k, place.expand(*k.shape[:-1], -1)], -1)
-    if q.device.type != "cpu":
-        return fused_attention(q.flatten(-3, -2), k, v).unflatten(-2, q.shape[-3:-1])
-    k = k.transpose(-1, -2)
-    out = []
-    rows = -(-128 // q.shape[-2])
-    for q, r, c in zip(q.split(rows, -3), by_row.split(rows, -3), by_column.split(rows, -3)):
-        logits = q.flatten(-3, -2) @ k
-        if not fold:
-            logits.view(*q.shape[:-1], H, W).add_(r[..., None]).add_(c[..., None, :])
-        out.append((logits.softmax(-1) @ v).unflatten(-2, q.shape[-3:-1]))
-    return torch.cat(out, -3)
-
-
-def fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    spare = -q.shape[-1] % 32
-    x = F.scaled_dot_product_attention(*(F.pad(t.flatten(0, -4), (0, q.shape[-1] + spare - t.shape[-1])) for t in (q, k, v)), scale=1.0)
-    return x[..., :v.shape[-1]].unflatten(0, q.shape[:-3])
 
 
 class MLP(nn.Module):
@@ -195,8 +208,8 @@ class PatchEmbed(nn.Module):
 class SAMViT(nn.Module):
     """The image encoder without its neck; the defaults are ViT-L's at 1024 x 1024."""
 
-    def __init__(self, dim: int = 1024, depth: int = 24, heads: int = 16, window: int = 14, grid: int = 64, patch: int = 16,
-                 mlp_ratio: float = 4.0) -> None:
+    def __init__(self, dim: int = 1024, depth: int = 24, heads: int = 16, window: int = 14, grid: int = 64,
+                 patch: int = 16, mlp_ratio: float = 4.0) -> None:
         super().__init__()
         if depth % 4 or dim % heads:
             raise ValueError(f"SAM: depth {depth} must be a multiple of 4 and dim {dim} of heads {heads}")
@@ -207,13 +220,13 @@ class SAMViT(nn.Module):
         for i in range(depth):
             wide = (i + 1) % self.stage == 0                            # the last block of a stage sees the whole grid
             self.blocks.append(Block(dim, heads, mlp_ratio, 0 if wide else window, grid if wide else window))
-        self.positions = Resampled(resample_absolute)
-        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1) / 255, persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1) / 255, persistent=False)
+        self.positions = Kept(resample_absolute)
+        for name, values in (("mean", MEAN), ("std", STD)):             # in no file: real even where the rest is "meta"
+            self.register_buffer(name, torch.tensor(values, device="cpu").view(3, 1, 1) / 255, persistent=False)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Random weights, for training from scratch: ViT's usual ones. Relative positions start at zero, as in SAM's code."""
+        """Random weights for training from scratch, ViT's usual ones; relative positions start at zero, as SAM's did."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -226,7 +239,7 @@ class SAMViT(nn.Module):
     def embed(self, image: torch.Tensor) -> torch.Tensor:
         """RGB in [0, 1], (B, 3, H, W) -> patch tokens with their absolute positions, (B, h, w, C)."""
         x = self.patch_embed(self.normalize(image))
-        return x + self.positions(self.pos_embed, x.shape[1], x.shape[2])
+        return x + self.positions((self.pos_embed,), x.shape[1], x.shape[2])
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
         """RGB in [0, 1], (B, 3, H, W) -> the output of each quarter of the blocks, 4 x (B, h, w, C)."""
@@ -239,11 +252,11 @@ class SAMViT(nn.Module):
 
 
 def load_sam(path: str) -> SAMViT:
-    """SAM ViT-L from the official `sam_vit_l_0b3195.pth` or from a file of its image encoder alone, in fp32."""
-    import weights
-    tensors = weights.read_tensors(path)
-    tensors = {k: v for k, v in tensors.items() if not k.startswith(UNUSED)}
-    tensors = {k.removeprefix(KEYS): v.float() for k, v in tensors.items()}
-    model = SAMViT()
-    model.load_state_dict(tensors, strict=True)
+    """SAM ViT-L from the official `sam_vit_l_0b3195.pth` or a file of its image encoder alone, in fp32."""
+    tensors = {name.removeprefix("image_encoder."): tensor for name, tensor in weights.read_tensors(path).items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(UNUSED)}
+    with torch.device("meta"):                             # no time for random weights
+        model = SAMViT()
+    weights.check_keys(model, tensors, path)
+    model.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, assign=True)
     return model
