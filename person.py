@@ -26,6 +26,13 @@ LENSES = ((18, 18, 22), (40, 24, 20), (20, 30, 70), (90, 40, 30))
 
 CIRCLE = np.array([(math.cos(a * math.pi / 6), math.sin(a * math.pi / 6)) for a in range(12)])
 PRINTS = ("", "", "", "stripes", "checks", "dots", "fade", "worn")
+# Colours that clothes have more often than not, as ranges of hue, saturation and value: denim, work wear, white socks.
+HABITS = {
+    DRESS: ((0.85, 1.0), (0.4, 0.9), (0.6, 0.95)), JUMPSUITS: ((0.05, 0.12), (0.6, 0.95), (0.6, 0.95)),
+    PANTS: ((0.58, 0.66), (0.35, 0.75), (0.25, 0.6)), SKIRT: ((0.7, 0.82), (0.3, 0.9), (0.4, 0.9)),
+    COAT: ((0.06, 0.1), (0.1, 0.35), (0.2, 0.6)), SCARF: ((0.15, 0.4), (0.6, 0.95), (0.7, 0.95)),
+    GLOVE: ((0.45, 0.52), (0.6, 0.95), (0.5, 0.9)), SOCKS: ((0.0, 1.0), (0.0, 0.15), (0.85, 0.98)),
+}
 SHADES, SHADES_SMALL = ((np.reshape(sizes, (-1, 1, 1, 1)), lights) for sizes, lights in (
     ((1, 0.8, 0.55), (0.78, 0.92, 1.06)), ((1, 0.65), (0.78, 1.04))))       # a piece's layers: size and light
 GRAIN = np.random.default_rng(0).random((64, 64), np.float32) * 0.45   # of worn cloth
@@ -38,13 +45,21 @@ def jitter(d: Dice, colour: tuple, amount: float) -> tuple:
 def any_colour(d: Dice, neutral: float = 0.35) -> tuple:
     if d.chance(neutral):
         return jitter(d, d.pick(NEUTRALS), 14)
-    return tuple(255 * c for c in colorsys.hsv_to_rgb(d(), d(0.25, 0.9), d(0.3, 0.95)))
+    return hsv_colour(d(), d(0.25, 0.9), d(0.3, 0.95))
 
 
-def any_cloth(d: Dice, scale: float, unlike: tuple = (), neutral: float = 0.35, kinds: tuple = PRINTS) -> tuple:
-    """A cloth whose colour differs clearly from those of the cloths `unlike`; `scale`: pixels per body height."""
+def hsv_colour(hue: float, saturation: float, value: float) -> tuple:
+    return tuple(255 * c for c in colorsys.hsv_to_rgb(hue, saturation, value))
+
+
+def any_cloth(d: Dice, scale: float, unlike: tuple = (), neutral: float = 0.35, kinds: tuple = PRINTS,
+              worn_as: int = BACKGROUND) -> tuple:
+    """A cloth whose colour differs clearly from those of the cloths `unlike`; `scale`: pixels per body height.
+
+    Three in four have the colour that is usual for what it is `worn_as`."""
+    habit = HABITS.get(worn_as) if d.chance(0.75) else None
     for _ in range(8):
-        colour = any_colour(d, neutral)
+        colour = hsv_colour(*(d(*span) for span in habit)) if habit else any_colour(d, neutral)
         if all(sum(abs(a - b) for a, b in zip(colour, other[0])) > 130 for other in unlike):
             break
     kind = d.pick(kinds)
@@ -138,21 +153,21 @@ class Person:
         self.lower = below if self.main == UPPER else self.main
         self.legged = self.lower in (PANTS, JUMPSUITS)
         self.belted = self.main != UPPER or d.chance(0.5)
-        prints = {UPPER: PRINTS, DRESS: ("", "dots", "dots", "fade"), JUMPSUITS: ("bands", "bands", "bands", "")}[self.main]
-        self.top = any_cloth(d, size, (self.skin,), kinds=prints)
+        prints = {UPPER: PRINTS, DRESS: ("", "dots", "dots", "fade"), JUMPSUITS: ("bands", "bands", "bands", "")}
+        self.top = any_cloth(d, size, (self.skin,), kinds=prints[self.main], worn_as=self.main)
         self.bottom = any_cloth(d, size, (self.top, self.skin), *((0.1, ("pleats",)) if below == SKIRT else
-                                                                  (0.6, ("", "", "worn", "stripes"))))
+                                                                  (0.6, ("", "", "worn", "stripes"))), below)
         coated, over = d.chance(0.22), (self.top, self.bottom)
-        self.coat = any_cloth(d, size, over, 0.85, ("", "", "worn", "checks")) if coated else None
-        self.scarf = any_cloth(d, size, (*over, self.coat or self.skin), 0, ("stripes",)) if d.chance(0.26) else None
-        self.gloves = any_cloth(d, size, (*over, self.skin), 0.1, ("", "", "dots")) if d.chance(0.28) else None
+        self.coat = any_cloth(d, size, over, 0.85, ("", "", "worn", "checks"), COAT) if coated else None
+        self.scarf = any_cloth(d, size, (*over, self.coat or self.skin), 0, ("stripes",), SCARF) if d.chance(0.26) else None
+        self.gloves = any_cloth(d, size, (*over, self.skin), 0.1, ("", "", "dots"), GLOVE) if d.chance(0.28) else None
         self.shoe = any_cloth(d, size, (self.bottom, self.skin), 0.5, ("",))
         unlike = (self.bottom, self.shoe, self.skin)
-        self.sock = any_cloth(d, size, unlike, 0.2, ("", "stripes")) if d.chance(0.4) else None
+        self.sock = any_cloth(d, size, unlike, 0.2, ("", "stripes"), SOCKS) if d.chance(0.4) else None
         self.hat = d.pick(("cap", "brim", "beanie")) if d.chance(0.32) else ""
         self.felt = any_cloth(d, size, (self.hair, self.skin))
         self.trim = any_cloth(d, size, over, 0, ("",))     # belts, hems, bands, toe caps
-        bare = (0, d(0.3, 0.45), d(0.5, 0.9), d(0.5, 0.9), d(0.5, 0.9), d(1.3, 2.2), 3.0, 3.0)
+        bare = (0, d(0.3, 0.45), d(0.3, 0.6), d(0.3, 0.6), d(0.5, 0.9), d(0.5, 0.9), d(1.3, 2.2), 3.0)
         self.sleeve = 3.0 if self.coat else d.pick(bare)
         self.trouser = d.pick((d(0.45, 0.8), d(0.45, 0.8), d(0.6, 0.95), d(1.3, 2.0), 3.0, 3.0, 3.0))
         self.fit, self.wide = d(1.08, 1.3), d(0.95, 1.5)
@@ -196,12 +211,15 @@ class Person:
         elif self.lower == SKIRT:
             self.cv.tube(np.concatenate([cut(torso, 4.4, 5), self.fig.hem(self.hem, self.flare)]), SKIRT, cloth)
 
+    def _joint(self, frame: np.ndarray) -> tuple:
+        """The skin of a knee or an elbow: kneecap and crook of the arm are bright, the other side lies in the shade."""
+        return tone(self.skin, 1.3 if frame[2, 2] > 0 else 0.6)
+
     def _leg(self, side: int):
         fig, tube = self.fig, self.cv.tube
         leg, foot, cls, shoe = fig.leg[side], fig.foot[side], LEFT_LEG + side, LEFT_SHOE + side
         tube(leg, cls, self.skin)
-        knee = tone(self.skin, 1.15 if fig.view[2, 2] > 0 else 0.7)
-        tube(cut(leg, 0.85, 1.15, 0.6), cls, knee, shade=False)
+        tube(cut(leg, 0.82, 1.18, 0.7), cls, self._joint(fig.view), shade=False)
         if self.sock:
             tube(cut(leg, self.sock_top, 3, 1.15), SOCKS, self.sock)
         tube(foot, shoe, self.shoe)
@@ -256,6 +274,7 @@ class Person:
             hand = hand[[0, 1, 4, 7, 8]]
             hand[2, 2:] *= 1.7
         self.cv.tube(arm, LEFT_ARM + side, self.skin)
+        self.cv.tube(cut(arm, 0.8, 1.2, 0.7), LEFT_ARM + side, self._joint(self.fig.upper), shade=False)
         if not self.gloves:
             self.cv.tube(hand, LEFT_ARM + side, self.skin)
         if self.sleeve:

@@ -95,8 +95,8 @@ class Figure:
     """
 
     def __init__(self, d: Dice):
-        self.woman, self.girth, self.size = d(), d(0.9, 1.25), d(0.98, 1.16)
-        yaw = (180 if d.chance(0.45) else 0) + (80 if d.chance(0.08) else 40) * (d(-1, 1) + d(-1, 1)) / 2
+        self.woman, self.girth, self.size = d(), d(0.9, 1.25), d(1.15, 1.38)
+        yaw = (180 if d.chance(0.42) else 0) + (80 if d.chance(0.08) else 40) * (d(-1, 1) + d(-1, 1)) / 2
         bend = d(30, 60) if d.chance(0.05) else d(-4, 12)
         self.view = rotation(yaw, d(4, 16), d(-6, 6))
         self.upper = self.view @ rotation(d(-10, 10), bend, d(-6, 6))
@@ -133,9 +133,9 @@ class Figure:
         tips = [palm + along * d(0.015, 0.042) + out * k for k in (-0.018, 0.0, 0.018)]
         thumb = palm + out * 0.034 + along * 0.012
         self.arm.append(rings(self.upper, [shoulder, elbow, elbow + 0.05 * along, wrist],
-                              np.array([0.038, 0.031, 0.031, 0.023]) * g))
+                              np.array([0.044, 0.038, 0.038, 0.030]) * g))
         self.hand.append(rings(self.upper, [wrist, palm, tips[0], palm, tips[1], palm, tips[2], palm, thumb],
-                               [0.022, 0.028, 0.011, 0.028, 0.011, 0.028, 0.011, 0.024, 0.012]))
+                               [0.028, 0.036, 0.015, 0.036, 0.015, 0.036, 0.015, 0.030, 0.016]))
         self.arm_depth.append(self.upper[2] @ (elbow + wrist * 2 - 3 * shoulder * (0, 0.8, 0)) / 3)
 
     def _leg(self, d: Dice, side: int, bones: list):
@@ -149,10 +149,10 @@ class Figure:
         heel = ankle - toe * 0.024 + down * 0.03
         ball, tip = ankle + toe * 0.075 + down * 0.036, ankle + toe * 0.115 + down * 0.038
         self.joints.append(np.array([hip, knee, knee + 0.32 * shin, ankle]))
-        self.leg.append(rings(self.view, self.joints[-1], np.array([0.056, 0.038, 0.039, 0.024]) * self.girth))
+        self.leg.append(rings(self.view, self.joints[-1], np.array([0.060, 0.046, 0.047, 0.033]) * self.girth))
         self.foot.append(rings(self.view, [tip, ball, ankle + down * 0.004, heel, ball],
-                               [0.02, 0.029, 0.028, 0.025, 0.029]))
-        self.sole.append(rings(self.view, np.array([heel, ball, tip]) + down * 0.019, [0.012, 0.013, 0.01]))
+                               [0.027, 0.037, 0.034, 0.031, 0.037]))
+        self.sole.append(rings(self.view, np.array([heel, ball, tip]) + down * 0.019, [0.015, 0.016, 0.013]))
         self.leg_depth.append(self.view[2] @ (knee + ankle))
         self.toe_depth.append(self.view[2] @ toe)
         self.knee_depth.append(self.view[2] @ (knee - hip))

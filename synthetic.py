@@ -1,13 +1,16 @@
 """The embedded data set: drawn people with exact labels in LIP's 20 classes. The paper has no such thing; it is ours.
 
     image, label = draw(seed, index, size=(160, 128))      # uint8 RGB (160, 128, 3), uint8 (160, 128)
+    python synthetic.py --out figures --count 6            # some of them as PNG files, to look at or to parse
 
 A picture is a pure function of (seed, index, size): nothing is stored, and no byte depends on the process or on threads
 (of OpenCV only polygons, and the resizing and blur of 8-bit pictures, which are exact). `skeleton.py` poses the people,
 `person.py` dresses and paints them; here is what surrounds them.
 """
 
+import argparse
 import math
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -35,9 +38,16 @@ def clutter(cv: Canvas, d: Dice, h: int, w: int):
     unit = max(h, w)
     if d.chance(0.6):
         box(cv, d, 0, h * d(0.5, 0.9), w, h)
-    for _ in range(int(d(1, 10))):
+    for _ in range(int(d(1, 6))):
         x, y = d(-0.1, 1) * w, d(-0.1, 1) * h
         d.pick((_crate, _crate, _pole, _table, _limb, _stone, _bush, _bush))(cv, d, x, y, unit)
+
+
+def out_of_focus(image: np.ndarray, d: Dice) -> np.ndarray:
+    """What lies behind the people, as a lens sees it that is focused on them: blurred and hazy."""
+    sigma = max(image.shape) / 64
+    size = 2 * math.ceil(2 * sigma) + 1
+    return (cv2.GaussianBlur(image, (size, size), sigma) * 0.5 + d(60, 200) * 0.5).astype(np.uint8)
 
 
 def _crate(cv: Canvas, d: Dice, x: float, y: float, unit: float):
@@ -114,6 +124,7 @@ def draw(seed: int, index: int, size: tuple[int, int] = (480, 480)) -> tuple[np.
     d = Dice(rng)
     cv = Canvas(backdrop(d, rng, h, w), d)
     clutter(cv, d, h, w)
+    cv.image[:] = out_of_focus(cv.image, d)
     count = d.pick((1,) * 17 + (2, 2, 3))
     figures = [pose(d, h, w, count == 1) for _ in range(count)]
     for fig in sorted(figures, key=lambda fig: max(table[:, 1].max() for table in fig.foot)):
@@ -123,3 +134,22 @@ def draw(seed: int, index: int, size: tuple[int, int] = (480, 480)) -> tuple[np.
         box(cv, d, d(0, 0.8) * w, -1 if pole else d(0.5, 0.9) * h, w * (d(0.03, 0.09) if pole else d(0.2, 0.6)), 2 * h)
     label = np.take(np.array(cv.classes, np.uint8), cv.pieces)
     return expose(cv.image, cv.pieces, d, rng), label
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw people into PNG files.")
+    parser.add_argument("--out", default="figures", help="folder of the files")
+    parser.add_argument("--count", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=2**31 - 2, help="training takes 0, validation 2147483647")
+    parser.add_argument("--size", type=int, nargs=2, default=(480, 360), metavar=("HEIGHT", "WIDTH"))
+    args = parser.parse_args()
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(args.count):
+        image, _ = draw(args.seed, index, tuple(args.size))
+        cv2.imwrite(str(folder / f"figure_{index:03d}.png"), image[..., ::-1])
+    print(f"{args.count} pictures in {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -79,6 +79,7 @@ def test_the_label_is_what_is_painted(monkeypatch):
         fill(self, sections, cls, ((cls * 12.0,) * 3, None), False)
     monkeypatch.setattr(synthetic.Canvas, "fill", flat)
     monkeypatch.setattr(synthetic, "backdrop", lambda d, rng, h, w: np.zeros((h, w, 3), np.uint8))
+    monkeypatch.setattr(synthetic, "out_of_focus", lambda image, d: image)
     monkeypatch.setattr(synthetic, "expose", lambda image, pieces, d, rng: image)
     for index in range(40):
         image, label = synthetic.draw(4, index, SIZE)
