@@ -226,7 +226,7 @@ class SAMViT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Random weights for training from scratch, ViT's usual ones; relative positions start at zero, as SAM's did."""
+        """Random weights for training from scratch, ViT's usual; relative positions start at zero, as SAM's did."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):

@@ -1,0 +1,423 @@
+"""SAM's image encoder against segment-anything and transformers with random weights, and the official file's format."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import sam_vit
+from sam_vit import SAMViT, load_sam
+from weights import WeightsError
+
+TOLERANCE = 1e-5
+LARGE = dict(dim=1024, depth=24, heads=16, window=14, grid=64)
+SMALL = dict(dim=48, depth=8, heads=3, window=5, grid=12)              # odd blocks see the grid, even ones windows
+MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1) / 255
+STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1) / 255
+
+
+def random_state(model, seed=0):
+    """Weights of which every tensor matters: no bias or position near zero, matrices keep the size of their input."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        noise = torch.empty(tensor.shape, dtype=torch.float32).normal_(generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            state[name] = 1 + 0.2 * noise
+        elif "rel_pos" in name:
+            state[name] = 0.2 * noise
+        else:
+            state[name] = noise * (0.3 if tensor.ndim == 1 or name == "pos_embed" else tensor[0].numel() ** -0.5)
+    return state
+
+
+def build(state, frozen=True, **sizes):
+    with torch.device("meta"):
+        model = SAMViT(**sizes)
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(not frozen)
+
+
+def absolute(state, h, w):
+    """The peers take positions of the grid's own size."""
+    return F.interpolate(state["pos_embed"].permute(0, 3, 1, 2), (h, w), mode="bicubic").permute(0, 2, 3, 1)
+
+
+def official(state, h, w, dim, depth, heads, window, grid):
+    from segment_anything.modeling import ImageEncoderViT
+    with torch.device("meta"):
+        model = ImageEncoderViT(
+            img_size=16 * grid, embed_dim=dim, depth=depth, num_heads=heads, use_rel_pos=True, window_size=window,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6), global_attn_indexes=range(depth // 4 - 1, depth, depth // 4))
+    model.neck = nn.Identity()
+    model.pos_embed = nn.Parameter(torch.empty(1, h, w, dim, device="meta"))
+    model.load_state_dict({**state, "pos_embed": absolute(state, h, w)}, assign=True)
+    return model, model.blocks
+
+
+def hugging_face(state, h, w, dim, depth, heads, window, grid):
+    from transformers import SamVisionConfig
+    from transformers.models.sam.modeling_sam import SamVisionEncoder
+    config = SamVisionConfig(
+        hidden_size=dim, num_hidden_layers=depth, num_attention_heads=heads, image_size=16 * grid, window_size=window,
+        global_attn_indexes=list(range(depth // 4 - 1, depth, depth // 4)), mlp_dim=4 * dim)
+    with torch.device("meta"):
+        model = SamVisionEncoder(config)
+    model.neck = nn.Identity()
+    model.patch_embed.image_size = (16 * h, 16 * w)
+    model.pos_embed = nn.Parameter(torch.empty(1, h, w, dim, device="meta"))
+    names = (("blocks.", "layers."), ("norm1", "layer_norm1"), ("norm2", "layer_norm2"), ("embed.proj", "embed.projection"))
+    renamed = {**state, "pos_embed": absolute(state, h, w)}
+    for old, new in names:
+        renamed = {name.replace(old, new): tensor for name, tensor in renamed.items()}
+    model.load_state_dict(renamed, assign=True)
+    return model, model.layers
+
+
+def peer_outputs(peer, state, image, sizes, trained=False):
+    """What a peer's blocks at the end of each quarter put out, and the peer."""
+    model, blocks = peer(state, image.shape[2] // 16, image.shape[3] // 16, **sizes)
+    model.requires_grad_(trained)
+    outs = []
+    for block in list(blocks)[len(blocks) // 4 - 1::len(blocks) // 4]:
+        block.register_forward_hook(lambda module, args, out: outs.append(out[0] if isinstance(out, tuple) else out))
+    model((image - MEAN.to(image)) / STD.to(image))
+    return outs, model
+
+
+def error(got, wanted):
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(got, wanted, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ViT-L at full size
+
+
+@pytest.fixture(scope="module")
+def large():
+    with torch.device("meta"):
+        model = SAMViT()
+    return random_state(model)
+
+
+@pytest.mark.parametrize("h, w", [(480, 480), (320, 544), (1024, 1024)])
+def test_full_size_parity(large, h, w):
+    image = torch.rand(1, 3, h, w, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        outs = build(large, **LARGE)(image)
+        assert [out.shape for out in outs] == [(1, h // 16, w // 16, 1024)] * 4
+        for peer in (official, hugging_face):
+            assert error(outs, peer_outputs(peer, large, image, LARGE)[0]) <= TOLERANCE
+
+
+def test_official_file(large, tmp_path):
+    """All 482 tensors of a full SAM ViT-L, the encoder's with random values, through a file of torch.save."""
+    from segment_anything import sam_model_registry
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in sam_model_registry["vit_l"]().state_dict().items()}
+    assert len(shapes) == 482
+    ours = {f"image_encoder.{name}": tensor for name, tensor in large.items()}
+    full = {name: ours.pop(name, torch.ones(())).expand(shape) for name, shape in shapes.items()}
+    assert not ours
+    path = tmp_path / "sam_vit_l_0b3195.pth"
+    torch.save(full, path)
+    model = load_sam(path)
+    path.unlink()
+    state = model.state_dict()
+    assert list(state) == list(large) and all(torch.equal(state[name], large[name]) for name in large)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    image = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        assert error(model(image), peer_outputs(official, large, image, LARGE)[0]) <= TOLERANCE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same code, small
+
+
+@pytest.fixture(scope="module")
+def small():
+    return random_state(SAMViT(**SMALL))
+
+
+def picture(h=8, w=13, batch=2, dtype=torch.float32):
+    return torch.rand(batch, 3, 16 * h, 16 * w, generator=torch.Generator().manual_seed(h * w), dtype=dtype)
+
+
+@pytest.mark.parametrize("peer", [official, hugging_face])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, TOLERANCE), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("h, w", [(8, 13), (10, 5), (12, 12), (2, 3), (16, 16)])
+def test_every_kind_of_grid(small, peer, dtype, tolerance, h, w):
+    """Whole windows only, cut ones in one or both directions, less than a window; fp64 folds the positions, fp32 adds."""
+    state = {name: tensor.to(dtype) for name, tensor in small.items()}
+    with torch.no_grad():
+        outs = build(state, **SMALL)(picture(h, w, dtype=dtype))
+        assert error(outs, peer_outputs(peer, state, picture(h, w, dtype=dtype), SMALL)[0]) <= tolerance
+
+
+def test_every_tensor_matters(small):
+    """Setting any one tensor to zero changes the last output by a hundred times what the parity tests allow, or more."""
+    image = picture(batch=1)
+    with torch.no_grad():
+        wanted = build(small, **SMALL)(image)[-1:]
+        for name, tensor in small.items():
+            outs = build({**small, name: torch.zeros_like(tensor)}, **SMALL)(image)
+            assert error(outs[-1:], wanted) > 100 * TOLERANCE, name
+
+
+def test_fused_attention_is_the_same(small, monkeypatch):
+    """The kernel of the GPU, here on a CPU: the folded positions make it exact."""
+    state = {name: tensor.double() for name, tensor in small.items()}
+    image = picture(dtype=torch.float64).requires_grad_()
+    outs = build(state, **SMALL)(image)
+    gradient = torch.autograd.grad(outs[-1].square().sum(), image)
+    widths = []
+
+    def fused(q, k, v):
+        widths.append(q.shape[-1])
+        return sam_vit_fused(q, k, v)
+
+    sam_vit_fused = sam_vit.fused_attention
+    monkeypatch.setattr(sam_vit, "softmax_attention", fused)
+    fused_outs = build(state, **SMALL)(image)
+    assert len(widths) > 8 and all(width % 32 == 0 for width in widths)
+    assert error(fused_outs, outs) < 1e-13
+    assert error(torch.autograd.grad(fused_outs[-1].square().sum(), image), gradient) < 1e-12
+
+
+def test_bf16_is_close(small):
+    image = picture()
+    with torch.no_grad():
+        wanted = build(small, **SMALL)(image)
+        with torch.autocast("cpu", torch.bfloat16):
+            outs = build(small, **SMALL)(image)
+            theirs = peer_outputs(official, small, image, SMALL)[0]
+    assert error(outs, wanted) < 2e-2
+    assert error(outs, wanted) < 1.2 * error(theirs, wanted)
+
+
+def test_no_array_over_all_pairs(small):
+    """Memory is linear in the tokens: nothing holds as much as one number per head, query and key of the grid."""
+    h = w = 30
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.numbers = max(self.numbers, out.numel())
+            return out
+
+    for dtype in (torch.float32, torch.float64):
+        model = build({name: tensor.to(dtype) for name, tensor in small.items()}, **SMALL)
+        with torch.no_grad(), Largest() as largest:
+            model(picture(h, w, 1, dtype))
+        assert largest.numbers < SMALL["heads"] * (h * w) ** 2 / 2
+
+
+def test_batch_is_a_loop(small):
+    model = build(small, **SMALL)
+    with torch.no_grad():
+        single = [model(image[None]) for image in picture(batch=3)]
+        assert error(model(picture(batch=3)), [torch.cat(outs) for outs in zip(*single)]) < 1e-6
+
+
+def test_parts_make_the_whole(small):
+    """What SCHNet calls: `normalize`, `embed` and the blocks, one by one."""
+    model = build(small, **SMALL)
+    image = picture()
+    with torch.no_grad():
+        assert torch.allclose(model.normalize(image), (image - MEAN) / STD, atol=1e-6)
+        x = model.embed(image)
+        for block in model.blocks:
+            x = block(x)
+        assert torch.equal(x, model(image)[-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-11)])
+def test_gradients_are_the_officials(small, dtype, tolerance):
+    """Of every tensor and of the image, trained from scratch; positions at another grid than their own."""
+    state = {name: tensor.to(dtype) for name, tensor in small.items()}
+    image = picture(dtype=dtype)
+    leaf = state["pos_embed"].clone().requires_grad_()
+    outs, peer = peer_outputs(official, state, image, SMALL, trained=True)
+    weight = [torch.randn_like(out) for out in outs]
+    sum((a * b).sum() for a, b in zip(outs, weight)).backward()
+    absolute({"pos_embed": leaf}, 8, 13).backward(peer.pos_embed.grad)
+    wanted = {name: p.grad for name, p in peer.named_parameters()}
+    wanted["pos_embed"] = leaf.grad
+    model = build({name: tensor.clone() for name, tensor in state.items()}, frozen=False, **SMALL)
+    sum((a * b).sum() for a, b in zip(model(image), weight)).backward()
+    for name, p in model.named_parameters():
+        assert error([p.grad], [wanted[name]]) < tolerance, name
+
+
+def test_frozen_blocks_pass_the_gradient(small):
+    """SCHNet's case: only the patch embedding is trained, its gradient comes through all blocks, recomputed or not."""
+    model = build(small, **SMALL)
+    model.patch_embed.requires_grad_(True)
+    image = picture(batch=1)
+
+    def gradient(run):
+        x = model.embed(image)
+        for block in model.blocks:
+            x = run(block, x)
+        return torch.autograd.grad(x.square().sum(), list(model.patch_embed.parameters()))
+
+    wanted = gradient(lambda block, x: block(x))
+    assert all(grad.abs().sum() > 0 for grad in wanted)
+    assert error(gradient(lambda block, x: checkpoint(block, x, use_reentrant=False)), wanted) < 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        assert error(gradient(lambda block, x: block(x)), wanted) < 0.05
+
+
+def test_learns_from_scratch():
+    torch.manual_seed(0)
+    model = SAMViT(dim=32, depth=4, heads=2, window=3, grid=4)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    image, target = torch.rand(4, 3, 80, 64), torch.randn(4, 5, 4, 32)
+    losses = []
+    for _ in range(25):
+        loss = F.mse_loss(model(image)[-1], target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables kept per grid
+
+
+def test_kept_tables_come_from_the_originals(small):
+    model = build(small, **SMALL)
+    with torch.no_grad():
+        first = model(picture(8, 13))
+        model(picture(16, 9))
+        again, fresh = model(picture(8, 13)), build(small, **SMALL)(picture(8, 13))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, again, fresh))
+    assert list(model.state_dict()) == list(small) and all(torch.equal(model.state_dict()[n], small[n]) for n in small)
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "blocks.1.attn.rel_pos_h", "blocks.2.attn.rel_pos_w"])
+def test_kept_tables_follow_their_source(small, name):
+    changed = {**small, name: small[name] + 1}
+    own = {key: tensor.clone() for key, tensor in small.items()}
+    model, image = build(own, **SMALL), picture()
+    with torch.no_grad():
+        wanted = build(changed, **SMALL)(image)
+        model(image)
+        other = copy.deepcopy(model)
+        other.get_parameter(name).add_(1)                  # in place
+        assert torch.equal(other(image)[-1], wanted[-1])
+        assert not torch.equal(model(image)[-1], wanted[-1])
+        model.load_state_dict(changed)
+        assert torch.equal(model(image)[-1], wanted[-1])
+        model.load_state_dict(small)
+        model(image)
+        model.bfloat16().float()                           # perhaps back at the same address, but rounded
+        assert torch.equal(model(image)[-1], build(small, **SMALL).bfloat16().float()(image)[-1])
+
+
+def test_kept_tables_and_training(small):
+    """An evaluation in inference mode, a training, an evaluation: the gradient arrives, and what was trained is used."""
+    model, image = build({name: tensor.clone() for name, tensor in small.items()}, **SMALL), picture()
+    with torch.inference_mode():
+        model(image)
+    leaf = image.clone().requires_grad_()
+    model(leaf)[-1].square().sum().backward()
+    assert leaf.grad.abs().sum() > 0
+    model.requires_grad_(True)
+    tables = [p for name, p in model.named_parameters() if "pos" in name]
+    assert len(tables) == 1 + 2 * SMALL["depth"]
+    for _ in range(2):
+        for table, grad in zip(tables, torch.autograd.grad(model(image)[-1].square().sum(), tables)):
+            assert grad.abs().sum() > 0
+            table.data -= 1e-3 * grad / grad.abs().max()
+    trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.inference_mode():
+        assert torch.equal(model(image)[-1], build(trained, **SMALL)(image)[-1])
+
+
+def test_kept_tables_change_type_with_the_input(small):
+    model = build(small, **SMALL)
+    with torch.no_grad():
+        wanted = model(picture())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert error(model(picture()), wanted) < 2e-2
+        assert torch.equal(model(picture())[-1], wanted[-1])
+        assert error(model.double()(picture().double()), wanted) < TOLERANCE
+
+
+def test_windowed_tables_never_change(small):
+    """A grid smaller than a window is padded to one: the tables of windows keep their length at any size."""
+    state = {name: tensor for name, tensor in small.items()}
+    model = build(state, **SMALL)
+    with torch.no_grad():
+        for h, w in ((2, 3), (20, 20)):
+            model(picture(h, w))
+    for i in range(0, SMALL["depth"], 2):
+        (key, (rows, _, _)), = model.blocks[i].attn.relative_terms.results.items()
+        assert key[:2] == (5, 5)
+        assert torch.equal(rows[4, 0], state[f"blocks.{i}.attn.rel_pos_h"][8])
+        assert torch.equal(rows[0, 4], state[f"blocks.{i}.attn.rel_pos_h"][0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: the values are one number repeated, so that a ViT-L takes a few kilobytes
+
+
+def hollow(dim=1024, depth=24, heads=16, prefix="image_encoder."):
+    with torch.device("meta"):
+        model = SAMViT(dim, depth, heads)
+    return {prefix + name: torch.full((), 0.5).expand(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def fault(path, tensors):
+    torch.save(tensors, path)
+    with pytest.raises(WeightsError) as caught:
+        load_sam(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "image_encoder."])
+def test_encoder_alone(tmp_path, prefix):
+    tensors = {name: tensor.half() for name, tensor in hollow(prefix=prefix).items()}
+    tensors[prefix + "neck.0.weight"] = torch.ones(1).expand(256, 1024, 1, 1)
+    torch.save(tensors, tmp_path / "encoder.pth")
+    model = load_sam(tmp_path / "encoder.pth")
+    assert all(p.dtype == torch.float32 and (p == 0.5).all() for p in model.parameters())
+    assert torch.equal(model.mean.flatten(), MEAN.flatten()) and model.std.device.type == "cpu"
+
+
+def test_other_models_are_named(tmp_path):
+    assert "SAM ViT-B" in fault(tmp_path / "b.pth", hollow(768, 12, 12))
+    assert "SAM ViT-H" in fault(tmp_path / "h.pth", hollow(1280, 32, 16))
+    assert "Hugging Face" in fault(tmp_path / "hf.pth", {"vision_encoder.pos_embed": torch.ones(1)})
+
+
+def test_strict(tmp_path):
+    missing = hollow()
+    del missing["image_encoder.blocks.7.attn.rel_pos_w"]
+    assert "blocks.7.attn.rel_pos_w" in fault(tmp_path / "missing.pth", missing)
+    assert "adapter.weight" in fault(tmp_path / "left.pth", {**hollow(), "adapter.weight": torch.ones(1)})
+    assert "neck_norm" in fault(tmp_path / "neck.pth", {**hollow(), "image_encoder.neck_norm": torch.ones(1)})
+    tuned = {**hollow(), "image_encoder.blocks.5.attn.rel_pos_h": torch.ones(59, 64)}
+    assert "blocks.5.attn.rel_pos_h (59, 64)" in fault(tmp_path / "size.pth", tuned)
+
+
+def test_sizes_that_do_not_fit():
+    with pytest.raises(ValueError, match="depth 6"):
+        SAMViT(depth=6)
