@@ -1,0 +1,108 @@
+"""UperNet's head at its real size: this project beside transformers' UperNetHead.
+
+    python benchmarks/bench_head.py [--size 480] [--batch 1] [--train-batch 2] [--threads 2] [--rounds 7] [--device cpu]
+
+1024 channels in, 512 inside, 20 classes; the same random weights and features in both (four maps at strides 4 to 32 of
+the image), evaluation, and training (forward and backward to all weights and features), fp32 and bf16 autocast. The
+runs alternate. Each gets the features in the layout it would get them in: transformers' plain, ours channels-last, as the
+adapter leaves them. Errors: relative, of the logits, and of the features' gradients, against the peer in fp64 on an
+image of 96 px. Times: wall clock, median and quartiles; the last column is the median of the ratios within a round.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import conftest  # noqa: E402, F401                        torchvision beside a CPU-only torch, for the peer
+from test_uperhead import transformers_names  # noqa: E402
+from transformers import UperNetConfig  # noqa: E402
+from transformers.models.upernet.modeling_upernet import UperNetHead  # noqa: E402
+
+from uperhead import UPerHead  # noqa: E402
+
+OURS, PEER = "this project", "transformers"
+LAYOUTS = {OURS: torch.channels_last, PEER: torch.contiguous_format}
+
+
+def heads(device: str) -> dict[str, torch.nn.Module]:
+    torch.manual_seed(0)
+    ours = UPerHead(1024, 512, 20, dropout=0.0).to(device)
+    theirs = UperNetHead(UperNetConfig(hidden_size=512, num_labels=20), [1024] * 4).to(device)
+    theirs.load_state_dict(transformers_names(ours.state_dict()))
+    return {OURS: ours, PEER: theirs}
+
+
+def features(name: str, batch: int, size: int, device: str, train: bool) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    maps = [torch.randn(batch, 1024, size // stride, size // stride) for stride in (4, 8, 16, 32)]
+    return [x.to(device, memory_format=LAYOUTS[name]).requires_grad_(train) for x in maps]
+
+
+def run(head: torch.nn.Module, maps: list[torch.Tensor], train: bool, half: bool) -> list[torch.Tensor]:
+    """[logits], in training [logits, gradients of the four maps, gradients of the weights]."""
+    with torch.set_grad_enabled(train), torch.autocast(maps[0].device.type, torch.bfloat16, enabled=half):
+        logits = head(maps)
+    if not train:
+        return [logits]
+    return [logits, *torch.autograd.grad(logits.float().square().mean(), [*maps, *head.parameters()])]
+
+
+def disagreement(nets: dict, batch: int, device: str, train: bool, half: bool) -> dict[str, float]:
+    exact = run(copy.deepcopy(nets[PEER]).double(), [x.double() for x in features(PEER, batch, 96, device, train)],
+                train, False)[:5]
+    errors = {}
+    for name, net in nets.items():
+        found = run(net, features(name, batch, 96, device, train), train, half)[:5]
+        errors[name] = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True))
+    return errors
+
+
+def measure(nets: dict, maps: dict, train: bool, half: bool, rounds: int) -> dict[str, list[float]]:
+    times = {name: [] for name in nets}
+    for n in range(rounds + 1):                            # one to warm up
+        for name in list(nets)[::1 if n % 2 else -1]:
+            start = time.perf_counter()
+            run(nets[name], maps[name], train, half)
+            if maps[name][0].is_cuda:
+                torch.cuda.synchronize()
+            if n:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    for name, value in (("size", 480), ("batch", 1), ("train-batch", 2), ("threads", 2), ("rounds", 7)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, {args.device}, {args.threads} threads, {args.size} px, ms")
+    print(f"{'':14}{'':14}{'median':>9}{'quartiles':>20}{'error':>10}{'time / ours':>13}")
+    nets, ok = heads(args.device), True
+    for train, batch in ((False, args.batch), (True, args.train_batch)):
+        for net in nets.values():
+            net.train(train)
+        for half in (False, True):
+            errors = disagreement(nets, max(batch, 4) if train else batch, args.device, train, half)
+            maps = {name: features(name, batch, args.size, args.device, train) for name in nets}
+            times = measure(nets, maps, train, half, args.rounds)
+            for name, seconds in times.items():
+                low, median, high = (1e3 * q for q in statistics.quantiles(seconds, n=4))
+                ratio = statistics.median(t / ours for t, ours in zip(seconds, times[OURS]))
+                mode = f"{'train' if train else 'eval'} {batch} {'bf16' if half else 'fp32'}"
+                print(f"{name:14}{mode:14}{median:9.0f}{low:10.0f}{high:10.0f}{errors[name]:10.1e}{ratio:13.2f}")
+            ok &= errors[OURS] <= max(2 * errors[PEER], 1e-5)
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
