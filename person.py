@@ -233,6 +233,8 @@ class Person:
         if self.legged:
             cloth = self.bottom if self.lower == PANTS else self.top
             tube(cut(leg, 0, self.trouser, self.fit, self.wide), self.lower, cloth)
+            if fig.view[2, 2] > 0:                         # thighs are worn bright in front
+                tube(cut(leg, 0.25, min(0.9, self.trouser), 0.6), self.lower, tone(cloth, 1.4), shade=False)
 
     def _torso(self):
         fig, d, cls = self.fig, self.d, self.main
@@ -247,7 +249,7 @@ class Person:
             width = 5 if style == "zip" else 9
             self._patch(front, 90 - width, 90 + width, cls, tone(self.top, 0.5 if style == "zip" else 1.5))
         self._patch(cut(fig.torso, 1, 1.5, 1.05), 20, 160, cls, tone(self.top, 0.6))           # collar
-        self._patch(cut(fig.torso, 2.2, 2.4, 1.02), -160, -20, cls, tone(self.top, 0.6))       # yoke behind
+        self._patch(cut(fig.torso, 1.3, 2.6, 1.02), -160, -20, cls, tone(self.top, 0.6))       # yoke behind
 
     def _overall(self):
         """What lies over torso and legs: belt, the bell of a dress, coat."""
@@ -305,9 +307,9 @@ class Person:
     def _head(self):
         fig, fill = self.fig, self.cv.fill
         if self.scarf:
-            self.cv.tube(cut(fig.torso, 0, 1.4, 1.7, 0.75), SCARF, self.scarf)
+            self.cv.tube(cut(fig.torso, 0, 1.7, 1.7, 0.85), SCARF, self.scarf)
             middle = self.d.pick((70, 90, 110))
-            self._patch(cut(fig.torso, 1, self.d(3.2, 4.4), 1.16), middle - 24, middle + 24, SCARF, self.scarf, True)
+            self._patch(cut(fig.torso, 1, self.d(3.4, 4.6), 1.16), middle - 32, middle + 32, SCARF, self.scarf, True)
         skull, hair = fig.skull[0], self.length != "bald"
         grown = (1.08, 1.02) if hair else (1, 1)
         fill((skull[:2] + CIRCLE * skull[[2, 5]] * grown)[None], *((HAIR, self.hair) if hair else (FACE, self.skin)))

@@ -96,7 +96,7 @@ class Figure:
 
     def __init__(self, d: Dice):
         self.woman, self.girth, self.size = d(), d(0.9, 1.25), d(1.15, 1.38)
-        yaw = (180 if d.chance(0.42) else 0) + (80 if d.chance(0.08) else 40) * (d(-1, 1) + d(-1, 1)) / 2
+        yaw = (180 if d.chance(0.3) else 0) + (80 if d.chance(0.08) else 40) * (d(-1, 1) + d(-1, 1)) / 2
         bend = d(30, 60) if d.chance(0.05) else d(-4, 12)
         self.view = rotation(yaw, d(4, 16), d(-6, 6))
         self.upper = self.view @ rotation(d(-10, 10), bend, d(-6, 6))
