@@ -105,13 +105,14 @@ def test_every_picture_has_a_person(counts):
     assert (counts[:, 1:].sum(1) > 0.01 * SIZE[0] * SIZE[1]).all()
 
 
-def test_the_side_of_the_picture_tells_nothing(drawn, counts):
-    """Left limbs lie in either half equally often, and left and right limbs are equally large."""
+def test_the_side_of_the_picture_tells_little(drawn, counts):
+    """Seven in ten people look at the viewer, and they stand anywhere: who guesses left and right from the half of the picture
+    is wrong more than one time in three. Left and right limbs are equally large."""
     labels = np.stack([label for _, label in drawn])
     for left, right in zip(LEFT, RIGHT):
         for cls in (left, right):
             in_left_half = (labels[:, :, :64] == cls).sum() / (labels == cls).sum()
-            assert 0.4 < in_left_half < 0.6, (cls, in_left_half)
+            assert 0.34 < in_left_half < 0.66, (cls, in_left_half)
         assert 0.85 < counts[:, left].sum() / counts[:, right].sum() < 1.18, left
 
 
@@ -127,7 +128,7 @@ def test_left_is_the_persons_left():
             towards += ahead > 0
             assert (fig.leg[0][0, 0] > fig.leg[1][0, 0]) == (ahead > 0)
             assert (fig.arm[0][0, 0] > fig.arm[1][0, 0]) == (ahead > 0)
-    assert 120 < towards < 200                             # and both kinds are common
+    assert 170 < towards < 225                             # and both kinds are common
 
 
 def test_faces_tell_the_side(drawn):
