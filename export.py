@@ -6,10 +6,10 @@
     image           uint8 (N, H, W, 3), RGB              # any N; H and W are fixed
     probabilities   float32 (N, K, H, W)
 
-Height and width are fixed because the network's structure follows them: how many of SAM's windows the edges cut, the
-tables of positions, the bins of the pyramid pooling. Nothing is lost by it: prediction always shows the network a canvas
-of one size, with the photo's long side at `base_size` and the rest in the mean colour (examples/onnx_predict.py).
-Several --size give several files, NAME_480x320.onnx. The metadata holds classes, palette and the rest as JSON.
+Height and width are fixed because the network's structure follows them: which of SAM's windows the edges cut, the
+tables of positions, the bins of the pyramid pooling. Little is lost by it: predict.py, too, shows the network a canvas
+with the photo's long side at `base_size` and the rest in the mean colour, as examples/onnx_predict.py does. Several
+--size give several files, NAME_480x320.onnx. The metadata holds classes, palette and all else as JSON.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from datasets import LabelSet
 
 MAX_DIFFERENCE = 1e-4                                      # of probabilities
 MIN_AGREEMENT = 0.999                                      # share of pixels with the same class
-ONE_FILE_BYTES = 1 << 30                                   # larger weights go into a file of their own: ONNX stops at 2 GiB
+ONE_FILE_BYTES = 1 << 30                                   # larger weights get a file of their own: ONNX ends at 2 GiB
 
 
 class ExportError(ValueError):
@@ -68,9 +68,9 @@ def export(model: nn.Module, labels: LabelSet, source: Path, target: Path, size:
         program.save(part, external_data=apart)
         difference, agreement = check(model, part, size)
         if not (difference <= MAX_DIFFERENCE and agreement >= MIN_AGREEMENT):
-            raise ExportError(f"{target} was not written: probabilities differ from PyTorch's by up to {difference:.1e}, "
+            raise ExportError(f"{target} was not written: probabilities differ from PyTorch's by {difference:.1e}, "
                               f"{agreement:.2%} of the pixels have the same class")
-        for file in sorted(folder.iterdir(), key=lambda file: file == part):     # weights before the file that needs them
+        for file in sorted(folder.iterdir(), key=lambda file: file == part):     # the weights first
             file.replace(target.parent / file.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -78,20 +78,20 @@ def export(model: nn.Module, labels: LabelSet, source: Path, target: Path, size:
 
 
 def _translate(model: Deployed, size: tuple[int, int], opset: int):
-    """An ONNX program. Of onnxscript's optimiser only what onnxruntime needs: all of it would take time in the square of
-    the network's depth, and onnxruntime fuses by itself (the same speed either way)."""
+    """An ONNX program. Of onnxscript's optimiser only what onnxruntime needs: all of it takes time in the square of the
+    network's depth, and onnxruntime fuses by itself (the same speed either way)."""
     from onnxscript import optimizer
 
     image = torch.zeros(2, *size, 3, dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=1024)
-    for name in ("torch.onnx", "onnxscript"):              # about the translation's own steps, nothing a user can act on
+    for name in ("torch.onnx", "onnxscript"):              # about their own steps, nothing a user can act on
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                model, (image,), dynamo=True, opset_version=opset, input_names=["image"], output_names=["probabilities"],
-                dynamic_shapes={"image": {0: batch}}, optimize=False, verbose=False)
+                model, (image,), dynamo=True, opset_version=opset, input_names=["image"],
+                output_names=["probabilities"], dynamic_shapes={"image": {0: batch}}, optimize=False, verbose=False)
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
         raise ExportError(f"torch.onnx cannot translate the network: {str(cause).strip().splitlines()[0]}") from error

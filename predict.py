@@ -38,10 +38,10 @@ import pictures
 import video
 from files import PHOTO_ENDINGS, DataError, read_photo
 
-OTHER_PHOTO_ENDINGS = (".avif", ".gif", ".heic", ".heif", ".jfif", ".tif", ".tiff")    # tried, so that none is lost in silence
+OTHER_PHOTO_ENDINGS = (".avif", ".gif", ".heic", ".heif", ".jfif", ".tif", ".tiff")  # tried: none is lost in silence
 VIDEO_ENDINGS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 KINDS = ("labels", "overlays", "masks", "probs")           # folders of the results
-BATCH_PIXELS = 32 << 20                                    # photos held at a time, so that very large ones stay in bounds
+BATCH_PIXELS = 32 << 20                                    # photos held at a time: very large ones stay in bounds
 THREADS = 4                                                # they read and write files while the network works
 
 
@@ -70,8 +70,8 @@ class Parser:
 
     def overlay(self, image: np.ndarray, label: np.ndarray, shown: Iterable[int] | None = None) -> np.ndarray:
         """The photo under its label map, with a legend of the classes that occur (or of those `shown`)."""
-        picture = pictures.overlay(image, label, self.palette)
-        return pictures.with_legend(picture, self.classes, self.palette, pictures.present(label) if shown is None else shown)
+        shown = pictures.present(label) if shown is None else shown
+        return pictures.with_legend(pictures.overlay(image, label, self.palette), self.classes, self.palette, shown)
 
     @torch.inference_mode()
     def save_probabilities(self, path: Path, image: np.ndarray) -> np.ndarray:
@@ -119,7 +119,7 @@ class Job:
 
 
 def collect(inputs: list[str], out: Path, report: Report) -> tuple[list[Job], list[Job], list[int]]:
-    """The photos, videos and webcams that the arguments mean, each file once. What does not exist goes into the report."""
+    """The photos, videos and webcams that the arguments mean, each file once. What is missing goes into the report."""
     found: dict[Path, tuple[Path, str]] = {}               # resolved: as given, name
     cameras = []
     folders = sum(Path(text).is_dir() for text in inputs)
@@ -133,13 +133,16 @@ def collect(inputs: list[str], out: Path, report: Report) -> tuple[list[Job], li
                 found.setdefault(file.resolve(), (file, str(path.resolve().name / inside if folders > 1 else inside)))
         else:
             files = [text] if path.exists() or not glob.has_magic(text) else sorted(glob.glob(text, recursive=True))
+            if not files:
+                report.failed.append(f"{text}: matches no file")
             for file in map(Path, files):
                 if file.is_file():
                     found.setdefault(file.resolve(), (file, file.name))
-            if not files or not path.exists() and files == [text]:
-                report.failed.append(f"{text}: no such file or folder" if files else f"{text}: matches no file")
+                elif not file.is_dir():                    # a glob also matches folders
+                    report.failed.append(f"{file}: no such file or folder")
+    results = [(out / kind).resolve() for kind in KINDS]
     for file, (path, _) in found.items():
-        if any((out / kind).resolve() in file.parents for kind in KINDS):
+        if any(folder in file.parents for folder in results):
             raise DataError(f"{path}: lies where the results go and might be overwritten; choose another --out")
     jobs = _name(list(found.values()))
     videos = [job for job in jobs if job.path.suffix.lower() in VIDEO_ENDINGS]
@@ -187,7 +190,8 @@ def parse_photos(parser: Parser, jobs: list[Job], out: Path, batch: int, masks: 
                 else:
                     good.append((job, image))
             if probs:
-                labels = [parser.save_probabilities(_place(out, "probs", job.name, ".npy"), image) for job, image in good]
+                labels = [parser.save_probabilities(_place(out, "probs", job.name, ".npy"), image)
+                          for job, image in good]
             else:
                 labels = parser.parse_batch([image for _, image in good])
             writing = [pool.submit(_write, parser, out, job.name, image, label, masks, report)
@@ -250,15 +254,15 @@ def _place(out: Path, kind: str, name: str, ending: str) -> Path:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="photo, video, folder, glob, or the number of a webcam")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="photo, video, folder, glob, or number of a webcam")
     parser.add_argument("--run", help="folder of a run, or a checkpoint; the newest run if not given")
-    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder of the results (default: predictions)")
+    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder of the results (predictions)")
     parser.add_argument("--tta", action="store_true", help="average over scales and flips: slower, a little better")
-    parser.add_argument("--size", type=int, help="long side in pixels at which the network sees a photo; the run's own if not given")
+    parser.add_argument("--size", type=int, help="long side of a photo as the network sees it; the run's if not given")
     parser.add_argument("--masks", action="store_true", help="also a black and white picture for each class")
     parser.add_argument("--probs", action="store_true", help="also the probabilities, as .npy")
     parser.add_argument("--frames", action="store_true", help="also the label map of each frame of a video")
-    parser.add_argument("--batch", type=int, default=4, help="photos at a time (default: 4)")
+    parser.add_argument("--batch", type=int, default=4, help="photos at a time (4)")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ...; the GPU if there is one")
     args = parser.parse_args(argv)
     if args.batch < 1:

@@ -24,7 +24,7 @@ class VideoError(ValueError):
 
 
 def parse_video(parser, source: Path | int, target: Path, labels: Path | None = None, batch: int = 4) -> int:
-    """Parse the file or webcam `source` into `target`, an .mp4; with `labels`, each frame's label map goes into that folder.
+    """Parse the file or webcam `source` into `target`, an .mp4; with the folder `labels`, also into label maps.
 
     Returns the number of frames. A webcam runs until q is pressed in its window (where there is a display) or Ctrl-C.
     """
@@ -47,7 +47,7 @@ def parse_video(parser, source: Path | int, target: Path, labels: Path | None = 
         capture.release()
         part.unlink(missing_ok=True)
     if count < 0.95 * expected:                            # containers only estimate the number
-        raise VideoError(f"{name}: ends after {count} of {expected} frames, damaged or cut off; what there is was parsed")
+        raise VideoError(f"{name}: ends after {count} of {expected} frames, damaged or cut off; these were parsed")
     return count
 
 
@@ -66,7 +66,7 @@ def _parse(parser, capture: cv2.VideoCapture, batch: int) -> Iterator[tuple[np.n
 
 
 def _measure(pairs: Iterator) -> tuple[Iterator, float]:
-    """How many frames a second can be parsed, so that a recording plays at the speed of life. The first one warms up."""
+    """How many frames a second can be parsed, so that a recording plays at the speed of life. The first warms up."""
     next(pairs, None)
     start = time.monotonic()
     first = list(itertools.islice(pairs, 1))
@@ -95,7 +95,7 @@ def _write(pairs, parser, path: Path, rate: float, labels: Path | None, live: bo
                 if cv2.waitKey(1) & 0xFF == ord("q"):
                     break
     except KeyboardInterrupt:
-        if not live:                                       # how a webcam without a window ends; a file is left half parsed
+        if not live:                                       # a webcam without a window ends so, a file is half parsed
             raise
     finally:
         if writer is not None:
@@ -110,5 +110,7 @@ def _even(picture: np.ndarray) -> np.ndarray:
 
 
 def _has_display() -> bool:
-    built_in = any(line.strip().startswith("GUI:") and "NONE" not in line for line in cv2.getBuildInformation().splitlines())
-    return built_in and (sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")))
+    facts = [line.split() for line in cv2.getBuildInformation().splitlines() if line.strip().startswith("GUI:")]
+    if ["GUI:", "NONE"] in facts or not facts:             # opencv-python-headless
+        return False
+    return sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

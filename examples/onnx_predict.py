@@ -20,11 +20,11 @@ small = image.resize([max(1, round(side * scale)) for side in image.size], reduc
 canvas = Image.new("RGB", (about["width"], about["height"]), tuple(about["pad_colour"]))
 canvas.paste(small)
 
-probabilities, = session.run(None, {"image": np.asarray(canvas)[None]})            # (1, K, H, W)
+probabilities, = session.run(None, {"image": np.asarray(canvas)[None]})             # (1, K, H, W)
 probabilities = probabilities[0, :, :small.height, :small.width]
 best = np.zeros((image.height, image.width), np.float32)
 label = np.zeros((image.height, image.width), np.uint8)
-for k, channel in enumerate(probabilities):                                        # one class at a time: large photos fit
+for k, channel in enumerate(probabilities):                # one class at a time: large photos fit
     channel = np.asarray(Image.fromarray(channel).resize(image.size, Image.Resampling.BILINEAR))
     label[channel > best], best = k, np.maximum(best, channel)
 

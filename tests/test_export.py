@@ -28,12 +28,12 @@ CFG = Config(
     sam_depth=4, sam_heads=2, sam_window=3, sam_grid=4, clip_dim=32, clip_depth=4, clip_heads=2, clip_grid=3,
     clip_taps=(0, 1, 2, 3), clip_embed=16, text_dim=16, text_depth=1, text_heads=2, ftm_tokens=8, prior_dim=8,
     deform_heads=2, head_dim=16, aux_weight=0.0, precision="fp32")
-SIZE = (64, 96)                                            # tokens 4 x 6: windows of 3 are cut, no table has its own size
+SIZE = (64, 96)                                            # tokens 4 x 6: windows of 3 are cut, tables resampled
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory):
-    """(run folder, file, PyTorch network, the translation) of a small random network in which every part does something."""
+    """(run folder, file, PyTorch network, translation) of a small random network in which every part does something."""
     torch.manual_seed(0)
     labels = LABEL_SETS["lip"]
     model = build_model(CFG, labels.classes).eval()

@@ -22,7 +22,7 @@ def figure(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def edge_is_empty(picture: np.ndarray, top: int = 0, left: int = 0) -> bool:
-    """True if the last two rows and columns, right of `left` and below `top`, are paper: no text runs out of the picture."""
+    """True if the last two rows and columns, right of `left` and below `top`, are paper: no text runs out of it."""
     return (picture[-2:, left:] == 255).all() and (picture[top:, -2:] == 255).all()
 
 
@@ -98,7 +98,8 @@ def test_sheet_holds_pictures_of_all_sizes_and_long_texts():
     shapes = [(1, 1), (300, 20), (20, 900)]
     cells = [np.full((*shape, 3), colour, np.uint8) for shape, colour in zip(shapes, colours)]
     rows = [cells, [cells[2], None], []]
-    result = pictures.sheet(rows, ["photo", "a title that is much longer than its column " * 2], ["name " * 99, "x" * 400], 120)
+    titles, captions = ["photo", "a title that is much longer than its column " * 2], ["name " * 99, "x" * 400]
+    result = pictures.sheet(rows, titles, captions, 120)
     assert edge_is_empty(result) and (result[:, :2] == 255).all() and (result[:2] == 255).all()
     for colour in colours:
         assert (result == colour).all(-1).sum() > 400

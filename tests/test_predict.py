@@ -63,7 +63,7 @@ def files(folder: Path) -> list[str]:
 
 
 def odd_files(folder: Path) -> dict[str, tuple[int, int]]:
-    """The kinds of files people have. Returns the (height, width) a viewer shows, by the name expected in the results."""
+    """The kinds of files people have. Returns the (height, width) a viewer shows, by the name of the results."""
     folder.mkdir()
     rgb = Image.fromarray(photo(50, 70))
     (folder / "empty.jpg").write_bytes(b"")
@@ -85,8 +85,8 @@ def odd_files(folder: Path) -> dict[str, tuple[int, int]]:
     rgb.save(folder / "same.png")
     (folder / ".hidden.jpg").write_bytes(b"")
     (folder / "notes.txt").write_text("no photo, and not called one")
-    return {"whole": (50, 70), "grey": (50, 70), "rgba": (50, 70), "cmyk": (50, 70), "deep": (50, 70), "turned": (70, 50),
-            "one pixel": (1, 1), "long": (40, 8000), "Ünï çødé 人": (50, 70), "same_jpg": (50, 70), "same_png": (50, 70)}
+    plain = ("whole", "grey", "rgba", "cmyk", "deep", "Ünï çødé 人", "same_jpg", "same_png")
+    return {name: (50, 70) for name in plain} | {"turned": (70, 50), "one pixel": (1, 1), "long": (40, 8000)}
 
 
 def test_odd_files_are_parsed_at_their_size_or_reported(run: Path, tmp_path: Path, capsys):
@@ -106,7 +106,8 @@ def test_odd_files_are_parsed_at_their_size_or_reported(run: Path, tmp_path: Pat
     assert "11 parsed" in printed.out and "3 not parsed" in printed.err
     reports = {line.split(":")[0].split("/")[-1].strip(): line for line in printed.err.splitlines() if "/in/" in line}
     assert set(reports) == {"empty.jpg", "text.png", "truncated.jpg"}
-    assert "empty" in reports["empty.jpg"] and "not a picture" in reports["text.png"] and "cut off" in reports["truncated.jpg"]
+    assert "empty" in reports["empty.jpg"] and "not a picture" in reports["text.png"]
+    assert "cut off" in reports["truncated.jpg"]
     assert "same.jpg is called same_jpg" in printed.out
 
 
@@ -156,8 +157,8 @@ def test_size_is_the_long_side_the_network_sees(run: Path, monkeypatch):
 def test_names_never_collide(tmp_path: Path):
     rng = random.Random(0)
     for _ in range(50):
-        names = [f"{rng.choice(['', 'b/', 'B/'])}{rng.choice(['a', 'A', 'a_jpg', 'a_2'])}{rng.choice(['.jpg', '.JPG', '.png', '.mp4'])}"
-                 for _ in range(12)]
+        parts = ("", "b/", "B/"), ("a", "A", "a_jpg", "a_2"), (".jpg", ".JPG", ".png", ".mp4")
+        names = ["".join(map(rng.choice, parts)) for _ in range(12)]
         jobs = predict._name([(Path(name), name) for name in names])
         assert len({job.name.lower() for job in jobs}) == len(names)
         assert [str(job.path) for job in jobs] == names
@@ -194,7 +195,8 @@ def test_results_beside_the_photos_are_not_parsed_again(run: Path, tmp_path: Pat
     before = (tmp_path / "x.png").read_bytes()
     for _ in range(2):
         assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path)]) == 0
-    assert files(tmp_path) == ["labels/x.png", "overlays/x.jpg", "x.png"] and (tmp_path / "x.png").read_bytes() == before
+    assert files(tmp_path) == ["labels/x.png", "overlays/x.jpg", "x.png"]
+    assert (tmp_path / "x.png").read_bytes() == before
 
 
 def test_interrupt_leaves_whole_files_and_says_so(run: Path, tmp_path: Path, monkeypatch, capsys):
@@ -228,7 +230,7 @@ def test_a_full_disk_is_one_line(run: Path, tmp_path: Path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["nothing/"], "nothing/: no such file or folder"), (["."], "no photo or video in ."),
+    (["nothing/"], "nothing: no such file or folder"), (["."], "no photo or video in ."),
     (["photo.png", "--run", "nowhere"], "nowhere: no such run"), (["photo.png"], "holds no run yet"),
     (["photo.png", "--run", "RUN", "--device", "warp"], "device 'warp' cannot be used"),
     (["photo.png", "--run", "RUN", "--device", "cuda:77"], "device 'cuda:77' cannot be used")])
@@ -238,7 +240,8 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, monkeypatch, capsys, a
     monkeypatch.chdir(tmp_path)
     assert predict.main([str(run) if argument == "RUN" else argument for argument in arguments]) == 1
     printed = capsys.readouterr()
-    assert words in printed.err and printed.err.startswith("error:") and printed.err.count("\n") == 1 and not printed.out
+    assert words in printed.err and printed.err.startswith("error:")
+    assert printed.err.count("\n") == 1 and not printed.out
 
 
 def test_the_program_ends_with_the_honest_code(run: Path, tmp_path: Path):
