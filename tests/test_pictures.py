@@ -26,6 +26,11 @@ def edge_is_empty(picture: np.ndarray, top: int = 0, left: int = 0) -> bool:
     return (picture[-2:, left:] == 255).all() and (picture[top:, -2:] == 255).all()
 
 
+def colours(picture: np.ndarray) -> set[tuple[int, int, int]]:
+    packed = np.unique(picture.reshape(-1, 3).astype(np.int32) @ [1 << 16, 1 << 8, 1])
+    return {(int(v) >> 16, int(v) >> 8 & 255, int(v) & 255) for v in packed}
+
+
 def test_colours_are_the_palettes_and_unknown_labels_are_hatched():
     label = np.array([[0, 1, 2, 3], [255, 4, 254, 0]], np.uint8)
     rgb = pictures.colourise(label, PALETTE)
@@ -55,7 +60,7 @@ def test_errors_are_red_and_ignored_pixels_hatched():
     assert all(tuple(v) in pictures.HATCH for v in rgb[15])
 
 
-@pytest.mark.parametrize("size", [(1, 1), (100, 60), (60, 400), (600, 80), (2600, 3500)])
+@pytest.mark.parametrize("size", [(1, 1), (100, 60), (60, 400), (600, 80), (1500, 2000)])
 @pytest.mark.parametrize("count", [1, 4, 40])
 def test_legend_shows_every_class_and_is_never_cut_off(size: tuple[int, int], count: int):
     names = [f"{name}-{n}" for n in range(10) for name in CLASSES][:count]
@@ -67,10 +72,9 @@ def test_legend_shows_every_class_and_is_never_cut_off(size: tuple[int, int], co
     beside, below = result[:, width:], result[height:]
     assert not (beside.size and below.size) or min(size) < 500   # beside or below; a small picture may need both
     assert edge_is_empty(result, height if below.size else 0, width if beside.size else 0)
-    legend = {tuple(v) for part in (beside, below) for v in np.unique(part.reshape(-1, 3), axis=0)}
-    assert legend >= set(palette)
-    dark = (result.sum(-1) < 150) & ~(result == 77).all(-1)
-    assert dark.sum() > 20 * count                          # there is text
+    assert colours(beside) | colours(below) >= set(palette)
+    ink = (result[..., 1] < 60).sum()                      # neither the photo nor a swatch is so dark
+    assert ink > 20 * count
 
 
 def test_legend_lists_what_is_asked_for():
@@ -78,8 +82,7 @@ def test_legend_lists_what_is_asked_for():
     label[0, 0] = 255
     full = pictures.with_legend(image, CLASSES, PALETTE)
     some = pictures.with_legend(image, CLASSES, PALETTE, shown=pictures.present(label))
-    colours = {tuple(v) for v in np.unique(some.reshape(-1, 3), axis=0)}
-    assert PALETTE[2] in colours and PALETTE[1] not in colours and set(pictures.HATCH) <= colours
+    assert PALETTE[2] in colours(some) and PALETTE[1] not in colours(some) and set(pictures.HATCH) <= colours(some)
     assert full.shape != some.shape or (full != some).any()
     assert pictures.with_legend(image, CLASSES, PALETTE, shown=[]).shape == image.shape
 
@@ -94,15 +97,15 @@ def test_wrapped_lines_fit_and_keep_the_text():
 
 
 def test_sheet_holds_pictures_of_all_sizes_and_long_texts():
-    colours = [(10, 200, 30), (200, 10, 30), (30, 10, 200)]
+    fills = [(10, 200, 30), (200, 10, 30), (30, 10, 200)]
     shapes = [(1, 1), (300, 20), (20, 900)]
-    cells = [np.full((*shape, 3), colour, np.uint8) for shape, colour in zip(shapes, colours)]
+    cells = [np.full((*shape, 3), fill, np.uint8) for shape, fill in zip(shapes, fills)]
     rows = [cells, [cells[2], None], []]
     titles, captions = ["photo", "a title that is much longer than its column " * 2], ["name " * 99, "x" * 400]
     result = pictures.sheet(rows, titles, captions, 120)
     assert edge_is_empty(result) and (result[:, :2] == 255).all() and (result[:2] == 255).all()
-    for colour in colours:
-        assert (result == colour).all(-1).sum() > 400
+    for fill in fills:
+        assert (result == fill).all(-1).sum() > 400
     assert pictures.sheet([]).ndim == 3
 
 
