@@ -56,7 +56,8 @@ def any_cloth(d: Dice, scale: float, unlike: tuple = (), neutral: float = 0.35, 
               worn_as: int = BACKGROUND) -> tuple:
     """A cloth whose colour differs clearly from those of the cloths `unlike`; `scale`: pixels per body height.
 
-    Three in four have the colour that is usual for what it is `worn_as`."""
+    Three in four have the colour that is usual for what they are `worn_as`.
+    """
     habit = HABITS.get(worn_as) if d.chance(0.75) else None
     for _ in range(8):
         colour = hsv_colour(*(d(*span) for span in habit)) if habit else any_colour(d, neutral)
@@ -159,7 +160,8 @@ class Person:
                                                                   (0.6, ("", "", "worn", "stripes"))), below)
         coated, over = d.chance(0.22), (self.top, self.bottom)
         self.coat = any_cloth(d, size, over, 0.85, ("", "", "worn", "checks"), COAT) if coated else None
-        self.scarf = any_cloth(d, size, (*over, self.coat or self.skin), 0, ("stripes",), SCARF) if d.chance(0.26) else None
+        near = (*over, self.coat or self.skin)
+        self.scarf = any_cloth(d, size, near, 0, ("stripes",), SCARF) if d.chance(0.26) else None
         self.gloves = any_cloth(d, size, (*over, self.skin), 0.1, ("", "", "dots"), GLOVE) if d.chance(0.28) else None
         self.shoe = any_cloth(d, size, (self.bottom, self.skin), 0.5, ("",))
         unlike = (self.bottom, self.shoe, self.skin)

@@ -47,7 +47,7 @@ def out_of_focus(image: np.ndarray, d: Dice) -> np.ndarray:
     """What lies behind the people, as a lens sees it that is focused on them: blurred and hazy."""
     sigma = max(image.shape) / 64
     size = 2 * math.ceil(2 * sigma) + 1
-    return (cv2.GaussianBlur(image, (size, size), sigma) * 0.5 + d(60, 200) * 0.5).astype(np.uint8)
+    return cv2.convertScaleAbs(cv2.GaussianBlur(image, (size, size), sigma), alpha=0.5, beta=d(30, 100))
 
 
 def _crate(cv: Canvas, d: Dice, x: float, y: float, unit: float):
@@ -125,6 +125,7 @@ def draw(seed: int, index: int, size: tuple[int, int] = (480, 480)) -> tuple[np.
     cv = Canvas(backdrop(d, rng, h, w), d)
     clutter(cv, d, h, w)
     cv.image[:] = out_of_focus(cv.image, d)
+    cv.pieces[:] = 0                                       # and it has no seams
     count = d.pick((1,) * 17 + (2, 2, 3))
     figures = [pose(d, h, w, count == 1) for _ in range(count)]
     for fig in sorted(figures, key=lambda fig: max(table[:, 1].max() for table in fig.foot)):

@@ -106,8 +106,8 @@ def test_every_picture_has_a_person(counts):
 
 
 def test_the_side_of_the_picture_tells_little(drawn, counts):
-    """Seven in ten people look at the viewer, and they stand anywhere: who guesses left and right from the half of the picture
-    is wrong more than one time in three. Left and right limbs are equally large."""
+    """Seven in ten people look at the viewer, and they stand anywhere: who guesses the side from the half of the
+    picture is wrong more than one time in three. Left and right limbs are equally large."""
     labels = np.stack([label for _, label in drawn])
     for left, right in zip(LEFT, RIGHT):
         for cls in (left, right):
