@@ -3,13 +3,13 @@
 Pure functions on uint8 arrays: every random choice is read from the generator handed in, so the same generator state
 gives the same sample in any process. The steps and their numbers are mmsegmentation's, whose terms the paper uses
 (the baseline, ViT-Adapter, is built on it). Differences: a flip also exchanges the left and right labels, the label is
-resized by its pixel centres as the photo is, and saturation and hue share one trip through HSV instead of two.
+resized by its pixel centres as the photo is, saturation and hue share one trip through 8-bit HSV instead of taking two,
+and results are rounded instead of truncated. OpenCV throughout: torchvision's transforms need ten times its time for the
+colours (hue alone 7 ms a sample, all of this 0.5 ms) and gain nothing elsewhere.
 """
 
 import cv2
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from config import Config
 from files import IGNORE
@@ -44,10 +44,10 @@ def scaled_size(shape: tuple[int, int], long_side: float) -> tuple[int, int]:
 
 
 def resize_photo(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear, over areas where it shrinks: else pixels are skipped, the more the larger the photo."""
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-    resized = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-    return resized[0].permute(1, 2, 0).contiguous().numpy()
+    """Bilinear; below half the size by areas, where bilinear reading would skip pixels."""
+    h, w = size
+    way = cv2.INTER_AREA if 2 * max(size) < max(image.shape[:2]) else cv2.INTER_LINEAR
+    return cv2.resize(image, (w, h), interpolation=way)
 
 
 def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -101,32 +101,30 @@ def flip_label(label: np.ndarray, flip_pairs: tuple[tuple[int, int], ...]) -> np
 def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Brightness, contrast, saturation and hue, each with probability one half, contrast before or after the last two.
 
-    Each step ends in uint8, clipped and truncated. All of them map single values, so they are tables of 256 entries.
+    Every step ends in uint8 and is clipped to 0..255.
     """
-    shift = rng.uniform(-BRIGHTNESS, BRIGHTNESS) if rng.random() < 0.5 else 0.0
+    shift = int(rng.integers(-BRIGHTNESS, BRIGHTNESS + 1)) if rng.random() < 0.5 else 0
     contrast_last = rng.random() < 0.5
     contrast = rng.uniform(*CONTRAST) if rng.random() < 0.5 else 1.0
     saturation = rng.uniform(*SATURATION) if rng.random() < 0.5 else 1.0
-    hue = int(rng.integers(-HUE, HUE)) if rng.random() < 0.5 else 0
+    turn = int(rng.integers(-HUE, HUE)) if rng.random() < 0.5 else 0
 
-    table = _clip(np.arange(256) + shift)
-    if not contrast_last:
-        table = _clip(table * contrast)
-    if (shift, contrast_last or contrast) != (0.0, 1.0):
-        image = cv2.LUT(image, table)
-    if saturation != 1.0 or hue != 0:
-        image = _turn_colours(image, saturation, hue)
-    if contrast_last and contrast != 1.0:
-        image = cv2.LUT(image, _clip(np.arange(256) * contrast))
+    if shift:
+        image = cv2.add(image, (shift, shift, shift, 0))
+    if contrast != 1 and not contrast_last:
+        image = cv2.convertScaleAbs(image, alpha=contrast)
+    if saturation != 1 or turn:
+        image = change_colours(image, saturation, turn)
+    if contrast != 1 and contrast_last:
+        image = cv2.convertScaleAbs(image, alpha=contrast)
     return image
 
 
-def _turn_colours(image: np.ndarray, saturation: float, hue: int) -> np.ndarray:
-    values = np.arange(256)
-    tables = np.stack([(values + hue) % 180, _clip(values * saturation), values], axis=-1).astype(np.uint8)
-    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)           # 8-bit: H in 0..179
-    return cv2.cvtColor(cv2.LUT(hsv, tables[None]), cv2.COLOR_HSV2RGB)
-
-
-def _clip(values: np.ndarray) -> np.ndarray:
-    return np.clip(values, 0, 255).astype(np.uint8)
+def change_colours(image: np.ndarray, saturation: float, turn: int) -> np.ndarray:
+    """Saturation multiplied, hue turned by so many 180ths of the circle, in 8-bit HSV."""
+    hue, strength, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
+    if saturation != 1:
+        strength = cv2.convertScaleAbs(strength, alpha=saturation)
+    if turn:
+        hue = cv2.LUT(hue, ((np.arange(256) + turn) % 180).astype(np.uint8))
+    return cv2.cvtColor(cv2.merge((hue, strength, value)), cv2.COLOR_HSV2RGB)

@@ -122,7 +122,7 @@ def test_crop_is_drawn_again_while_one_class_fills_it():
         top, left = augment.choose_crop(label, (64, 64), 1.0, np.random.default_rng(seed))
         firsts.append(augment.largest_share(label[top:top + 64, left:left + 64]))
     hit = np.mean(np.array(firsts) <= 0.75)                # the chance of one draw, here about a third
-    missed = (1 - hit) ** augment.CROP_RETRIES
+    missed = (1 - hit) ** 10
     assert 0.2 < hit < 0.5 and np.mean(np.array(shares) > 0.75) <= missed + 0.03
 
 
@@ -135,7 +135,7 @@ def test_crop_retries_end_and_ignore_does_not_count():
             return 0
 
     assert augment.choose_crop(np.zeros((99, 99), np.uint8), (64, 64), 0.75, Counting()) == (0, 0)
-    assert draws == [36, 36] * (1 + augment.CROP_RETRIES)
+    assert draws == [36, 36] * 11
     label = np.full((64, 64), augment.IGNORE, np.uint8)
     label[:4, :4], label[4:8, :4] = 1, 2
     assert augment.largest_share(label) == 0.5
@@ -144,15 +144,14 @@ def test_crop_retries_end_and_ignore_does_not_count():
 
 # ---- photometric distortion ------------------------------------------------------------------------------------------
 
-def clip(values):
-    return np.floor(np.clip(values, 0, 255))
-
-
 @pytest.mark.parametrize("order", [0.0, 1.0])              # the coin: contrast before or after the colours
-def test_brightness_and_contrast_truncate_to_bytes(order):
+@pytest.mark.parametrize("shift, contrast", [(20, 1.37), (-32, 0.5), (32, 1.5), (-9, 1.01)])
+def test_brightness_and_contrast_step_by_step_in_bytes(order, shift, contrast):
     image = photo(np.random.default_rng(4), 33, 47)
-    script = Script(0.0, 20.7, order, 0.0, 1.37, 1.0, 1.0)
-    assert np.array_equal(augment.distort(image, script), clip(clip(image + 20.7) * 1.37)) and not script.values
+    script = Script(0.0, shift, order, 0.0, contrast, 1.0, 1.0)
+    brighter = np.clip(image.astype(float) + shift, 0, 255)
+    assert np.abs(augment.distort(image, script) - np.clip(brighter * contrast, 0, 255)).max() <= 0.5 + 1e-4
+    assert not script.values
 
 
 def test_nothing_drawn_is_nothing_done():
@@ -213,6 +212,7 @@ def test_scale_flip_and_padding_of_2000_draws():
         assert numbers[0, 0] == left and numbers[0, w - 1] == right
         assert out[0, 0, 0] == (200 if flips[-1] else 0)
     assert not_uniform(np.array(scales) + np.random.default_rng(0).uniform(-0.5, 0.5, N) / 120, 0.5, 2.0) < 1
+    assert 0.49 < min(scales) < 0.51 and 1.99 < max(scales) < 2.01
     assert rate_is(np.mean(flips), 0.5)
     assert rate_is(np.mean(np.array(scales) < 1), 1 / 3)
 
@@ -237,7 +237,7 @@ def test_colours_of_2000_draws():
     for slot in range(N):
         dark, light, colour = augment.distort(image, random_numbers("augment", 0, 2, slot))[0].astype(float)
         contrast = (light[0] - dark[0]) / 90
-        shift = (light[0] + dark[0] + 1) / 2 / contrast - 85
+        shift = (light[0] + dark[0]) / 2 / contrast - 85
         contrasts.append(contrast)
         shifts.append(shift)
         h, s, _ = colorsys.rgb_to_hsv(*colour / 255)
@@ -248,13 +248,14 @@ def test_colours_of_2000_draws():
 
     changed = contrasts[np.abs(contrasts - 1) > 0.02]
     assert rate_is(len(changed) / N, 0.5 * (1 - 0.04)) and not_uniform(changed, 0.495, 1.505) < 1.2
+    assert 0.48 < changed.min() < 0.51 and 1.49 < changed.max() < 1.52
     exact = np.abs(contrasts - 1) < 0.006
     brighter = shifts[exact & (np.abs(shifts) > 1)]
-    assert rate_is(len(brighter) / exact.sum(), 0.5 * (1 - 1 / 32), exact.sum())
-    assert not_uniform(brighter, -32.5, 32.5) < 1.2
+    assert rate_is(len(brighter) / exact.sum(), 0.5 * 62 / 65, exact.sum())
+    assert not_uniform(brighter, -32.5, 32.5) < 1.2 and 31 < -brighter.min() < 33 and 31 < brighter.max() < 33
     stronger = saturations[np.abs(saturations - 1) > 0.05]
     assert rate_is(len(stronger) / len(saturations), 0.5 * 0.9, len(saturations))
-    assert not_uniform(stronger, 0.48, 1.52) < 1.2
+    assert not_uniform(stronger, 0.48, 1.52) < 1.2 and 0.47 < stronger.min() < 0.53 and 1.47 < stronger.max() < 1.53
     turned = hues[np.abs(hues) > 1.5]
     assert rate_is(len(turned) / N, 0.5 * 33 / 36) and -19.5 < hues.min() < -15 and 14 < hues.max() < 18.5
     assert not_uniform(turned, -18.5, 17.5) < 1.6                        # a hue of few grey levels is coarse

@@ -1,0 +1,128 @@
+"""Samples per second of one core: reading and augmenting training samples, beside albumentations doing the same steps.
+
+    python benchmarks/bench_data.py [--images DIR --labels DIR] [--rounds 15] [--size 480]
+
+Both sides take the same photos in turn, round by round; counted is processor time, the median round. Same steps: random
+scale, crop or pad to the size, flip, brightness, contrast, saturation and hue with probability one half each, and a
+uint8 tensor (3, h, w). albumentations neither swaps left and right labels nor draws a crop again while one class fills
+it; the retries are therefore off, and measured in a line of their own. Needs `pip install albumentations`.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+warnings.filterwarnings("ignore", message="Error fetching version info")
+
+import albumentations as A                                 # noqa: E402
+from albumentations.pytorch import ToTensorV2              # noqa: E402
+
+from augment import BRIGHTNESS, HUE, MEAN_COLOUR, augment  # noqa: E402
+from config import Config                                  # noqa: E402
+from datasets import LABEL_SETS, random_numbers            # noqa: E402
+from files import IGNORE, read_label, read_photo_of        # noqa: E402
+
+
+def peer(cfg: Config) -> A.Compose:
+    low, high = (round(cfg.base_size * scale) for scale in cfg.scale_range)
+    return A.Compose([
+        A.LongestMaxSize(list(range(low, high + 1))),
+        A.PadIfNeeded(*cfg.crop_size, position="top_left", fill=MEAN_COLOUR, fill_mask=IGNORE),
+        A.RandomCrop(*cfg.crop_size),
+        A.HorizontalFlip(p=cfg.flip_prob),
+        A.RandomBrightnessContrast(BRIGHTNESS / 255, 0, p=0.5),
+        A.RandomBrightnessContrast(0, 0.5, p=0.5),
+        A.HueSaturationValue(0, 40, 0, p=0.5),             # adds to the saturation where ours multiplies: same cost
+        A.HueSaturationValue(HUE, 0, 0, p=0.5),
+        ToTensorV2()], seed=0)
+
+
+def ours(image, label, cfg: Config, slot: int):
+    image, label = augment(image, label, cfg, LABEL_SETS["lip"].flip_pairs, random_numbers("augment", 0, 0, slot))
+    tensor = torch.empty(3, *cfg.crop_size, dtype=torch.uint8)
+    cv2.split(image, list(tensor.numpy()))
+    return tensor, torch.from_numpy(label)
+
+
+def read_ours(photo: Path, label: Path):
+    numbers = read_label(label, 20)
+    return read_photo_of(numbers, photo, label), numbers
+
+
+def read_peer(photo: Path, label: Path):
+    return (cv2.imread(str(photo), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION),
+            cv2.imread(str(label), cv2.IMREAD_UNCHANGED))
+
+
+def seconds(work, count: int) -> float:
+    start = time.process_time()
+    for i in range(count):
+        work(i)
+    return (time.process_time() - start) / count
+
+
+def compare(title: str, work: dict, count: int, rounds: int):
+    for one in work.values():
+        seconds(one, count)                                # warm up
+    taken = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, one in work.items():
+            taken[name].append(seconds(one, count))
+    first = next(iter(work))
+    print(title)
+    for name, times in taken.items():
+        pairs = [theirs / mine for theirs, mine in zip(times, taken[first])]
+        middle = statistics.median(times)
+        print(f"  {name:<34} {1 / middle:7.0f} samples/s {middle * 1e3:7.3f} ms"
+              + ("" if name == first else f"   ours is {statistics.median(pairs):.2f} times as fast"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=Path, default=ROOT.parent / "shared/data/ccp/images/train")
+    parser.add_argument("--labels", type=Path, default=ROOT.parent / "shared/data/ccp/labels/train")
+    parser.add_argument("--count", type=int, default=100, help="photos of a round")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--size", type=int, default=480)
+    args = parser.parse_args()
+    files = [(photo, args.labels / f"{photo.stem}.png") for photo in sorted(args.images.glob("*.jpg"))[:args.count]]
+    if not files:
+        sys.exit(f"error: no .jpg in {args.images}, give --images and --labels")
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    cfg = Config(crop_size=(args.size, args.size), base_size=args.size, max_class_share=1.0)
+    full = dataclasses.replace(cfg, max_class_share=0.75)
+    theirs, count = peer(cfg), len(files)
+    arrays = [read_ours(*pair) for pair in files]
+
+    def peer_on(image, label):
+        result = theirs(image=image, mask=label)
+        return result["image"].contiguous(), result["mask"]
+
+    print(f"{count} photos, crop {args.size}, albumentations {A.__version__}, OpenCV {cv2.__version__}, one thread, "
+          f"median of {args.rounds} rounds in turn")
+    assert ours(*arrays[0], cfg, 0)[0].shape == peer_on(*arrays[0])[0].shape == (3, *cfg.crop_size)
+    compare("augmentation alone, from arrays", {
+        "ours": lambda i: ours(*arrays[i], cfg, i),
+        "albumentations": lambda i: peer_on(*arrays[i])}, count, args.rounds)
+    compare("reading alone", {
+        "ours: Pillow, checked": lambda i: read_ours(*files[i]),
+        "OpenCV, unchecked": lambda i: read_peer(*files[i])}, count, args.rounds)
+    compare("reading and augmentation", {
+        "ours": lambda i: ours(*read_ours(*files[i]), cfg, i),
+        "OpenCV and albumentations": lambda i: peer_on(*read_peer(*files[i])),
+        "ours, with crop retries": lambda i: ours(*read_ours(*files[i]), full, i)}, count, args.rounds)
+
+
+if __name__ == "__main__":
+    main()
