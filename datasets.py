@@ -10,7 +10,9 @@ labels uint8 (H, W): the class number, or 255 for pixels that do not count. Fold
 done to a training sample: augment.py.
 """
 
+import atexit
 import itertools
+import multiprocessing
 import math
 import signal
 import sys
@@ -28,7 +30,7 @@ from config import Config, ConfigError
 from files import IGNORE, DataError, Place, find_split, match_files, read_label, read_photo, read_photo_of
 
 __all__ = ["BatchOrder", "DataError", "DrawnSet", "LABEL_SETS", "LabelSet", "PairSet", "TrainSet", "distinct_colours",
-           "flip_label", "label_set", "open_split", "read_photo", "train_loader"]
+           "end_workers", "flip_label", "label_set", "open_split", "read_photo", "train_loader"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -246,8 +248,16 @@ def _raise_faults(loader: DataLoader):
 
 def _start_worker(_):
     cv2.setNumThreads(0)                                   # the workers are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)           # both go to a whole group of processes: the main one decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)           # both are sent to all processes at once: the main one decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)          # what is still done, and ends its workers
+
+
+@atexit.register
+def end_workers():
+    """End the loader processes that are left; Python's own way is SIGTERM, and it would wait for that to work."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 if __name__ == "__main__":

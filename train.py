@@ -27,7 +27,7 @@ from tqdm import tqdm
 import checkpoint
 from checkpoint import CheckpointError
 from config import Config, load_config
-from datasets import BatchOrder, label_set, open_split, train_loader
+from datasets import BatchOrder, end_workers, label_set, open_split, train_loader
 from evaluate import autocast, evaluate_split, predict_labels, scores
 from losses import parsing_loss
 from model import SCHNet, build_model
@@ -338,6 +338,7 @@ def main(argv: list[str] | None = None):
         end_with(error, world)
         raise
     finally:
+        end_workers()
         if world is not None:
             world.close()
 
