@@ -60,7 +60,7 @@ def errors(image: np.ndarray, label: np.ndarray, prediction: np.ndarray) -> np.n
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     rgb = cv2.cvtColor(cv2.convertScaleAbs(grey, alpha=0.35, beta=160), cv2.COLOR_GRAY2RGB)
     ignored = label == IGNORE
-    rgb[(label != prediction) & ~ignored] = WRONG
+    rgb[label != prediction] = WRONG
     if ignored.any():
         rgb[ignored] = _hatch(*label.shape)[ignored]
     return rgb
