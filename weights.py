@@ -65,11 +65,14 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         size = path.stat().st_size
     except OSError as error:
         raise _unreadable(path, error) from None
-    reader = _reader(path, head, size)
     try:
-        values = reader(path)
+        values = _reader(path, head, size)(path)
     except WeightsError:
         raise
+    except MemoryError:
+        raise WeightsError(f"{path}: does not fit into the memory") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
     except Exception as error:                             # a damaged file can raise anything at all
         refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         raise _refused(path, refused[1]) if refused else _damaged(path, error) from None
