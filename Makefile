@@ -25,7 +25,7 @@ $(VENV)/dev: requirements-dev.txt $(VENV)/run
 
 demo: $(VENV)/run
 	@rm -rf runs/demo
-	$(BIN)/python train.py
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 train.py
 	$(BIN)/python synthetic.py --out runs/demo/figures --count 6
 	$(BIN)/python predict.py --run runs/demo --out runs/demo/parsed runs/demo/figures
 	$(BIN)/python evaluate.py --run runs/demo

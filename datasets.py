@@ -17,7 +17,7 @@ import math
 import signal
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -77,7 +77,9 @@ def label_set(cfg: Config) -> LabelSet:
     """The classes of a configuration."""
     if cfg.dataset == "custom":
         return LabelSet("custom", cfg.classes, cfg.palette or distinct_colours(len(cfg.classes)), cfg.flip_pairs)
-    return LABEL_SETS["lip" if cfg.dataset == "synthetic" else cfg.dataset]
+    if cfg.dataset == "synthetic":
+        return replace(LABEL_SETS["lip"], name="synthetic")              # LIP's classes, but no photo of LIP
+    return LABEL_SETS[cfg.dataset]
 
 
 def distinct_colours(count: int) -> tuple[tuple[int, int, int], ...]:
