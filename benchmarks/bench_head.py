@@ -4,8 +4,8 @@
 
 1024 channels in, 512 inside, 20 classes; the same random weights and features in both (four maps at strides 4 to 32 of
 the image), evaluation, and training (forward and backward to all weights and features), fp32 and bf16 autocast. The
-runs alternate. Each gets the features in the layout it would get them in: transformers' plain, ours channels-last, as the
-adapter leaves them. Errors: relative, of the logits, and of the features' gradients, against the peer in fp64 on an
+runs alternate. Each gets the features in the layout it would get them in: transformers' plain, ours channels-last, as
+the adapter leaves them. Errors: relative, of the logits, and of the features' gradients, against the peer in fp64 on an
 image of 96 px. Times: wall clock, median and quartiles; the last column is the median of the ratios within a round.
 """
 

@@ -3,9 +3,9 @@
     python benchmarks/bench_loss.py [--batch 4] [--classes 20] [--size 480] [--threads 2] [--rounds 7] [--device cpu]
 
 The reference way, restated: over the classes present, one after the other, a descending sort of fp32 errors, the
-Jaccard loss from cumulative sums, its differences, a dot product; gradients by autograd. Both see the same logits, of a network
-at its start and of one that has learnt, and the runs alternate. Errors of value and gradient are against the reference
-way in fp64 on a quarter of the size. Times: wall clock, median and quartiles; the last column is the median of the
+Jaccard loss from cumulative sums, its differences, a dot product; gradients by autograd. Both see the same logits, of
+a network at its start and of one that has learnt, and the runs alternate. Errors of value and gradient are against the
+reference way in fp64 on half the size. Times: wall clock, median and quartiles; the last column is the median of the
 ratios within a round.
 """
 
