@@ -105,6 +105,14 @@ def spans(size: int, window: int) -> list[int]:
     return [length for length in (size // window * window, size % window) if length]
 
 
+def fill(x: torch.Tensor, padding: torch.Tensor, H: int, W: int) -> torch.Tensor:
+    """Windows filled up to H x W with the padding's key or value: (B, y, h, x, w, n, d) -> (B, y, x, n, H W, d)."""
+    for dim, missing in ((2, H - x.shape[2]), (4, W - x.shape[4])):
+        if missing:
+            x = torch.cat([x, padding.expand(*x.shape[:dim], missing, *x.shape[dim + 1:])], dim)
+    return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5)
+
+
 def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, by_row: torch.Tensor | None = None,
                       by_column: torch.Tensor | None = None) -> torch.Tensor:
     """softmax(q.k + by_row + by_column) v for a CPU: q (..., h, w, D), k and v (..., H W, D), by_row (..., h, w, H).
@@ -152,18 +160,13 @@ class Attention(nn.Module):
     def attend(self, qkv: torch.Tensor, H: int, W: int) -> torch.Tensor:
         """y x windows of H x W keys, of which the first h x w are tokens: (B, y h, x w, 3C) -> (B, y h, x w, C)."""
         h, w = min(H, qkv.shape[1]), min(W, qkv.shape[2])
-        qkv = qkv.unflatten(3, (3, self.heads, -1)).unflatten(2, (-1, w)).unflatten(1, (-1, h))
-        q, kv = qkv[..., 0, :, :], qkv[..., 1:, :, :]                           # (B, y, h, x, w, n, d), (..., 2, n, d)
-        if (h, w) != (H, W):
-            bias = self.qkv.bias.to(kv.dtype).view(3, self.heads, -1)[1:]       # what `qkv` makes of SAM's zero padding
-            padded = bias.expand(*kv.shape[:2], H, kv.shape[3], W, -1, -1, -1).clone()
-            padded[:, :, :h, :, :w] = kv
-            kv = padded
+        q, k, v = qkv.unflatten(3, (3, self.heads, -1)).unflatten(2, (-1, w)).unflatten(1, (-1, h)).unbind(5)
+        bias = self.qkv.bias.to(q.dtype).view(3, self.heads, -1)                # what `qkv` makes of SAM's zero padding
+        k, v = fill(k, bias[1], H, W), fill(v, bias[2], H, W)                   # (B, y, x, n, H W, d)
         rows, columns, place = self.relative_terms((self.rel_pos_h, self.rel_pos_w), H, W, q.dtype, q.device)
         by_row = torch.einsum("byhxwnd,hkd->byxnhwk", q, rows[:h])              # (B, y, x, n, h, w, H)
         by_column = torch.einsum("byhxwnd,wkd->byxnhwk", q, columns[:w])
         q = q.permute(0, 1, 3, 5, 2, 4, 6) * q.shape[-1] ** -0.5                # (B, y, x, n, h, w, d)
-        k, v = kv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6)                 # (B, y, x, n, H W, d)
         if place is None:
             x = softmax_attention(q, k, v, by_row, by_column)
         else:
