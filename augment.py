@@ -4,8 +4,8 @@ Pure functions on uint8 arrays: every random choice is read from the generator h
 gives the same sample in any process. The steps and their numbers are mmsegmentation's, whose terms the paper uses
 (the baseline, ViT-Adapter, is built on it). Differences: a flip also exchanges the left and right labels, the label is
 resized by its pixel centres as the photo is, saturation and hue share one trip through 8-bit HSV instead of taking two,
-and results are rounded instead of truncated. OpenCV throughout: torchvision's transforms need ten times its time for the
-colours (hue alone 7 ms a sample, all of this 0.5 ms) and gain nothing elsewhere.
+and results are rounded instead of truncated. OpenCV throughout: torchvision's transforms take ten times as long for
+the colours (hue alone 7 ms a sample, all of this 0.5 ms) and gain nothing elsewhere.
 """
 
 import cv2

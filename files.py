@@ -1,8 +1,8 @@
 """The files of a data set: where photos and labels lie (§4.1), how they are read, what is said when they cannot be.
 
 Photos: JPEG, PNG, WebP, BMP in any colour mode, as RGB uint8 (H, W, 3). Labels: 8-bit PNG, grey or palette, whose
-pixel values are class numbers, as uint8 (H, W). Pillow opens all of them. The pixels of a JPEG that is whole are decoded
-by OpenCV, in two thirds of the time; it would also return a file that was cut off, grey from there on.
+pixel values are class numbers, as uint8 (H, W). Pillow opens all of them. The pixels of a whole JPEG are decoded by
+OpenCV, in two thirds of the time; OpenCV 4 would also return one that was cut off, grey from there on.
 """
 
 import io
@@ -206,7 +206,7 @@ def read_label(path: str | Path, num_classes: int) -> np.ndarray:
     if strange.any():
         values = np.unique(label[strange])
         raise DataError(f"{path}: holds {', '.join(map(str, values[:5]))}{', ...' if len(values) > 5 else ''} on "
-                        f"{strange.mean():.2%} of its pixels; the classes are 0 to {num_classes - 1}, {IGNORE} is ignored")
+                        f"{strange.mean():.2%} of its pixels; classes are 0 to {num_classes - 1}, {IGNORE} is ignored")
     return label
 
 
