@@ -1,4 +1,4 @@
-"""train.py, run.py: schedule, groups, one step; what becomes of a run that is stopped, killed, changed or out of luck."""
+"""train.py, run.py: schedule, groups, one step; a run that is stopped, killed, changed or out of luck."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from config import Config, load_config
 from datasets import BatchOrder
 from model import build_model
 from processes import in_one_line
-from tiny import assert_same_run, logged, make_config
+from tiny import assert_same_run, gradients, logged, make_config, worst
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,30 +86,6 @@ def test_groups_hold_every_trained_parameter_once(config, freeze):
 
 
 # ---- one step
-
-def gradients(cfg: Config, parts: int, dtype=torch.float64, **changes) -> dict[str, torch.Tensor]:
-    """The gradient of one batch of 4 that is cut into `parts` micro-batches; BatchNorm frozen, nothing dropped."""
-    cfg = dataclasses.replace(cfg, drop_path=0.0, head_dropout=0.0, **changes)
-    torch.manual_seed(0)
-    model = build_model(cfg, cfg.classes).to(dtype).train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.eval()
-    g = torch.Generator().manual_seed(1)
-    image = torch.randint(0, 256, (4, 3, 32, 32), generator=g, dtype=torch.uint8)
-    label = torch.randint(0, 3, (4, 32, 32), generator=g, dtype=torch.uint8)
-    label[:, :3] = 255
-    optimizer = torch.optim.AdamW(train.param_groups(model), lr=cfg.lr)
-    batches = [(i, n, None) for i, n in zip(image.chunk(parts), label.chunk(parts))]
-    train.train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), batches, cfg, torch.device("cpu"), 5)
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-def worst(a: dict, b: dict) -> float:
-    """Largest relative difference between two gradients, over the tensors."""
-    assert a.keys() == b.keys()
-    return max(((a[name] - b[name]).norm() / b[name].norm().clamp(min=1e-30)).item() for name in a if b[name].any())
-
 
 @pytest.mark.parametrize("dtype, bound", ((torch.float64, 1e-10), (torch.float32, 1e-5)))
 def test_accumulation_does_not_change_the_gradient(config, dtype, bound):
@@ -353,7 +329,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path, capsys):
 
 
 def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(config, tmp_path, capsys, monkeypatch):
-    """The loss may be finite and its gradient not: a step would make every weight nan, and the next save would keep it."""
+    """The loss may be finite and its gradient not: a step would make all weights nan, and the next save keep them."""
     real = train.parsing_loss
     calls = []
 

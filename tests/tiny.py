@@ -1,5 +1,7 @@
 """A data set and a network that are small enough to train in a test, and processes to train them in."""
 
+import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -13,6 +15,12 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+
+import train
+from config import Config
+from model import build_model
+from processes import World
 
 SIZE = 32
 CONFIG = {
@@ -48,6 +56,35 @@ def make_config(folder: Path) -> str:
     return str(path)
 
 
+# ---- one step
+
+def gradients(cfg: Config, parts: int, dtype=torch.float64, world: World | None = None, **changes) -> dict:
+    """The gradient of one batch of 4, cut into `parts` micro-batches per process; BatchNorm frozen, nothing dropped."""
+    cfg = dataclasses.replace(cfg, drop_path=0.0, head_dropout=0.0, **changes)
+    torch.manual_seed(0)
+    model = build_model(cfg, cfg.classes).to(dtype).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    g = torch.Generator().manual_seed(1)
+    image = torch.randint(0, 256, (4, 3, 32, 32), generator=g, dtype=torch.uint8)
+    label = torch.randint(0, 3, (4, 32, 32), generator=g, dtype=torch.uint8)
+    label[:, :3] = 255
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    batches = [(i, n, None) for i, n in zip(image.chunk(parts * size), label.chunk(parts * size))]
+    network = DistributedDataParallel(model, broadcast_buffers=False) if size > 1 else model
+    optimizer = torch.optim.AdamW(train.param_groups(model), lr=cfg.lr)
+    train.train_step(network, optimizer, torch.amp.GradScaler("cpu", enabled=False),
+                     batches[rank * parts:(rank + 1) * parts], cfg, torch.device("cpu"), 5)
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def worst(a: dict, b: dict) -> float:
+    """Largest relative difference between two gradients, over the tensors."""
+    assert a.keys() == b.keys()
+    return max(((a[name] - b[name]).norm() / b[name].norm()).item() for name in a if b[name].any())
+
+
 # ---- comparing runs
 
 def logged(folder: Path) -> list[dict]:
@@ -81,10 +118,12 @@ def assert_same_run(a: Path, b: Path):
 # ---- processes of their own: a server that has imported the program once starts them in a moment
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["tiny", "train"])
+FORKSERVER.set_forkserver_preload(["tiny"])
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)       # the server looks for it before it has been told sys.path
 
 
 def _child(action, args, output: Path, environment: dict[str, str]):
+    os.setsid()                                            # a group of its own, as torchrun and Slurm give it
     os.environ.update(environment)
     with open(output, "wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
@@ -92,16 +131,21 @@ def _child(action, args, output: Path, environment: dict[str, str]):
     sys.stdout = open(1, "w", buffering=1, closefd=False)
     sys.stderr = open(2, "w", buffering=1, closefd=False)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)   # as in a process that no server started
     action(*args)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 class Processes:
     """`count` processes that run `action(*args)`, as torchrun would set them up but without its help when one dies."""
 
     def __init__(self, folder: Path, action, *args, count: int = 1, **environment: str):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.outputs, self.all = [], []
         for rank in range(count):
             place = {} if count == 1 else {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank),
@@ -118,6 +162,8 @@ class Processes:
         for process in self.all:
             process.kill()
             process.join()
+            with contextlib.suppress(ProcessLookupError):  # loaders that it left
+                os.killpg(process.pid, signal.SIGKILL)
 
     def wait(self, seconds: float = 60) -> list[int]:
         """The exit codes; a process that is still there after `seconds` has none."""
@@ -127,7 +173,7 @@ class Processes:
         return [process.exitcode for process in self.all]
 
     def said(self, rank: int = 0) -> str:
-        return self.outputs[rank].read_text()
+        return self.outputs[rank].read_text() if self.outputs[rank].exists() else ""
 
     def send(self, number: signal.Signals, rank: int = 0):
         os.kill(self.all[rank].pid, number)

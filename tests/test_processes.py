@@ -1,0 +1,259 @@
+"""Several processes: the same numbers as one, and none of them left waiting when another stops, fails or is killed."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import train
+from config import load_config
+from datasets import open_split
+from evaluate import evaluate_split
+from model import build_model
+from processes import World
+from tiny import Processes, assert_same_run, free_port, gradients, logged, make_config, wait_until, worst
+
+ROOT = Path(__file__).parent.parent
+ENDLESS = ("iters=1000000", "save_every=2", "eval_every=1000000", "log_every=1000000")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> str:
+    return make_config(tmp_path_factory.mktemp("tiny"))
+
+
+def begun(folder: Path):
+    return lambda: (folder / "previous.pt").exists()       # four iterations are done
+
+
+def saved_iteration(folder: Path) -> int:
+    return torch.load(folder / "last.pt", weights_only=True)["progress"]["iteration"]
+
+
+# ---- the same numbers
+
+def compare_gradients(config: str):
+    world, cfg = World(), load_config(config)
+    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        alone = gradients(cfg, 1, dtype)
+        print(dtype, [worst(gradients(cfg, 1, dtype, world), alone),                 # 2 processes x 2 images
+                      worst(gradients(cfg, 2, dtype), alone)], "bound", bound)       # 2 steps x 2 images
+        assert worst(gradients(cfg, 1, dtype, world), alone) < bound
+        one_by_one = gradients(cfg, 1, dtype, loss_group=1)
+        assert worst(gradients(cfg, 2, dtype, world, loss_group=1), one_by_one) < bound   # 2 processes x 2 steps x 1
+    world.close()
+
+
+def test_two_processes_have_the_gradient_of_one(config, tmp_path):
+    with Processes(tmp_path, compare_gradients, config, count=2) as both:
+        assert both.wait() == [0, 0], both.said(0) + both.said(1)
+
+
+def compare_evaluations(config: str):
+    world, cfg = World(), load_config(config)
+    torch.manual_seed(1)
+    model, pairs = build_model(cfg, cfg.classes), open_split(cfg, "val")
+    assert len(pairs) == 7                                 # divides by neither 2 nor 3, nor by the batch
+    alone = evaluate_split(model, pairs, 3, (1.0, 1.5), cfg.flip_pairs, batch=2)
+    assert alone[0].sum() == sum(label.size for _, label in map(pairs.read, range(7))) and len(alone[1]) == 7
+    for size in (2, 3):
+        group = dist.new_group(list(range(size)), backend="gloo")
+        if world.rank < size:
+            shared = evaluate_split(model, pairs, 3, (1.0, 1.5), cfg.flip_pairs, 2, world.rank, size, group)
+            assert torch.equal(shared[0], alone[0]) and shared[1] == alone[1]
+    world.close()
+
+
+def test_shared_evaluation_is_exact(config, tmp_path):
+    with Processes(tmp_path, compare_evaluations, config, count=3) as three:
+        assert three.wait() == [0, 0, 0], three.said(0) + three.said(1) + three.said(2)
+
+
+# ---- asked to stop
+
+def test_one_process_asked_to_stop_stops_both_and_one_alone_goes_on(config, tmp_path):
+    folder = tmp_path / "run"
+    argv = ["--cfg", config, f"out={folder}", "workers=1"]
+    with Processes(tmp_path, train.main, [*argv, *ENDLESS], count=2) as both:
+        wait_until(begun(folder))
+        both.send(signal.SIGTERM, 1)
+        assert both.wait() == [143, 143]
+        line = re.search(r"stopped by SIGTERM after iteration (\d+); \S+last.pt is saved, --resume goes on", both.said(0))
+        assert line and "stopped" not in both.said(1) and "Traceback" not in both.said(0) + both.said(1)
+        assert saved_iteration(folder) == int(line[1])
+    with Processes(tmp_path, train.main, [*argv, *ENDLESS, "--resume"]) as one:
+        wait_until(lambda: saved_iteration(folder) > int(line[1]))
+        assert f"going on from {folder / 'last.pt'}, iteration {line[1]}" in one.said()
+
+
+def test_a_signal_to_the_whole_group_leaves_the_loaders_to_the_main_process(config, tmp_path):
+    folder = tmp_path / "run"
+    with Processes(tmp_path, train.main, ["--cfg", config, f"out={folder}", "workers=2", *ENDLESS]) as one:
+        wait_until(begun(folder))
+        os.killpg(one.all[0].pid, signal.SIGTERM)
+        assert one.wait() == [143]
+        assert "stopped by SIGTERM after iteration" in one.said() and "error" not in one.said()
+
+
+def train_slowly(argv: list[str]):
+    real = train.train_step
+
+    def step(*args):
+        print("in the step", args[6])
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            time.sleep(0.05)
+        return real(*args)
+
+    train.train_step = step
+    train.main(argv)
+
+
+@pytest.mark.parametrize("torchrun", (False, True))
+def test_a_second_signal_leaves_at_once(config, tmp_path, torchrun):
+    """... but for torchrun, which doubles a Ctrl-C."""
+    folder = tmp_path / "run"
+    argv = ["--cfg", config, f"out={folder}", "save_every=1000", "eval_every=1000", "iters=1000"]
+    environment = {"TORCHELASTIC_RUN_ID": "none"} if torchrun else {}
+    with Processes(tmp_path, train_slowly, argv, **environment) as one:
+        wait_until(lambda: "in the step 0" in one.said())
+        one.send(signal.SIGINT)
+        time.sleep(0.3)
+        one.send(signal.SIGTERM)
+        assert one.wait() == [130 if torchrun else 143]
+        assert ("leaving at once, without saving: a second signal, SIGTERM" in one.said()) != torchrun
+        assert (folder / "last.pt").exists() == torchrun
+
+
+# ---- one fails: the others say so and go, at once, without a traceback and without torchrun's help
+
+@pytest.mark.parametrize("victim", (0, 1))
+def test_a_killed_process_takes_the_other_along(config, tmp_path, victim):
+    folder = tmp_path / "run"
+    with Processes(tmp_path, train.main, ["--cfg", config, f"out={folder}", *ENDLESS], count=2) as both:
+        wait_until(begun(folder))
+        start = time.monotonic()
+        both.send(signal.SIGKILL, victim)
+        codes = both.wait()
+        assert codes[victim] == -9 and codes[1 - victim] == 1 and time.monotonic() - start < 60
+        assert "Traceback" not in both.said(0) + both.said(1)
+        if victim == 1:
+            assert "error: another process of this run has ended" in both.said(0)
+        assert saved_iteration(folder) >= 2                # what was lost: the iterations since then
+
+
+def test_a_bad_file_is_named_once(config, tmp_path):
+    folder, photo = tmp_path / "run", tmp_path / "data" / "images" / "train" / "7.png"
+    make_config(tmp_path)
+    photo.write_bytes(photo.read_bytes()[:200])
+    argv = ["--cfg", config, f"out={folder}", f"data_root={tmp_path / 'data'}", "workers=1", *ENDLESS]
+    with Processes(tmp_path, train.main, argv, count=2) as both:
+        assert both.wait() == [1, 1]
+        said = both.said(0) + both.said(1)
+        assert said.count(f"{photo}: damaged or cut off") == 1 and "Traceback" not in said
+
+
+def fail_as_1(argv: list[str], other: list[str]):
+    """The second process has another configuration, or a bug."""
+    def step(*args):
+        raise RuntimeError("a bug")
+
+    if os.environ["RANK"] == "1":
+        argv += other
+        train.train_step = train.train_step if other else step
+    train.main(argv)
+
+
+def test_a_fault_of_one_process_before_training_is_told_by_the_main_one(config, tmp_path):
+    argv = ["--cfg", config, f"out={tmp_path / 'run'}"]
+    with Processes(tmp_path, fail_as_1, argv, [f"data_root={tmp_path / 'none'}"], count=2) as both:
+        assert both.wait() == [1, 1]
+        assert f"error: data_root {tmp_path / 'none'}: no such" in both.said(0) and "(process 1)" in both.said(0)
+        assert "error" not in both.said(1) and "Traceback" not in both.said(0) + both.said(1)
+
+
+def test_a_fault_of_all_is_told_once(config, tmp_path):
+    with Processes(tmp_path, train.main, ["--cfg", config, "batch_size=7"], count=2) as both:
+        assert both.wait() == [1, 1]
+        assert (both.said(0) + both.said(1)).count("batch_size (7) must be a multiple") == 1
+    with Processes(tmp_path, train.main, ["--cfg", config, "lr=fast"], count=2) as both:
+        assert both.wait() == [1, 1]
+        assert (both.said(0) + both.said(1)).count("lr must be a number") == 1
+
+
+def test_a_bug_in_one_process_keeps_its_traceback(config, tmp_path):
+    with Processes(tmp_path, fail_as_1, ["--cfg", config, f"out={tmp_path / 'run'}"], [], count=2) as both:
+        assert both.wait() == [1, 1]
+        assert "Traceback" in both.said(1) and "RuntimeError: a bug" in both.said(1)
+        assert "error: another process of this run has ended" in both.said(0) and "Traceback" not in both.said(0)
+
+
+def test_a_killed_loader_is_one_line(config, tmp_path):
+    folder = tmp_path / "run"
+    with Processes(tmp_path, train.main, ["--cfg", config, f"out={folder}", "workers=2", *ENDLESS]) as one:
+        wait_until(begun(folder))
+        pid = one.all[0].pid
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+        assert one.wait() == [1]
+        assert "error: a loader process was ended by the system" in one.said() and "Traceback" not in one.said()
+
+
+# ---- torchrun itself
+
+def torchrun(port: int, node: int, nodes: int, argv: list[str], output: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--node-rank", str(node),
+               "--nproc-per-node", str(2 // nodes), "--max-restarts", "2", "--rdzv-backend", "c10d",
+               "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", ROOT / "train.py", *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=output.open("w"), stderr=subprocess.STDOUT, env=environment,
+                            start_new_session=True)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker through /proc")
+def test_two_agents_train_together_and_outlive_a_killed_worker(config, tmp_path):
+    """Two machines, as far as torchrun can tell; the result is that of two processes that nothing happened to."""
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    argv = ["--cfg", config, "iters=30", "save_every=2", "eval_every=10"]
+    port, outputs = free_port(), [tmp_path / "agent0.txt", tmp_path / "agent1.txt"]
+    agents = [torchrun(port, node, 2, [*argv, f"out={folder}"], outputs[node]) for node in (0, 1)]
+    try:
+        with Processes(tmp_path, train.main, [*argv, f"out={whole}"], count=2) as both:
+            wait_until(begun(folder), 120)
+            worker = children(agents[1].pid)[0]
+            os.kill(worker, signal.SIGKILL)
+            killed_at = saved_iteration(folder)
+            assert [agent.wait(180) for agent in agents] == [0, 0], [path.read_text() for path in outputs]
+            assert both.wait(120) == [0, 0]
+    finally:
+        for agent in agents:
+            agent.kill()
+    said = "".join(path.read_text() for path in outputs)
+    assert killed_at < 30 and said.count("going on from") == 1 and f"{folder / 'last.pt'}, iteration" in said
+    assert said.count("done: best mIoU") == 1
+    assert_same_run(folder, whole)
+    assert len(logged(folder)) == 15 + 3
+
+
+def test_ctrl_c_under_torchrun_saves(config, tmp_path):
+    folder, output = tmp_path / "run", tmp_path / "agent.txt"
+    agent = torchrun(free_port(), 0, 1, ["--cfg", config, f"out={folder}", *ENDLESS], output)
+    try:
+        wait_until(begun(folder), 120)
+        agent.send_signal(signal.SIGINT)
+        assert agent.wait(60) != 0                         # torchrun's own code for it
+    finally:
+        agent.kill()
+    line = re.search(r"stopped by SIGINT after iteration (\d+); \S+last.pt is saved", output.read_text())
+    assert line and saved_iteration(folder) == int(line[1])
