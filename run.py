@@ -9,6 +9,7 @@
 import contextlib
 import dataclasses
 import json
+import shlex
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ HARMLESS = {"data_root", "sam_weights", "clip_weights", "vocab", "workers", "log
             "out", "checkpointing", "compile", "tta_scales", "accum_steps"}
 
 LOSSES = ("loss", "ce", "lovasz", "aux")
+SCORES = {"miou": "mIoU", "mean_acc": "mean accuracy", "pixel_acc": "pixel accuracy"}
 
 
 @dataclass
@@ -68,8 +70,10 @@ class Run:
         content = self._go_on() if taken else None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for part in self.folder.glob(".*.part"):       # what a kill left half-written
+                part.unlink()
         except OSError as error:
-            raise ConfigError(f"out: {self.folder} cannot be made ({error.strerror})") from None
+            raise ConfigError(f"out: {self.folder} cannot be used ({error.strerror})") from None
         checkpoint.write_text(self.folder / "config.yaml", to_yaml(self.cfg))
         self.write_log()                                   # cut back to the checkpoint; empty for a new run
         return content
@@ -106,16 +110,17 @@ class Run:
             checkpoint.write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in self.entries))
 
     def draw_curves(self):
-        """curves.png from the log: the loss and its parts, the learning rate, the validation scores."""
+        """curves.png from the log: the loss and its parts, learning rate, gradient, validation scores."""
         train, val = [e for e in self.entries if "loss" in e], [e for e in self.entries if "miou" in e]
         at = [e["iter"] for e in train]
         panels = {"loss": {name: (at, [e[name] for e in train]) for name in LOSSES if train and name in train[0]},
+                  "validation": {name: ([e["iter"] for e in val], [e[key] for e in val])
+                                 for key, name in SCORES.items()},
                   "learning rate": {"lr": (at, [e["lr"] for e in train])}}
-        if val:
-            panels["validation"] = {name: ([e["iter"] for e in val], [e[name] for e in val])
-                                    for name in ("miou", "mean_acc", "pixel_acc")}
+        if train and "grad" in train[0]:
+            panels["length of the gradient"] = {"grad": (at, [e["grad"] for e in train])}
         if train:
-            self._picture("curves.png", lambda: plots.curves(panels, smooth=["loss"]))
+            self._picture("curves.png", lambda: plots.curves(panels, smooth=["loss", "length of the gradient"]))
 
     def draw_validation(self, model: SCHNet, pairs: PairSet | DrawnSet, labels: LabelSet, iteration: int):
         """validation.png: the first photos of the validation set, their labels, what the network makes of them."""
@@ -146,12 +151,19 @@ def describe(model: SCHNet, cfg: Config, world: World, count: int) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     each = cfg.batch_size // (world.size * cfg.accum_steps)
-    knobs = " ".join(f"{key}={str(value).replace(' ', '')}" for key, value in dataclasses.asdict(cfg).items())
+    knobs = " ".join(f"{key}={_plain(value)}" for key, value in dataclasses.asdict(cfg).items())
     lines = [*textwrap.wrap(knobs, 120, break_long_words=False, break_on_hyphens=False),
-             f"{trained / 1e6:.2f} M parameters trained, {(total - trained) / 1e6:.2f} M frozen; {count} images",
+             f"{trained / 1e6:.2f} M parameters trained, {(total - trained) / 1e6:.2f} M frozen; "
+             f"{count} training images",
              f"{cfg.iters} iterations of {cfg.batch_size} images = {world.size} processes x {cfg.accum_steps} steps "
              f"x {each}, {cfg.precision} on {world.device.type}"]
     if each % cfg.loss_group:
-        lines.append(f"note: the loss is computed on {each} images at a time or fewer, not on loss_group = "
-                     f"{cfg.loss_group}")
+        lines.append(f"note: {each} images at a time, not a multiple of loss_group={cfg.loss_group}: the loss is "
+                     "another than that of other ways to share the work out")
     return "\n".join(lines)
+
+
+def _plain(value) -> str:
+    """As it can be given on the command line."""
+    text = str(value).replace(", ", ",") if isinstance(value, tuple) else "null" if value is None else str(value)
+    return shlex.quote(text.replace("(", "[").replace(")", "]") if isinstance(value, tuple) else text)

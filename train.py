@@ -16,6 +16,7 @@ import math
 import signal
 import sys
 import time
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -76,8 +77,9 @@ def prepare(model: SCHNet, cfg: Config, world: World) -> tuple[nn.Module, torch.
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(world.device)
     network = torch.compile(model) if cfg.compile else model
-    if world.size > 1:
-        network = DistributedDataParallel(network, broadcast_buffers=False)          # `validate` shares BatchNorm's
+    if world.size > 1:                                                   # a size of 1 needs no matching stride
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        network = DistributedDataParallel(network)
     optimizer = torch.optim.AdamW(param_groups(model), lr=cfg.lr, betas=cfg.betas, fused=True)
     return network, optimizer, torch.amp.GradScaler(world.device.type, enabled=cfg.precision == "fp16")
 
@@ -252,12 +254,12 @@ class Trainer:
     def validate(self):
         """Single-scale scores on the whole validation set, shared out over the processes."""
         now, world, run = self.progress, self.world, self.run
-        if world.size > 1:                                               # BatchNorm statistics of CPU processes differ
+        if world.size > 1:                                               # BatchNorm's differ where there is no SyncBN
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
         matrix, _ = evaluate_split(
             self.model, self.val_pairs, len(self.labels.classes), rank=world.rank, world=world.size,
-            group=world.control, progress=world.main, interrupted=lambda: self.stop.number > 0)
+            group=world.control, progress=world.main and sys.stderr.isatty(), interrupted=lambda: self.stop.number > 0)
         if world.sum([float(self.stop.number > 0)])[0]:                  # images may lack; a resumed run validates anew
             self.leave()
         result = scores(matrix)

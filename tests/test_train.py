@@ -390,9 +390,9 @@ def test_a_full_disk_is_reported_and_training_goes_on_while_it_can(config, whole
 
 def test_a_folder_that_cannot_be_written(config, capsys):
     line = fails(capsys, "--cfg", config, "out=/proc/run")
-    assert line.startswith("error: out: /proc/run cannot be made (")
+    assert line.startswith("error: out: /proc/run cannot be used (")
     line = fails(capsys, "--cfg", config, f"out={config}")
-    assert "cannot be made (File exists)" in line
+    assert "cannot be used (File exists)" in line
 
 
 def test_out_of_memory_is_one_line(config, tmp_path, capsys, monkeypatch):

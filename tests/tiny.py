@@ -72,7 +72,7 @@ def gradients(cfg: Config, parts: int, dtype=torch.float64, world: World | None 
     label[:, :3] = 255
     rank, size = (world.rank, world.size) if world else (0, 1)
     batches = [(i, n, None) for i, n in zip(image.chunk(parts * size), label.chunk(parts * size))]
-    network = DistributedDataParallel(model, broadcast_buffers=False) if size > 1 else model
+    network = DistributedDataParallel(model) if size > 1 else model
     optimizer = torch.optim.AdamW(train.param_groups(model), lr=cfg.lr)
     train.train_step(network, optimizer, torch.amp.GradScaler("cpu", enabled=False),
                      batches[rank * parts:(rank + 1) * parts], cfg, torch.device("cpu"), 5)
@@ -165,7 +165,7 @@ class Processes:
             with contextlib.suppress(ProcessLookupError):  # loaders that it left
                 os.killpg(process.pid, signal.SIGKILL)
 
-    def wait(self, seconds: float = 60) -> list[int]:
+    def wait(self, seconds: float = 180) -> list[int]:
         """The exit codes; a process that is still there after `seconds` has none."""
         end = time.monotonic() + seconds
         for process in self.all:
@@ -179,7 +179,7 @@ class Processes:
         os.kill(self.all[rank].pid, number)
 
 
-def wait_until(true, seconds: float = 60):
+def wait_until(true, seconds: float = 180):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not happen in time"

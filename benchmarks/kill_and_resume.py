@@ -1,0 +1,142 @@
+"""Does a run that is killed again and again end as if nothing had happened? To the last bit?
+
+    python benchmarks/kill_and_resume.py                   20 kills: 10 with one process, 10 with two; some minutes
+
+A small network is trained on drawn people, with loader processes, once in peace and once with SIGKILL for all of its
+processes: at random moments, and in the middle of random writes (a temporary file has just appeared). After each kill
+it goes on with --resume. Then weights, optimiser, best network and log of the two are compared bit by bit; only times
+may differ.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    "synthetic_size=[64, 64]", "synthetic_train=500", "synthetic_val=11", "crop_size=64", "base_size=64", "workers=2",
+    "sam_dim=32", "sam_heads=2", "sam_window=3", "sam_grid=4", "clip_dim=32", "clip_grid=4", "clip_embed=16",
+    "text_dim=16", "text_depth=1", "ftm_tokens=8", "prior_dim=16", "deform_heads=2", "deform_points=2", "head_dim=16",
+    "aux_dim=16", "iters=80", "batch_size=4", "loss_group=2", "warmup_iters=10", "log_every=3", "save_every=2",
+    "eval_every=16"]
+
+
+def start(processes: int, folder: Path) -> subprocess.Popen:
+    launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    resume = ["--resume"] if any((folder / name).exists() for name in ("last.pt", "previous.pt")) else []
+    command = [sys.executable, *launch, "train.py", f"out={folder}", *SMALL, *resume]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def family(pid: int) -> list[int]:
+    """A process, its children, their children, ..."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [pid, *(member for child in children for member in family(int(child)))]
+
+
+def kill(process: subprocess.Popen):
+    for pid in family(process.pid):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    process.wait()
+
+
+def stamp(folder: Path) -> float:
+    return max((path.stat().st_mtime_ns for path in folder.glob("last.pt")), default=0)
+
+
+def wait_for_moment(process: subprocess.Popen, folder: Path, seconds: float, in_a_write: bool):
+    """From the first new checkpoint on: so many seconds, and then until a file is being written."""
+    before = stamp(folder)
+    while process.poll() is None and stamp(folder) == before:
+        time.sleep(0.01)
+    end = time.monotonic() + seconds
+    while process.poll() is None and (time.monotonic() < end or in_a_write and not list(folder.glob(".*.part"))):
+        time.sleep(0.0005 if in_a_write else 0.01)
+
+
+def differences(a, b, where: str) -> list[str]:
+    if isinstance(a, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
+    if isinstance(a, (dict, list, tuple)):
+        keys = a.keys() if isinstance(a, dict) else range(len(a))
+        if len(a) != len(b):
+            return [where]
+        return [place for key in keys if key not in ("seconds", "out")
+                for place in differences(a[key], b[key], f"{where}.{key}")]
+    return [] if a == b else [where]
+
+
+def log(folder: Path) -> list[dict]:
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key not in ("seconds", "gib")} for entry in entries]
+
+
+def compare(peace: Path, war: Path) -> list[str]:
+    found = [] if log(peace) == log(war) else ["log.jsonl"]
+    for name in ("last.pt", "best.pt"):
+        found += differences(*(torch.load(folder / name, weights_only=True) for folder in (peace, war)), name)
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=10, help="for each number of processes")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    dice, root, wrong = random.Random(args.seed), Path(tempfile.mkdtemp()), []
+    for processes in (1, 2):
+        peace, war = root / f"peace{processes}", root / f"war{processes}"
+        begun = time.monotonic()
+        process = start(processes, peace)
+        output = process.communicate()[0]
+        if process.returncode:
+            sys.exit(f"the run in peace failed:\n{output}")
+        training = json.loads((peace / "log.jsonl").read_text().splitlines()[-1])["seconds"]
+        print(f"{processes} processes: 80 iterations in {time.monotonic() - begun:.0f} s, {training:.0f} s in the loop")
+        kills, runs, writes = 0, 1, 0
+        while kills < args.kills:
+            process = start(processes, war)
+            in_a_write = kills % 2 == 1
+            wait_for_moment(process, war, dice.uniform(0, 1.2 * training / args.kills), in_a_write)
+            if process.poll() is not None:                 # it was done first: kill it some more in another folder
+                if process.returncode:
+                    sys.exit(f"it did not go on:\n{process.communicate()[0]}")
+                wrong += compare(peace, war)
+                war, runs = root / f"war{processes}.{runs}", runs + 1
+                continue
+            kill(process)
+            kills += 1
+            parts = sorted(path.name for path in war.glob(".*.part"))
+            writes += bool(parts)
+            last = war / "last.pt"
+            at = torch.load(last, weights_only=True)["progress"]["iteration"] if last.exists() else "none"
+            print(f"  kill {kills}: last.pt holds iteration {at}"
+                  + (f", in the middle of {' '.join(parts)}" if parts else ""))
+        process = start(processes, war)
+        output = process.communicate()[0]
+        if process.returncode:
+            sys.exit(f"it did not go on:\n{output}")
+        wrong += compare(peace, war)
+        print(f"  {kills} kills, {writes} of them in the middle of a write, {runs} runs compared: "
+              + (f"DIFFERENT: {wrong}" if wrong else "weights, optimiser, best network, log: equal to the last bit"))
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
