@@ -220,31 +220,6 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker through /proc")
-def test_two_agents_train_together_and_outlive_a_killed_worker(config, tmp_path):
-    """Two machines, as far as torchrun can tell; the result is that of two processes that nothing happened to."""
-    folder, whole = tmp_path / "run", tmp_path / "whole"
-    argv = ["--cfg", config, "iters=30", "save_every=2", "eval_every=10"]
-    port, outputs = free_port(), [tmp_path / "agent0.txt", tmp_path / "agent1.txt"]
-    agents = [torchrun(port, node, 2, [*argv, f"out={folder}"], outputs[node]) for node in (0, 1)]
-    try:
-        with Processes(tmp_path, train.main, [*argv, f"out={whole}"], count=2) as both:
-            wait_until(begun(folder))
-            worker = children(agents[1].pid)[0]
-            os.kill(worker, signal.SIGKILL)
-            killed_at = saved_iteration(folder)
-            assert [agent.wait(180) for agent in agents] == [0, 0], [path.read_text() for path in outputs]
-            assert both.wait() == [0, 0]
-    finally:
-        for agent in agents:
-            agent.kill()
-    said = "".join(path.read_text() for path in outputs)
-    assert killed_at < 30 and said.count("going on from") == 1 and f"{folder / 'last.pt'}, iteration" in said
-    assert said.count("done: best mIoU") == 1
-    assert_same_run(folder, whole)
-    assert len(logged(folder)) == 15 + 3
-
-
 def test_ctrl_c_under_torchrun_saves(config, tmp_path):
     folder, output = tmp_path / "run", tmp_path / "agent.txt"
     agent = torchrun(free_port(), 0, 1, ["--cfg", config, f"out={folder}", *ENDLESS], output)
