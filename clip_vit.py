@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import weights
+from linear import Linear, linear
 from tokenizer import CONTEXT, VOCAB_SIZE
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -35,10 +36,10 @@ class Attention(nn.Module):
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
+        self.out_proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                      # (B, N, 3D)
+        qkv = linear(x, self.in_proj_weight, self.in_proj_bias)                        # (B, N, 3D)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)         # (B, heads, N, D/heads)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out_proj(x.transpose(1, 2).flatten(2))                             # (B, N, D)
@@ -47,9 +48,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.c_fc = nn.Linear(dim, 4 * dim)
+        self.c_fc = Linear(dim, 4 * dim)
         self.gelu = QuickGELU()
-        self.c_proj = nn.Linear(4 * dim, dim)
+        self.c_proj = Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(self.gelu(self.c_fc(x)))

@@ -1,0 +1,24 @@
+"""nn.Linear over tokens, the same function, faster in fp32 on a CPU.
+
+There PyTorch multiplies with MKL, which leaves half of an AMD processor idle; as a 1x1 convolution oneDNN does the work.
+Two threads of an AMD EPYC, CLIP's image tower at 480 px: two thirds of the time; with one thread the same time.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear(x, weight, bias)`: (..., in) -> (..., out)."""
+    if (torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32
+            or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available()):
+        return F.linear(x, weight, bias)
+    rows = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)                        # (1, in, 1, rows)
+    out = F.conv2d(rows, weight[:, :, None, None], bias).permute(0, 2, 3, 1)
+    return out.reshape(*x.shape[:-1], len(weight))
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
