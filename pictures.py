@@ -52,7 +52,9 @@ def overlay(image: np.ndarray, label: np.ndarray, palette: Palette, alpha: float
     black = np.zeros(256, np.uint8)
     black[:len(palette)] = [255 * (not any(colour)) for colour in palette]
     cv2.copyTo(cv2.convertScaleAbs(image, alpha=1 - alpha / 2), cv2.LUT(label, black), rgb)
-    return cv2.bitwise_or(rgb, cv2.merge([_outlines(label)] * 3))
+    lined = cv2.bitwise_or(rgb, cv2.merge([_outlines(label)] * 3))
+    strength = min(1.0, max(0.4, math.sqrt(label.size) / 250))      # in a small picture one pixel is a thick line
+    return cv2.addWeighted(lined, strength, rgb, 1 - strength, 0)
 
 
 def errors(image: np.ndarray, label: np.ndarray, prediction: np.ndarray) -> np.ndarray:

@@ -40,12 +40,13 @@ def test_colours_are_the_palettes_and_unknown_labels_are_hatched():
 
 
 def test_overlay_mixes_colour_and_photo_dims_black_classes_and_outlines():
-    image, label = figure(40, 40)
-    rgb = pictures.overlay(image, label, PALETTE, alpha=0.6)
-    assert np.abs(rgb[20, 20] - [0.4 * 100 + 0.6 * 255, 40, 40]).max() <= 1
+    rgb = pictures.overlay(*figure(400, 400), PALETTE, alpha=0.6)
+    assert np.abs(rgb[200, 200] - [0.4 * 100 + 0.6 * 255, 40, 40]).max() <= 1
     assert (np.abs(rgb[2, 2].astype(int) - 70) <= 1).all()
-    assert (rgb[10, 10:30] == 255).all() and (rgb[10:30, 10] == 255).all()
-    assert (rgb == 255).all(-1).sum() == 4 * 20 - 1        # one pixel wide, and nowhere else
+    assert (rgb[100, 100:300] == 255).all() and (rgb[100:300, 100] == 255).all()
+    assert (rgb == 255).all(-1).sum() == 4 * 200 - 1       # one pixel wide, and nowhere else
+    small = pictures.overlay(*figure(40, 40), PALETTE)
+    assert np.abs(small[10, 20] - (0.4 * 255 + 0.6 * small[20, 20])).max() <= 1
     large = pictures.overlay(*figure(2400, 2400), PALETTE)
     assert (large[1200] == 255).all(-1).sum() == 2 * 4     # lines grow with the picture
 
