@@ -25,7 +25,8 @@ def curves(panels: dict[str, Series], xlabel: str = "iteration", log: Sequence[s
     """Line plots, two panels a row: {title: {series: (x values, y values)}}.
 
     `log` names the panels with a logarithmic y axis, `smooth` those whose noisy series are drawn pale under their
-    running mean. Values that are not finite (on a log axis: not positive) leave a gap.
+    running mean. Several rows of y values are runs of one kind, drawn pale under their mean. Values that are not finite
+    (on a log axis: not positive) leave a gap.
     """
     drawn = [_panel(title, series, xlabel, title in log, title in smooth, size) for title, series in panels.items()]
     blank = np.full((*size, 3), 255, np.uint8)
@@ -36,7 +37,7 @@ def curves(panels: dict[str, Series], xlabel: str = "iteration", log: Sequence[s
 
 def _panel(title: str, series: Series, xlabel: str, log: bool, smooth: bool, size: tuple[int, int]) -> np.ndarray:
     data = {name: _usable(x, y, log) for name, (x, y) in series.items()}
-    xs, ys = (np.concatenate([pair[n] for pair in data.values()] or [np.empty(0)]) for n in (0, 1))
+    xs, ys = (np.concatenate([pair[n].ravel() for pair in data.values()] or [np.empty(0)]) for n in (0, 1))
     ys = ys[np.isfinite(ys)]
     if not len(ys):
         canvas, draw = paper(*size)
@@ -48,8 +49,13 @@ def _panel(title: str, series: Series, xlabel: str, log: bool, smooth: bool, siz
     pixels, place = _frame(title, xlabel, x_axis, y_axis, log, legend, size)
     for n, (x, y) in enumerate(data.values()):
         colour = SERIES[n % len(SERIES)]
+        pale = [(c + 2 * 255) // 3 for c in colour]
+        if y.ndim > 1:
+            for row in y:
+                _line(pixels, *place(x, row), pale)
+            y = y.mean(0)
         if smooth and len(y) > 40:
-            _line(pixels, *place(x, y), [(c + 2 * 255) // 3 for c in colour])
+            _line(pixels, *place(x, y), pale)
             y = _running_mean(y, len(y) // 40)
         _line(pixels, *place(x, y), colour, 2)
     return pixels
