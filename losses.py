@@ -43,10 +43,13 @@ def lovasz_softmax(logits: torch.Tensor, labels: torch.Tensor, ignore: int = 255
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     probs = logits.softmax(1)                                                            # (B, K, H, W)
     valid = labels != ignore
-    slopes, cost, present = [], 0, 0
+    slopes, cost, present = [], probs.new_zeros(()), probs.new_zeros(())
     with torch.no_grad():
         for c, p in enumerate(probs.unbind(1)):                                          # (B, H, W)
             truth = labels == c
+            if not p.is_cuda and not truth.any():                                        # to ask a GPU would be to wait
+                slopes.append(torch.zeros_like(p))
+                continue
             errors = torch.where(truth, 1 - p, p) * valid
             weights = lovasz_weights(errors.flatten(), truth.flatten()).view_as(p) * valid
             slopes.append(torch.where(truth, -weights, weights))                         # of the cost, over p
