@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from config import ConfigError
@@ -74,6 +75,37 @@ def memory(device: torch.device) -> float:
 
 # ----------------------------------------------------------------------------------------------------------- processes
 
+PATIENCE = timedelta(minutes=30)                                         # with processes that are there but do not answer
+
+
+def meet(patience: timedelta) -> dist.Store:
+    """The place where the processes of this attempt leave their addresses for each other.
+
+    torchrun gives all attempts of a run the same store: a restarted process would find the address of one that is dead
+    and wait for it (pytorch/pytorch#135712). The numbers of restarts do not tell attempts apart, every machine has its
+    own. So each process takes a number nobody else ever had, and the main process's number becomes the attempt's name
+    once all others have acknowledged it: what dead ones have left cannot do that.
+    """
+    store, rank, size = next(rendezvous("env://", timeout=patience))
+    store.set_timeout(patience)
+    me = str(store.add("processes", 1))
+    if rank > 0:
+        store.set(f"process of rank {rank}", me)
+        name = store.get(f"name for process {me}").decode()
+        store.set(f"attempt {name} has rank {rank}", "")
+        return dist.PrefixStore(f"attempt {name}", store)
+    missing, end = set(range(1, size)), time.monotonic() + patience.total_seconds()
+    while missing:
+        for other in missing:
+            if store.check([f"process of rank {other}"]):                # or one of an earlier attempt: look again
+                store.set(f"name for process {store.get(f'process of rank {other}').decode()}", me)
+        missing = {other for other in missing if not store.check([f"attempt {me} has rank {other}"])}
+        if time.monotonic() > end:
+            raise TrainingError(f"{len(missing)} of {size} processes have not come within {patience}")
+        time.sleep(0.02)
+    return dist.PrefixStore(f"attempt {me}", store)
+
+
 class World:
     """This process among the others: torchrun's environment, or one process alone."""
 
@@ -88,8 +120,9 @@ class World:
             torch.cuda.set_device(self.device)
         self.control = None                                              # a CPU group for counts, scores and messages
         if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-            self.control = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=meet(PATIENCE),
+                                    rank=self.rank, world_size=self.size, timeout=PATIENCE)
+            self.control = dist.new_group(backend="gloo", timeout=PATIENCE)
         # torchrun counts restarts per machine, and not those that another machine caused
         self.restarted = self.sum([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))])[0] > 0
 

@@ -1,5 +1,6 @@
 """Several processes: the same numbers as one, and none of them left waiting when another stops, fails or is killed."""
 
+import contextlib
 import os
 import re
 import signal
@@ -207,27 +208,93 @@ def test_a_killed_loader_is_one_line(config, tmp_path):
 
 # ---- torchrun itself
 
-def torchrun(port: int, node: int, nodes: int, argv: list[str], output: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--node-rank", str(node),
-               "--nproc-per-node", str(2 // nodes), "--max-restarts", "2", "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", ROOT / "train.py", *argv]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=output.open("w"), stderr=subprocess.STDOUT, env=environment,
-                            start_new_session=True)
+class Agents:
+    """torchrun on `nodes` machines, as far as it can tell, with two workers in all; gone with the block, however it ends."""
+
+    def __init__(self, folder: Path, nodes: int, argv: list[str]):
+        port, self.outputs = free_port(), [folder / f"agent{node}.txt" for node in range(nodes)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node",
+                   str(2 // nodes), "--max-restarts", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+                   f"127.0.0.1:{port}", "--local-addr", "127.0.0.1", ROOT / "train.py", *argv]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.all = [subprocess.Popen(command, stdout=output.open("w"), stderr=subprocess.STDOUT, env=environment,
+                                     start_new_session=True) for output in self.outputs]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind:
+            print(self.said())                             # pytest shows it
+        for agent in self.all:
+            if agent.poll() is None:
+                agent.send_signal(signal.SIGSTOP)          # it must not start another worker now
+                for pid in [*self.workers(agent), agent.pid]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)       # loaders end with their worker
+                agent.wait()
+
+    def workers(self, agent: subprocess.Popen) -> list[int]:
+        return [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
+
+    def wait(self, seconds: float = 300) -> list[int]:
+        end = time.monotonic() + seconds
+        return [agent.wait(max(0.0, end - time.monotonic())) for agent in self.all]
+
+    def said(self) -> str:
+        return "".join(f"\n---- {path.name}\n{path.read_text()}" for path in self.outputs)
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
 
 
-def test_ctrl_c_under_torchrun_saves(config, tmp_path):
-    folder, output = tmp_path / "run", tmp_path / "agent.txt"
-    agent = torchrun(free_port(), 0, 1, ["--cfg", config, f"out={folder}", *ENDLESS], output)
-    try:
+@needs_proc
+@pytest.mark.parametrize("nodes", (1, 2))
+def test_torchrun_restarts_after_a_killed_worker_and_goes_on(config, tmp_path, nodes):
+    """One machine with two workers, two with one each: the result is that of two processes nothing happened to."""
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    argv = ["--cfg", config, "iters=40", "save_every=2", "eval_every=20"]
+    with Agents(tmp_path, nodes, [*argv, f"out={folder}"]) as agents:
         wait_until(begun(folder))
-        agent.send_signal(signal.SIGINT)
-        assert agent.wait(60) != 0                         # torchrun's own code for it
-    finally:
-        agent.kill()
-    line = re.search(r"stopped by SIGINT after iteration (\d+); \S+last.pt is saved", output.read_text())
-    assert line and saved_iteration(folder) == int(line[1])
+        os.kill(agents.workers(agents.all[-1])[-1], signal.SIGKILL)
+        killed_at = saved_iteration(folder)
+        assert agents.wait() == [0] * nodes
+        said = agents.said()
+        assert killed_at < 40 and said.count("going on from") == 1
+        assert int(re.search(rf"going on from {folder / 'last.pt'}, iteration (\d+)", said)[1]) >= killed_at
+        assert said.count("done: best mIoU") == 1
+    with Processes(tmp_path, train.main, [*argv, f"out={whole}"], count=2) as both:
+        assert both.wait() == [0, 0]
+    assert_same_run(folder, whole)
+    assert len(logged(folder)) == 20 + 2
+
+
+def meet_and_count():
+    """Rank 1 comes late: what the attempt before left of it is there already."""
+    if os.environ["RANK"] == "1":
+        time.sleep(1)
+    world = World()
+    print("together", world.sum([1.0]))
+    os._exit(0)                                            # as if killed: nothing is taken back
+
+
+def test_processes_do_not_take_dead_ones_for_each_other(tmp_path):
+    """torchrun keeps one store for all attempts; in the first, one process came and died before the other did."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("process of rank 1", str(store.add("processes", 1)))
+    for _ in range(3):
+        with Processes(tmp_path, meet_and_count, count=2, MASTER_PORT=str(store.port),
+                       TORCHELASTIC_USE_AGENT_STORE="True") as both:
+            assert both.wait(60) == [0, 0], both.said(0) + both.said(1)
+            assert "together [2.0]" in both.said(0) and "together [2.0]" in both.said(1)
+
+
+@needs_proc
+def test_ctrl_c_under_torchrun_saves(config, tmp_path):
+    folder = tmp_path / "run"
+    with Agents(tmp_path, 1, ["--cfg", config, f"out={folder}", *ENDLESS]) as agents:
+        wait_until(begun(folder))
+        agents.all[0].send_signal(signal.SIGINT)
+        assert agents.wait(60) != [0]                      # torchrun's own code for it
+        line = re.search(r"stopped by SIGINT after iteration (\d+); \S+last.pt is saved", agents.said())
+        assert line and saved_iteration(folder) == int(line[1])
