@@ -1,0 +1,272 @@
+"""A photo through the full-size SCHNet (random weights), beside the best peers' parts and the paper's baseline.
+
+    python benchmarks/bench_inference.py                   480 px, fp32 and bf16 autocast
+    python benchmarks/bench_inference.py --tta             the eight views of §4.4, beside each view alone
+    python benchmarks/bench_inference.py --curve           cost against size and batch, to benchmarks/inference.png
+
+Peers: SAM's encoder (segment-anything, transformers), CLIP's image tower with four taps (open_clip, transformers) and
+UperNet's head (transformers): the sum of the fastest of each is a SCHNet without adapter, SRM and FTM. And ViT-Adapter-L
+with UperNet, the paper's baseline, in its official form (baseline.py), to which the fastest CLIP is added. One process,
+one set of weights, the runs alternate. Errors: relative, against this project in fp32: of the parts' outputs, and of
+the whole network's logits, which with SCHNet's weights at its start are the baseline's. Times: wall clock, median and
+quartiles, and processor time divided by the number of threads; ratios are medians over the rounds. Memory: in a fresh
+process per case.
+"""
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")        # processor time then counts work, not threads that wait
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from config import load_config  # noqa: E402
+from datasets import LABEL_SETS  # noqa: E402
+from augment import flip_order  # noqa: E402
+from evaluate import predict  # noqa: E402
+from model import SCHNet, build_model  # noqa: E402
+from pictures import save_png  # noqa: E402
+from plots import curves  # noqa: E402
+
+OURS, BASELINE = "SCHNet, this project", "ViT-Adapter-L + UperNet, official form"
+LIP = LABEL_SETS["lip"]
+SIZES, BATCHES = (320, 480, 640, 800, 1024, 1280), (1, 2, 4)
+
+
+def schnet(precision: str = "fp32") -> SCHNet:
+    """At its start, but for the injectors: their gamma is one, so that the pyramid reaches the encoder."""
+    torch.manual_seed(0)
+    cfg = load_config(ROOT / "configs/lip.yaml", ["sam_weights=", "clip_weights=", "vocab=", f"precision={precision}"])
+    model = build_model(cfg, LIP.classes).eval().requires_grad_(False)
+    for injector in model.adapter.injectors:
+        torch.nn.init.ones_(injector.gamma)
+    return model
+
+
+def autocast(mode: str):
+    return torch.autocast("cpu", torch.bfloat16, enabled=mode == "bf16")
+
+
+def measure(runs: dict, rounds: int) -> dict[str, list[tuple]]:
+    """(wall clock, processor time / threads) of each run in every round after the first; who begins changes."""
+    times = {name: [] for name in runs}
+    for n in range(rounds + 1):
+        for name in list(runs)[n % len(runs):] + list(runs)[:n % len(runs)]:
+            wall, busy = time.perf_counter(), time.process_time()
+            runs[name]()
+            wall, busy = time.perf_counter() - wall, time.process_time() - busy
+            if n:
+                times[name].append((wall, busy / torch.get_num_threads()))
+    return times
+
+
+def error(found, wanted) -> float:
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, wanted, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the table
+
+def parts(model: SCHNet, image: torch.Tensor) -> dict:
+    """name -> (function of nothing, whose outputs must be those of this function in fp32)."""
+    import conftest  # noqa: F401                          torchvision beside a CPU-only torch, for the peers
+    import baseline
+    import open_clip
+    import transformers
+    from test_clip_vit import MEAN, STD, hugging_face_names, resized
+    from test_sam_vit import LARGE, hugging_face, official
+    from test_sam_vit import MEAN as SAM_MEAN, STD as SAM_STD
+    from test_uperhead import transformers_names
+    size = image.shape[-1]
+    grid, sam_image, clip_image = size // 16, (image - SAM_MEAN) / SAM_STD, (image - MEAN) / STD
+    maps = [torch.randn(1, 1024, size // s, size // s) for s in (4, 8, 16, 32)]
+    runs = {OURS: (lambda: [model(image)], None)}
+    state = model.sam.state_dict()
+    for name, make in (("SAM, segment-anything", official), ("SAM, transformers", hugging_face)):
+        runs[name] = (sam_peer(make, state, grid, LARGE, sam_image), lambda: model.sam(image))
+    table = {"logit_scale": torch.zeros(()), **{f"visual.{k}": v for k, v in model.clip.state_dict().items()}}
+    fitted = resized(table, grid, grid)
+    clip = open_clip.create_model("ViT-B-16-quickgelu", force_image_size=size).visual.eval().requires_grad_(False)
+    clip.load_state_dict({k.removeprefix("visual."): v for k, v in fitted.items() if k != "logit_scale"})
+    config = transformers.CLIPVisionConfig(patch_size=16, image_size=size, hidden_act="quick_gelu", projection_dim=512)
+    face = transformers.CLIPVisionModelWithProjection(config).eval().requires_grad_(False)
+    face.load_state_dict(hugging_face_names(fitted), strict=False)
+
+    def open_clip_run():
+        return clip.forward_intermediates(clip_image, indices=[3, 5, 7, 11], output_fmt="NLC",
+                                          normalize_intermediates=False)["image_intermediates"]
+
+    def transformers_run():
+        states = face(clip_image, output_hidden_states=True).hidden_states
+        return [states[tap + 1][:, 1:] for tap in (3, 5, 7, 11)]
+
+    for name, run in (("CLIP, open_clip", open_clip_run), ("CLIP, transformers", transformers_run)):
+        runs[name] = (run, lambda: [tap.flatten(1, 2) for tap in model.clip(image)[1]])
+    with torch.device("meta"):
+        head = baseline.UperNetHead(baseline.UperNetConfig(hidden_size=512, num_labels=20), [1024] * 4).eval()
+    head.load_state_dict(transformers_names(model.head.state_dict()), assign=True)
+    runs["UperNet, transformers"] = (lambda: [head(maps)], lambda: [model.head(maps)])
+    positions = model.sam.positions((model.sam.pos_embed,), grid, grid)
+    whole = baseline.from_schnet(model.state_dict(), 20, positions)
+    runs[BASELINE] = (lambda: [whole(sam_image)], runs[OURS][0])
+    return runs
+
+
+def sam_peer(make, state: dict, grid: int, sizes: dict, image: torch.Tensor):
+    """Outputs of layers 6 12 18 24; the peers take position tables of the image's size."""
+    fitted = dict(state)
+    for name, table in state.items():
+        if "rel_pos" in name and len(table) != 27:         # all zero at the start
+            fitted[name] = table[:2 * grid - 1]
+    model, blocks = make(fitted, grid, grid, **{**sizes, "grid": grid})
+    model.requires_grad_(False)
+    outs = []
+    for block in list(blocks)[5::6]:
+        block.register_forward_hook(lambda module, args, out: outs.append(out[0] if isinstance(out, tuple) else out))
+
+    def run():
+        outs.clear()
+        model(image)
+        return list(outs)
+
+    return run
+
+
+def compare(size: int, modes: list[str], rounds: int) -> bool:
+    """The table; False if an output is not what it should be."""
+    fine, model = True, schnet()
+    image = torch.rand(1, 3, size, size)
+    runs = parts(model, image)
+    print(f"{'mode':5}{'':40}{'wall s':>8}{'quartiles':>14}{'cpu s':>8}{'time / ours: wall':>19}{'cpu':>6}{'error':>9}")
+    wanted = {name: (check or run)() for name, (run, check) in runs.items()}
+    for mode in modes:
+        with autocast(mode):
+            errors = {name: error(run(), wanted[name]) for name, (run, _) in runs.items()}
+            times = measure({name: run for name, (run, _) in runs.items()}, rounds)
+        fastest = [min((name for name in runs if name.startswith(part)), key=lambda name: statistics.median(times[name]))
+                   for part in ("SAM", "CLIP", "UperNet")]
+        sums = {f"{' + '.join(name.split(', ')[0] for name in fastest)}, fastest peers": fastest,
+                f"{BASELINE.split(', ')[0]} + CLIP": [BASELINE, fastest[1]]}
+        for name, names in sums.items():
+            times[name] = [tuple(map(sum, zip(*of_round))) for of_round in zip(*(times[n] for n in names))]
+        for name, of_rounds in times.items():
+            low, median, high = statistics.quantiles([wall for wall, _ in of_rounds], n=4)
+            cpu = statistics.median(busy for _, busy in of_rounds)
+            ratios = [statistics.median(a[i] / b[i] for a, b in zip(of_rounds, times[OURS])) for i in (0, 1)]
+            print(f"{mode:5}{name:40}{median:8.2f}{low:7.2f}{high:7.2f}{cpu:8.2f}{ratios[0]:19.2f}{ratios[1]:6.2f}"
+                  + (f"{errors[name]:9.0e}" if name in errors else ""), flush=True)
+        fine &= max(errors.values()) <= {"fp32": 1e-4, "bf16": 0.1}[mode]
+    return fine
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# eight views
+
+def augmented(modes: list[str], rounds: int) -> bool:
+    """Test-time augmentation beside each of its views alone; the mean of these must be its result."""
+    photo = (np.random.default_rng(0).random((480, 480, 3)) * 255).astype(np.uint8)
+    mirrored, fine = np.ascontiguousarray(photo[:, ::-1]), True
+    scales, order = (0.75, 1.0, 1.25, 1.5), flip_order(20, LIP.flip_pairs)
+    model = schnet()
+    for mode in modes:
+        model.cfg.precision = mode
+        found, runs = {}, {}
+
+        def keep(name, *args):
+            found[name] = predict(model, *args)
+
+        runs["all"] = lambda: keep("all", photo, scales, LIP.flip_pairs)
+        for scale in scales:
+            runs[f"{scale}"] = lambda scale=scale: keep(f"{scale}", photo, (scale,))
+            runs[f"{scale} mirrored"] = lambda scale=scale: keep(f"{scale} mirrored", mirrored, (scale,))
+        times = measure(runs, rounds)
+        mean = sum(found[f"{s}"] + found[f"{s} mirrored"].flip(-1)[order] for s in scales) / 8
+        differs = error([found["all"]], [mean])
+        alone = {name: statistics.median(wall for wall, _ in times[name]) for name in runs}
+        ratio = [statistics.median(sum(times[name][n][i] for name in runs if name != "all") / times["all"][n][i]
+                                   for n in range(rounds)) for i in (0, 1)]
+        print(f"{mode}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in alone.items())
+              + f"; sum of the views / all: wall {ratio[0]:.3f}, cpu {ratio[1]:.3f}; differs {differs:.0e}", flush=True)
+        fine &= differs <= {"fp32": 1e-4, "bf16": 1e-2}[mode]
+    return fine
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# curves
+
+def resident(what: str) -> float:
+    return int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+@torch.inference_mode()
+def one_point(size: int, batch: int, mode: str, rounds: int):
+    """A child's work: MiB at the peak of the first run above what was held before, seconds per image of the others."""
+    model, image = schnet(), torch.rand(batch, 3, size, size)
+    Path("/proc/self/clear_refs").write_text("5")          # the peak starts anew
+    before = resident("VmRSS")
+    with autocast(mode):
+        model(image)
+        print(resident("VmHWM") - before)
+        for wall, busy in measure({OURS: lambda: model(image)}, rounds)[OURS]:
+            print(wall / batch, busy / batch)
+
+
+def draw_curve(modes: list[str], rounds: int, threads: int):
+    """Seconds and peak memory against the number of tokens and against the batch."""
+    found = {}
+    print(f"{'mode':5}{'px':>6}{'batch':>7}{'tokens':>8}{'wall s / image':>16}{'cpu':>7}{'ms / token':>12}{'MiB of a run':>14}"
+          f"{'KiB / token':>13}")
+    for mode in modes:
+        for size, batch in [(size, 1) for size in SIZES] + [(480, batch) for batch in BATCHES if batch > 1]:
+            command = [sys.executable, __file__, "--point", str(size), str(batch), "--modes", mode, "--rounds", str(rounds),
+                       "--threads", str(threads)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"error: {size} px, batch {batch}: {done.stderr.strip().splitlines()[-1]}")
+            memory, *rows = [[float(x) for x in line.split()] for line in done.stdout.splitlines()]
+            wall, busy = (statistics.median(row[i] for row in rows) for i in (0, 1))
+            tokens = (size // 16) ** 2
+            found[mode, size, batch] = busy, memory[0]
+            print(f"{mode:5}{size:6}{batch:7}{tokens:8}{wall:16.2f}{busy:7.2f}{1e3 * busy / tokens:12.2f}{memory[0]:14.0f}"
+                  f"{1024 * memory[0] / tokens / batch:13.0f}", flush=True)
+    rows = []
+    for xlabel, points in (("tokens: sides of 320, 480, 640, 800, 1024, 1280 px", [(size, 1) for size in SIZES]),
+                           ("images of 480 px in a batch", [(480, batch) for batch in BATCHES])):
+        x = [batch if "batch" in xlabel else (size // 16) ** 2 for size, batch in points]
+        panels = {title: {mode: (x, [found[mode, *point][i] for point in points]) for mode in modes}
+                  for i, title in enumerate(("seconds per image", "MiB of a run, above the weights"))}
+        rows.append(curves(panels, xlabel))
+    save_png(ROOT / "benchmarks" / "inference.png", np.vstack(rows))
+
+
+@torch.inference_mode()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--modes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    for name, value in (("size", 480), ("threads", 2), ("rounds", 5)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--tta", action="store_true", help="test-time augmentation instead of the table")
+    parser.add_argument("--curve", action="store_true", help="cost against size and batch instead of the table")
+    parser.add_argument("--point", type=int, nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.point:
+        return one_point(*args.point, args.modes[0], args.rounds) or 0
+    print(f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds")
+    if args.curve:
+        return draw_curve(args.modes, args.rounds, args.threads) or 0
+    return 0 if (augmented(args.modes, args.rounds) if args.tta else compare(args.size, args.modes, args.rounds)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
