@@ -5,8 +5,9 @@
     python evaluate.py --run runs/cihp data_root=/data/CIHP
     torchrun --nproc_per_node 4 evaluate.py --tta        shared out over processes, the same numbers to the last digit
 
-Prints per-class IoU in the order of the paper's Table 1 (beside the paper's figures, for LIP), pixel accuracy, mean accuracy and
-mIoU; leaves results.json, the confusion matrix, per-class bars and the best and worst images under runs/<run>/evaluation[_tta]/.
+Prints per-class IoU in the order of the paper's Table 1 (beside the paper's figures, for LIP), pixel accuracy, mean
+accuracy and mIoU; leaves results.json, the confusion matrix, per-class bars and the best and worst images under
+runs/<run>/evaluation[_tta]/.
 """
 
 import argparse
@@ -31,33 +32,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
-import pictures
-import plots
+import reports
 import weights
+from augment import MEAN_COLOUR, flip_order
 from checkpoint import CheckpointError
 from config import Config, ConfigError, parse_overrides
-from datasets import DataError, LabelSet, open_split
+from datasets import DataError, LabelSet, label_set, open_split
 from model import SCHNet
 from weights import WeightsError
 
-MEAN_COLOUR = (124, 116, 104)                      # SAM's mean, what training pads with
-STRIP_BYTES = 256 << 20                            # probabilities of a very large photo are made in strips of rows
+CPU_STRIP, GPU_STRIP = 2 << 20, 256 << 20          # bytes: probabilities are made in strips of rows, so that no photo
+#                                                    is too large; in a CPU's cache they also take a third of the time
 ERRORS = (CheckpointError, ConfigError, DataError, WeightsError)   # what a user can mend: one line, exit code 1
 
-# The paper's figures in percent: LIP Tables 1, 2, 6 (hat ... right shoe, background), CIHP Table 5, PPP Table 4.
-PAPER = {
-    ("lip", False): {"pixel_acc": 89.54, "mean_acc": 78.12, "miou": 62.98, "iou": (
-        72.87, 75.26, 53.28, 43.56, 73.91, 47.60, 63.31, 56.20, 79.09, 37.21, 44.31, 39.38, 76.86, 72.59, 73.88, 71.15,
-        71.50, 58.96, 59.48, 89.28)},
-    ("lip", True): {"pixel_acc": 90.04, "mean_acc": 78.42, "miou": 64.25, "iou": (
-        73.53, 75.99, 55.46, 45.21, 75.06, 49.59, 64.60, 58.42, 80.21, 38.02, 44.26, 40.39, 77.51, 74.00, 74.93, 73.06,
-        72.82, 60.60, 61.54, 89.71)},
-    ("cihp", True): {"miou": 72.27},
-    ("ppp", True): {"miou": 78.67},
-}
 
-
-# ---------------------------------------------------------------------------------------------------------------- metrics
+# ----------------------------------------------------------------------------------------------------------------------
+# metrics
 
 def confusion_matrix(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
     """Counts (K, K) int64, rows truth, columns prediction; labels of K and above (255: ignore) are skipped."""
@@ -68,20 +58,21 @@ def confusion_matrix(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
 
 
 def scores(matrix: Tensor) -> dict:
-    """Fractions from a confusion matrix: pixel_acc, mean_acc, miou and the lists iou, acc (K; nan: the class occurs nowhere).
+    """Fractions from a confusion matrix: pixel_acc, mean_acc, miou, and per class iou and acc (nan: it occurs nowhere).
 
-    A class that is in neither truth nor prediction has no IoU and is left out of the means; on the validation sets of LIP, CIHP
-    and PPP all classes occur, so that this agrees with dividing by K.
+    A class that is in neither truth nor prediction has no IoU and is left out of the means; on the validation sets of
+    LIP, CIHP and PPP all classes occur, so that this agrees with dividing by K.
     """
     matrix = matrix.double()
     hit, truth, found = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     iou = hit / (truth + found - hit)                                    # 0 / 0 = nan
     acc = hit / truth
-    return {"pixel_acc": (hit.sum() / matrix.sum()).item(), "mean_acc": acc.nanmean().item(), "miou": iou.nanmean().item(),
-            "iou": iou.tolist(), "acc": acc.tolist()}
+    return {"pixel_acc": (hit.sum() / matrix.sum()).item(), "mean_acc": acc.nanmean().item(),
+            "miou": iou.nanmean().item(), "iou": iou.tolist(), "acc": acc.tolist()}
 
 
-# ------------------------------------------------------------------------------------------------------------- prediction
+# ----------------------------------------------------------------------------------------------------------------------
+# prediction
 
 def autocast(device: torch.device, precision: str):
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
@@ -89,8 +80,11 @@ def autocast(device: torch.device, precision: str):
 
 
 def canvas(image: np.ndarray, cfg: Config, scale: float) -> tuple[np.ndarray, tuple[int, int]]:
-    """The photo (H, W, 3) as the network sees it at `scale`: long side base_size * scale, padded at the bottom and right to what
-    training saw, in multiples of 32 (480: 384, 480, 608, 736). Returns the padded image and the photo's size in it."""
+    """The photo (H, W, 3) as the network sees it at `scale`, and the photo's size in it.
+
+    Its long side is base_size * scale; at the bottom and right it is padded to what training saw, in multiples of 32
+    (480: 384, 480, 608, 736).
+    """
     height, width = image.shape[:2]
     factor = cfg.base_size * scale / max(height, width)
     h, w = max(1, round(height * factor)), max(1, round(width * factor))
@@ -100,17 +94,9 @@ def canvas(image: np.ndarray, cfg: Config, scale: float) -> tuple[np.ndarray, tu
     return padded, (h, w)
 
 
-def flip_channels(num_classes: int, flip_pairs: Sequence[tuple[int, int]]) -> list[int]:
-    """Where each channel of a mirrored image's output belongs: left and right change places."""
-    order = list(range(num_classes))
-    for a, b in flip_pairs:
-        order[a], order[b] = b, a
-    return order
-
-
 def views(model: nn.Module, images: list[np.ndarray], scales: Sequence[float],
           flip_pairs: Sequence[tuple[int, int]] | None) -> list[list[Tensor]]:
-    """Per image a list of logits (K, h, w), one for each scale and, unless `flip_pairs` is None, each flip, flipped back."""
+    """Per image a list of logits (K, h, w): one for each scale and, unless `flip_pairs` is None, one mirrored back."""
     device = next(model.parameters()).device
     result = [[] for _ in images]
     for scale in scales:
@@ -123,10 +109,9 @@ def views(model: nn.Module, images: list[np.ndarray], scales: Sequence[float],
             batch = batch.permute(0, 3, 1, 2).float() / 255              # (B, 3, H, W)
             with autocast(device, model.cfg.precision):
                 logits = [model(batch)]
-                if flip_pairs is not None:                               # mirror the photo within its own width, not the padding
-                    mirrored = torch.stack([_mirror(x, size[1]) for x, (_, _, size) in zip(batch, group)])
-                    flipped = model(mirrored)
-                    logits.append(flipped[:, flip_channels(flipped.shape[1], flip_pairs)])
+                if flip_pairs is not None:
+                    flipped = model(torch.stack([_mirror(x, size[1]) for x, (_, _, size) in zip(batch, group)]))
+                    logits.append(flipped[:, flip_order(flipped.shape[1], flip_pairs)])
             for k, (n, _, (h, w)) in enumerate(group):
                 result[n].append(logits[0][k, :, :h, :w].float())
                 if flip_pairs is not None:
@@ -135,11 +120,12 @@ def views(model: nn.Module, images: list[np.ndarray], scales: Sequence[float],
 
 
 def _mirror(image: Tensor, width: int) -> Tensor:
+    """The photo mirrored within its own width; the padding stays on the right."""
     return torch.cat([image[..., :width].flip(-1), image[..., width:]], -1)
 
 
 def probabilities(logits: list[Tensor], size: tuple[int, int], top: int, bottom: int) -> Tensor:
-    """Rows top..bottom of the photo: softmax at its own size, averaged over the views. (K, bottom - top, W), bilinear."""
+    """(K, bottom - top, W), these rows of the photo: softmax at its own size (bilinear), averaged over the views."""
     total = 0
     for view in logits:
         h = view.shape[1]
@@ -152,14 +138,28 @@ def probabilities(logits: list[Tensor], size: tuple[int, int], top: int, bottom:
     return total / len(logits)
 
 
+def strips(logits: list[Tensor], size: tuple[int, int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(top row, probabilities (K, rows, W), labels uint8 (rows, W)) of a photo of any size, from the top down."""
+    height, width = size
+    limit = CPU_STRIP if logits[0].device.type == "cpu" else GPU_STRIP
+    rows = max(1, limit // (4 * width * logits[0].shape[0]))
+    for top in range(0, height, rows):
+        strip = probabilities(logits, size, top, min(top + rows, height))
+        yield top, strip, strip.max(0).indices.to(torch.uint8)           # on a CPU argmax(0) takes four times as long
+
+
 @torch.inference_mode()
 def predict(model: nn.Module, image: np.ndarray, scales: Sequence[float] = (1.0,),
             flip_pairs: Sequence[tuple[int, int]] | None = None) -> Tensor:
     """Class probabilities (K, H, W) of an RGB photo (H, W, 3) uint8, at its own size.
 
-    `scales` and `flip_pairs` (None: no flip; (): a flip without left and right) are the test-time augmentation of §4.4.
+    `scales` and `flip_pairs` (None: no flip; (): a flip without left and right) are §4.4's test-time augmentation.
     """
-    return probabilities(views(model, [image], scales, flip_pairs)[0], image.shape[:2], 0, image.shape[0])
+    logits = views(model, [image], scales, flip_pairs)[0]
+    result = logits[0].new_empty(len(logits[0]), *image.shape[:2])
+    for top, strip, _ in strips(logits, image.shape[:2]):
+        result[:, top:top + strip.shape[1]] = strip
+    return result
 
 
 @torch.inference_mode()
@@ -168,15 +168,15 @@ def predict_labels(model: nn.Module, images: list[np.ndarray], scales: Sequence[
     """Label maps (H, W) uint8 of RGB photos of any sizes, in bounded memory."""
     result = []
     for image, logits in zip(images, views(model, images, scales, flip_pairs)):
-        height, width = image.shape[:2]
-        rows = max(1, STRIP_BYTES // (4 * width * logits[0].shape[0]))
-        strips = [probabilities(logits, (height, width), top, min(top + rows, height)).max(0).indices.to(torch.uint8).cpu()
-                  for top in range(0, height, rows)]                     # on a CPU argmax(0) takes four times as long
-        result.append(torch.cat(strips).numpy())
+        label = np.empty(image.shape[:2], np.uint8)        # filled in: kept, the small parts would tear up the memory
+        for top, _, part in strips(logits, label.shape):
+            label[top:top + len(part)] = part.cpu().numpy()
+        result.append(label)
     return result
 
 
-# ------------------------------------------------------------------------------------------------------------- evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluation
 
 def _read_ahead(pairs, order: list[int], threads: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(index, image, label) in this order; files are decoded by threads while the network works."""
@@ -195,8 +195,8 @@ def evaluate_split(model: SCHNet, pairs, num_classes: int, scales: Sequence[floa
                    interrupted: Callable[[], bool] = lambda: False) -> tuple[Tensor, list[tuple[float, int]]]:
     """The confusion matrix (K, K) over a whole set and (mIoU, index) of each image, the same on every process.
 
-    Images go through the network in the same batches of `batch` however many processes share the work, each batch on one of
-    them: sharded evaluation is exact. When `interrupted()` becomes true the rest is left out.
+    Images go through the network in the same batches of `batch` however many processes share the work, each batch on
+    one of them: sharded evaluation is exact. When `interrupted()` becomes true the rest is left out.
     """
     was_training = model.training
     model.eval()
@@ -224,7 +224,8 @@ def evaluate_split(model: SCHNet, pairs, num_classes: int, scales: Sequence[floa
     return matrix, sorted(per_image, key=lambda item: item[1])
 
 
-def load_run(run: str | Path | None = None, overrides: Sequence[str] = (), device: str = "") -> tuple[SCHNet, LabelSet, Path]:
+def load_run(run: str | Path | None = None, overrides: Sequence[str] = (),
+             device: str = "") -> tuple[SCHNet, LabelSet, Path]:
     """A trained network ready to predict, its label set, and the checkpoint it came from. `run` None: the newest run.
 
     On a CPU the network runs in fp32 unless `precision=bf16` is among the overrides: few CPUs have bf16 units.
@@ -244,85 +245,51 @@ def pick_device(name: str = "") -> torch.device:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
 
 
-# ---------------------------------------------------------------------------------------------------------------- reports
+# ----------------------------------------------------------------------------------------------------------------------
+# the program
 
-def table(result: dict, labels: LabelSet, tta: bool) -> str:
-    """The result as lines of text: classes in the order of the paper's Table 1, the background last."""
-    paper = PAPER.get((labels.name, tta), {})
-    lines = [f"{'class':<16}{'IoU':>8}{'acc.':>8}" + (f"{'paper':>8}{'diff.':>8}" if "iou" in paper else "")]
-    for place, k in enumerate([*range(1, len(labels.classes)), 0]):
-        line = f"{labels.classes[k]:<16}{_percent(result['iou'][k])}{_percent(result['acc'][k])}"
-        if "iou" in paper:
-            line += f"{paper['iou'][place]:8.2f}{100 * result['iou'][k] - paper['iou'][place]:+8.2f}"
-        lines.append(line)
-    lines.append("-" * len(lines[0]))
-    for key, name in (("pixel_acc", "pixel accuracy"), ("mean_acc", "mean accuracy"), ("miou", "mIoU")):
-        line = f"{name:<16}{_percent(result[key])}"
-        if key in paper:
-            line += f"   paper {paper[key]:.2f} ({100 * result[key] - paper[key]:+.2f})"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def _percent(value: float) -> str:
-    return f"{'-':>8}" if value != value else f"{100 * value:8.2f}"
-
-
-def draw_reports(folder: Path, model: SCHNet, pairs, labels: LabelSet, result: dict, matrix: Tensor,
-                 per_image: list[tuple[float, int]], scales: Sequence[float], flip_pairs) -> list[Path]:
-    """Confusion matrix, per-class bars, and a sheet of the best and worst images, as PNG."""
-    paper = PAPER.get((labels.name, flip_pairs is not None), {}).get("iou")
-    reference = None if paper is None else [paper[-1], *paper[:-1]]
-    pictures.save_png(folder / "confusion.png", plots.confusion_picture(matrix.numpy(), labels.classes))
-    pictures.save_png(folder / "classes.png", plots.bars(
-        labels.classes, [100 * v for v in result["iou"]], reference, labels.palette, "IoU per class (%)", ("this run", "the paper")))
-    ranked = sorted((item for item in per_image if item[0] == item[0]), reverse=True)
-    chosen = ranked[:3] + ranked[-3:] if len(ranked) >= 6 else ranked
-    rows, captions = [], []
-    for miou, i in chosen:
-        image, label = pairs.read(i)
-        pred = predict_labels(model, [image], scales, flip_pairs)[0]
-        rows.append([image, pictures.colourise(label, labels.palette), pictures.colourise(pred, labels.palette),
-                     pictures.errors(image, label, pred)])
-        captions.append(f"{pairs.name(i)}  mIoU {100 * miou:.1f}")
-    sheet = pictures.sheet(rows, titles=["photo", "truth", "prediction", "errors"], captions=captions)
-    pictures.save_png(folder / "best_worst.png", pictures.with_legend(sheet, labels.classes, labels.palette, size=16))
-    return [folder / name for name in ("confusion.png", "classes.png", "best_worst.png")]
-
-
-def _without_nan(value):
-    """JSON knows no nan: the score of a class that never occurs is null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if value != value else value
-
-
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="key=value: overrides of the run's config")
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", help="folder of a run, or a checkpoint; the newest run if not given")
     parser.add_argument("--tta", action="store_true", help="average over scales and flips (§4.4)")
     parser.add_argument("--split", choices=("val", "train"), default="val")
-    parser.add_argument("--batch", type=int, default=4, help="photos at a time per process")
+    parser.add_argument("--batch", type=int, default=4, help="photos at a time per process (4)")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ...; the GPU if there is one")
-    parser.add_argument("--out", help="folder of the results; runs/<run>/evaluation[_tta] if not given")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--out", type=Path, help="folder of the results; evaluation[_tta] in the run's if not given")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run's config")
     args = parser.parse_intermixed_args(argv)
+    if args.batch < 1:
+        parser.error("--batch must be at least 1")
+    return args
 
+
+def open_labelled(model: SCHNet, labels: LabelSet, path: Path, split: str):
+    """The photos to score a run on. Their classes must be the run's: LIP and CIHP both have 20, but not the same."""
+    theirs = label_set(model.cfg).classes
+    if theirs != labels.classes:
+        pairs = zip(theirs, labels.classes)
+        other = next((f"{k} is {a}, not {b}" for k, (a, b) in enumerate(pairs) if a != b), f"{len(theirs)} in number")
+        raise ConfigError(f"the classes of {model.cfg.dataset} are not those {path} was trained on: {other}")
+    return open_split(model.cfg, split)
+
+
+def main(argv: list[str] | None = None):
+    args = arguments(argv)
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    model, labels, path = load_run(args.run, args.overrides, args.device)
+    pairs = open_labelled(model, labels, path, args.split)
+    labels = dataclasses.replace(labels, name=model.cfg.dataset)         # what is scored, not what was trained on
+    scales, flip_pairs = (model.cfg.tta_scales, labels.flip_pairs) if args.tta else ((1.0,), None)
+    how = f"scales {' '.join(map(str, scales))} and flips" if args.tta else "single scale"
+    if rank == 0:
+        print(f"{path}: {len(pairs)} images of {labels.name} {args.split}, {how}")
     if world > 1:
         dist.init_process_group("gloo")                                  # only counts travel
-    model, labels, path = load_run(args.run, args.overrides, args.device)
-    cfg = model.cfg
-    pairs = open_split(cfg, args.split)
-    scales, flip_pairs = (cfg.tta_scales, labels.flip_pairs) if args.tta else ((1.0,), None)
-    if rank == 0:
-        how = f"scales {' '.join(map(str, scales))} and flips" if args.tta else "single scale"
-        print(f"{path}: {len(pairs)} images of {labels.name} {args.split}, {how}")
     start = time.monotonic()
     matrix, per_image = evaluate_split(model, pairs, len(labels.classes), scales, flip_pairs, args.batch, rank, world,
                                        progress=rank == 0)
@@ -332,17 +299,24 @@ def main(argv: list[str] | None = None):
     if rank > 0:
         return
     result = scores(matrix)
-    folder = Path(args.out) if args.out else path.parent / ("evaluation_tta" if args.tta else "evaluation")
+    folder = args.out or path.parent / ("evaluation_tta" if args.tta else "evaluation")
     folder.mkdir(parents=True, exist_ok=True)
+    classes = zip(labels.classes, result["iou"], result["acc"])
     record = {"checkpoint": str(path), "sha256": weights.sha256(path), "data": labels.name, "split": args.split,
-              "images": len(pairs), "scales": scales, "flip": args.tta, "seconds_per_image": seconds, "processes": world,
-              **{key: result[key] for key in ("pixel_acc", "mean_acc", "miou")},
-              "classes": {name: {"iou": iou, "acc": acc} for name, iou, acc in zip(labels.classes, result["iou"], result["acc"])},
-              "confusion": matrix.tolist(), "config": dataclasses.asdict(cfg)}
-    (folder / "results.json").write_text(json.dumps(_without_nan(record), indent=1))
-    drawn = draw_reports(folder, model, pairs, labels, result, matrix, per_image, scales, flip_pairs)
-    print(table(result, labels, args.tta))
-    print(f"{seconds:.3f} s per image; " + ", ".join(str(p) for p in [folder / "results.json", *drawn]))
+              "images": len(pairs), "scales": scales, "flip": args.tta, "seconds_per_image": seconds,
+              "processes": world, **{key: result[key] for key in ("pixel_acc", "mean_acc", "miou")},
+              "classes": {name: {"iou": iou, "acc": acc} for name, iou, acc in classes},
+              "confusion": matrix.tolist(), "config": dataclasses.asdict(model.cfg)}
+    checkpoint.write_text(folder / "results.json", json.dumps(reports.without_nan(record), indent=1))
+    shown = []
+    for caption, i in reports.best_and_worst(per_image):
+        image, label = pairs.read(i)
+        found = predict_labels(model, [image], scales, flip_pairs)[0]
+        shown.append((caption.format(pairs.name(i)), image, label, found))
+    title = f"{path.parent.name} on {labels.name} {args.split}, {how}: mIoU {100 * result['miou']:.2f}"
+    drawn = reports.draw(folder, title, labels, args.tta, result, matrix.numpy(), shown)
+    print(reports.table(result, labels, args.tta))
+    print(f"{seconds:.3f} s per image; " + ", ".join(map(str, [folder / "results.json", *drawn])))
 
 
 if __name__ == "__main__":
@@ -350,3 +324,9 @@ if __name__ == "__main__":
         main()
     except ERRORS as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of GPU memory: try a smaller --batch, or --device cpu")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or 'evaluate'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

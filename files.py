@@ -19,6 +19,7 @@ from config import Config
 IGNORE = 255                                               # label of pixels that neither loss nor score counts
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+MAX_PIXELS = 1 << 28                                       # phones take 200 megapixels; tiny files can claim more
 ORIENTATION = 0x0112                                       # EXIF tag: which way up the camera was held
 MODES = {"1": "1-bit", "L": "grey", "LA": "grey and alpha", "I": "16-bit", "I;16": "16-bit", "RGB": "colour (RGB)",
          "RGBA": "colour (RGBA)"}
@@ -234,6 +235,8 @@ def _photo(path: str | Path) -> tuple[np.ndarray, Image.Image]:
     try:
         data = Path(path).read_bytes()
         with Image.open(io.BytesIO(data), formats=PHOTO_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
             rgb = _rgb_of_jpeg(image, data)
             return _rgb(image) if rgb is None else rgb, image
     except Exception as error:                             # damaged files make the decoders raise a dozen kinds
@@ -259,7 +262,10 @@ def _what_is_wrong(path: Path, error: Exception, formats: tuple[str, ...]) -> st
     if path.stat().st_size == 0:
         return "an empty file (0 bytes)"
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"not a picture in {', '.join(formats)} format, whatever its name says"
+        advice = ", whatever its name says" if path.suffix.lower() in PHOTO_ENDINGS else ": convert it first"
+        return f"not a picture in {', '.join(formats)} format{advice}"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too many pixels, make it smaller first ({' '.join(str(error).split())})"
     return f"damaged or cut off ({' '.join(str(error).split())})"
 
 

@@ -81,13 +81,17 @@ class Parser:
         label = np.empty((height, width), np.uint8)
         part = path.with_name(f".{os.getpid()}.part")
         try:
-            array = np.lib.format.open_memmap(part, "w+", np.float16, (len(self.classes), height, width))
-            rows = max(1, evaluate.STRIP_BYTES // (4 * width * len(self.classes)))
-            for top in range(0, height, rows):
-                strip = evaluate.probabilities(logits, (height, width), top, min(top + rows, height))
-                label[top:top + rows] = strip.max(0).indices.to(torch.uint8).cpu().numpy()
-                array[:, top:top + rows] = strip.half().cpu().numpy()
-            array.flush()
+            with open(part, "wb") as file:                 # not mapped into memory: a full disk would end the program
+                np.lib.format.write_array_header_1_0(file, {
+                    "descr": "<f2", "fortran_order": False, "shape": (len(self.classes), height, width)})
+                start = file.tell()
+                for top, probabilities, labels in evaluate.strips(logits, (height, width)):
+                    label[top:top + len(labels)] = labels.cpu().numpy()
+                    for k, channel in enumerate(probabilities.half().cpu().numpy()):
+                        file.seek(start + 2 * width * (k * height + top))
+                        file.write(channel)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
@@ -293,7 +297,7 @@ def run(args: argparse.Namespace, report: Report):
 
 def main(argv: list[str] | None = None) -> int:
     args, report, stopped = arguments(argv), Report(), False
-    Image.MAX_IMAGE_PIXELS = 1 << 28                       # phones take 200 megapixels; Pillow's own limit is 89
+    Image.MAX_IMAGE_PIXELS = None                          # Pillow warns from 89 megapixels on; files.py has a limit
     start = time.monotonic()
     try:
         run(args, report)

@@ -1,6 +1,7 @@
-"""evaluate.py: metrics against torchmetrics and counting loops, test-time augmentation against a naive loop over views."""
+"""evaluate.py, reports.py: metrics against torchmetrics and counting loops, TTA against a naive loop over views."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -10,16 +11,18 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
+import reports
+from augment import flip_order
 from config import Config
 from datasets import LABEL_SETS
-from evaluate import PAPER, canvas, confusion_matrix, evaluate_split, flip_channels, predict, predict_labels, probabilities, scores
+from evaluate import canvas, confusion_matrix, evaluate_split, predict, predict_labels, probabilities, scores
 
 CFG = Config(crop_size=(64, 64), base_size=64, precision="fp32", workers=2)
 
 
 class Pointwise(torch.nn.Module):
-    """A network that is flip-equivariant by construction: 1x1 convolutions, left/right channels tied. Its channels 1 and 2 are
-    a pair: with `tied` they are equal, so a mirrored photo gives the mirrored result with the two exchanged."""
+    """A network that is flip-equivariant by construction: 1x1 convolutions. Channels 1 and 2 are left and right: with
+    `tied` they are equal, so a mirrored photo gives the mirrored result with the two exchanged."""
 
     def __init__(self, num_classes=4, tied=True):
         super().__init__()
@@ -54,9 +57,12 @@ def photo(height, width, seed=0):
 CASES = {
     "random": lambda g: (torch.randint(0, 6, (3, 20, 30), generator=g), torch.randint(0, 6, (3, 20, 30), generator=g)),
     "with ignore": lambda g: (torch.randint(0, 6, (40, 40), generator=g),
-                              torch.where(torch.rand(40, 40, generator=g) < 0.3, 255, torch.randint(0, 6, (40, 40), generator=g))),
-    "class absent from the truth": lambda g: (torch.randint(0, 6, (40, 40), generator=g), torch.randint(0, 5, (40, 40), generator=g)),
-    "class absent from both": lambda g: (torch.randint(0, 5, (40, 40), generator=g), torch.randint(0, 5, (40, 40), generator=g)),
+                              torch.where(torch.rand(40, 40, generator=g) < 0.3, 255,
+                                          torch.randint(0, 6, (40, 40), generator=g))),
+    "class absent from the truth": lambda g: (torch.randint(0, 6, (40, 40), generator=g),
+                                              torch.randint(0, 5, (40, 40), generator=g)),
+    "class absent from both": lambda g: (torch.randint(0, 5, (40, 40), generator=g),
+                                         torch.randint(0, 5, (40, 40), generator=g)),
     "one class": lambda g: (torch.full((9, 9), 2), torch.full((9, 9), 2)),
 }
 
@@ -72,7 +78,8 @@ def test_metrics_equal_torchmetrics(name):
     present = [k for k in range(6) if matrix[k].sum() + matrix[:, k].sum() > 0]
     jaccard = MulticlassJaccardIndex(6, average="none", ignore_index=255)(pred, label)
     for k in range(6):
-        assert math.isnan(ours["iou"][k]) if k not in present else ours["iou"][k] == pytest.approx(jaccard[k].item(), abs=1e-6)
+        expected = pytest.approx(jaccard[k].item(), abs=1e-6)
+        assert math.isnan(ours["iou"][k]) if k not in present else ours["iou"][k] == expected
     assert ours["miou"] == pytest.approx(jaccard[present].mean().item(), abs=1e-6)
     micro = MulticlassAccuracy(6, average="micro", ignore_index=255)(pred, label)
     assert ours["pixel_acc"] == pytest.approx(micro.item(), abs=1e-6)
@@ -95,18 +102,31 @@ def test_everything_ignored_has_no_score():
 
 
 def test_the_papers_rows_average_to_its_miou():
-    for (data, tta), row in PAPER.items():
+    for (data, tta), row in reports.PAPER.items():
         if "iou" in row:
             assert len(row["iou"]) == 20 and np.mean(row["iou"]) == pytest.approx(row["miou"], abs=0.01), (data, tta)
 
 
 def test_table_has_the_papers_order_and_difference():
     result = {"iou": [0.9] + [0.5] * 19, "acc": [0.95] * 20, "pixel_acc": 0.9, "mean_acc": 0.8, "miou": 0.52}
-    lines = evaluate.table(result, LABEL_SETS["lip"], tta=True).splitlines()
-    assert lines[1].split() == ["Hat", "50.00", "95.00", "73.53", "-23.53"]
-    assert lines[20].split() == ["Background", "90.00", "95.00", "89.71", "+0.29"]
-    assert lines[-1].split() == ["mIoU", "52.00", "paper", "64.25", "(-12.25)"]
-    assert len({len(line) for line in lines[:22]}) == 1
+    lines = reports.table(result, LABEL_SETS["lip"], tta=True).splitlines()
+    assert lines[1].split() == ["Hat", "50.00", "95.00", "72.87", "73.53", "-23.53"]
+    assert lines[20].split() == ["Background", "90.00", "95.00", "89.28", "89.71", "+0.29"]
+    assert lines[-1].split() == ["mIoU", "52.00", "62.98", "64.25", "-12.25"]
+    assert len({len(line) for line in lines}) == 1         # columns stand below each other
+    single = reports.table(result | {"acc": [math.nan] * 20, "iou": [math.nan] * 20}, LABEL_SETS["lip"], tta=False)
+    assert single.splitlines()[1].split() == ["Hat", "-", "-", "72.87", "73.53", "-"]
+    assert single.splitlines()[-1].split() == ["mIoU", "52.00", "62.98", "64.25", "-10.98"]
+    lines = reports.table({**result, "iou": [0.5] * 7, "acc": [0.5] * 7}, LABEL_SETS["ppp"], tta=True).splitlines()
+    assert "paper" not in lines[0] and lines[-1].split() == ["mIoU", "52.00", "paper", "78.67", "(-26.67)"]
+
+
+def test_best_and_worst_images():
+    ranked = [(0.1 * n, n) for n in range(8)] + [(math.nan, 8)]
+    chosen = reports.best_and_worst(ranked)
+    assert [i for _, i in chosen] == [7, 6, 5, 2, 1, 0] and chosen[0][0].format("x") == "best: x, mIoU 70.0"
+    assert chosen[-1][0] == "worst: {}, mIoU 0.0"
+    assert [i for _, i in reports.best_and_worst(ranked[:4])] == [3, 2, 1, 0] and reports.best_and_worst([]) == []
 
 
 # ---- prediction
@@ -130,7 +150,8 @@ def test_rows_are_the_bilinear_resize():
     for size in ((40, 50), (13, 17), (9, 11), (1, 1)):
         expected = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0].softmax(0)
         torch.testing.assert_close(probabilities([logits], size, 0, size[0]), expected, atol=1e-6, rtol=1e-5)
-        strips = torch.cat([probabilities([logits], size, top, min(top + 3, size[0])) for top in range(0, size[0], 3)], 1)
+        strips = [probabilities([logits], size, top, min(top + 3, size[0])) for top in range(0, size[0], 3)]
+        strips = torch.cat(strips, 1)
         torch.testing.assert_close(strips, expected, atol=1e-6, rtol=1e-5)
 
 
@@ -154,8 +175,8 @@ def naive_tta(model, image, scales, flip_pairs):
 
 @pytest.mark.parametrize("size", [(64, 64), (90, 60), (64, 128), (50, 123)])
 def test_tta_equals_a_naive_loop_over_views(size):
-    """The mirrored view of the naive loop mirrors the photo before it is resized; ours after: they agree where resizing is
-    symmetric, which bilinear and area resampling are."""
+    """The mirrored view of the naive loop mirrors the photo before it is resized; ours after: they agree where resizing
+    is symmetric, which bilinear and area resampling are."""
     model = Sided(tied=False).eval()
     image = photo(*size)
     with torch.inference_mode():
@@ -172,7 +193,7 @@ def test_flip_changes_nothing_for_an_equivariant_network():
 
 
 def test_left_and_right_change_places_in_a_mirror():
-    """A network whose left and right depend on the side: the right swap changes (next to) nothing, a wrong one ruins it."""
+    """Where left and right depend on the side, the right swap changes (next to) nothing, a wrong one ruins it."""
     model, image = Sided().eval(), photo(64, 64)
     plain = predict(model, image)
     assert (predict(model, image, (1.0,), [(1, 2)]) - plain).abs().max() < 1e-4
@@ -180,15 +201,15 @@ def test_left_and_right_change_places_in_a_mirror():
         assert (predict(model, image, (1.0,), wrong) - plain).abs().max() > 0.1, wrong
 
 
-def test_flip_channels_of_lip():
-    order = flip_channels(20, LABEL_SETS["lip"].flip_pairs)
+def test_flip_order_of_lip():
+    order = flip_order(20, LABEL_SETS["lip"].flip_pairs)
     assert order == [*range(14), 15, 14, 17, 16, 19, 18] and [order[k] for k in order] == list(range(20))
 
 
 def test_labels_in_strips_are_the_argmax(monkeypatch):
     model, images = Sided(tied=False).eval(), [photo(70, 64), photo(33, 90, 1), photo(1, 1, 2)]
     expected = [predict(model, image, (1.0, 1.5), [(1, 2)]).argmax(0).numpy() for image in images]
-    monkeypatch.setattr(evaluate, "STRIP_BYTES", 4 * 64 * 4 * 5)         # five rows at a time
+    monkeypatch.setattr(evaluate, "CPU_STRIP", 4 * 64 * 4 * 5)         # five rows at a time
     for ours, theirs, image in zip(predict_labels(model, images, (1.0, 1.5), [(1, 2)]), expected, images):
         assert ours.dtype == np.uint8 and ours.shape == image.shape[:2]
         assert (ours == theirs).mean() > 0.999                           # a batch of three rounds unlike a batch of one
@@ -207,7 +228,8 @@ def test_evaluation_sums_over_images():
     model = Pointwise(tied=False).train()
     matrix, per_image = evaluate_split(model, pairs, 4, batch=3)
     assert model.training                                                # as it was
-    expected = sum(confusion_matrix(predict(model, image).argmax(0), torch.from_numpy(label), 4) for image, label in pairs)
+    expected = sum(confusion_matrix(predict(model, image).argmax(0), torch.from_numpy(label), 4)
+                   for image, label in pairs)
     assert torch.equal(matrix, expected) and matrix.sum() == sum(label.size for _, label in pairs)
     assert [i for _, i in per_image] == list(range(7))
     first = confusion_matrix(predict(model, pairs[0][0]).argmax(0), torch.from_numpy(pairs[0][1]), 4)
@@ -216,7 +238,7 @@ def test_evaluation_sums_over_images():
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_shards_together_are_the_whole(world):
-    """What the processes of a sharded evaluation count adds up to the whole, batch for batch (7 images divide by none)."""
+    """What the processes of a sharded evaluation count adds up to the whole, batch for batch (7 divides by none)."""
     rng = np.random.default_rng(0)
     pairs = Pairs((photo(48 + n, 64, n), rng.integers(0, 4, (48 + n, 64), np.uint8)) for n in range(7))
     model = Pointwise(tied=False).eval()
@@ -224,7 +246,8 @@ def test_the_shards_together_are_the_whole(world):
 
     class Alone:                                                         # no process group: each shard by itself
         all_reduce = staticmethod(lambda *a, **k: None)
-        all_gather_object = staticmethod(lambda out, own, **k: out.__setitem__(slice(None), [own] + [[]] * (len(out) - 1)))
+        all_gather_object = staticmethod(
+            lambda out, own, **k: out.__setitem__(slice(None), [own] + [[]] * (len(out) - 1)))
 
     original, evaluate.dist = evaluate.dist, Alone
     try:
@@ -237,7 +260,22 @@ def test_the_shards_together_are_the_whole(world):
 
 def test_a_missing_run_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for argv, words in (([], "holds no run yet"), (["--run", "runs/x"], "no such run"), (["--run", str(Path(__file__))], "not a checkpoint")):
+    for argv, words in (([], "holds no run yet"), (["--run", "runs/x"], "no such run"),
+                        (["--run", str(Path(__file__))], "not a checkpoint")):
         with pytest.raises(evaluate.ERRORS) as error:
             evaluate.main(argv)
         assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_run_is_not_scored_on_other_classes():
+    """LIP and CIHP both have 20 classes, so that nothing else would notice."""
+    model = Pointwise()
+    model.cfg = replace(CFG, dataset="cihp", data_root="nowhere")
+    with pytest.raises(evaluate.ConfigError, match="10 is Torso-skin, not Jumpsuits"):
+        evaluate.open_labelled(model, LABEL_SETS["lip"], Path("runs/lip/best.pt"), "val")
+    with pytest.raises(evaluate.ConfigError, match="20 in number"):
+        cihp = LABEL_SETS["cihp"]
+        few = replace(cihp, classes=cihp.classes[:7], palette=cihp.palette[:7], flip_pairs=())
+        evaluate.open_labelled(model, few, Path("x.pt"), "val")
+    model.cfg = replace(CFG, dataset="synthetic")
+    assert len(evaluate.open_labelled(model, LABEL_SETS["lip"], Path("x.pt"), "val")) == CFG.synthetic_val

@@ -14,6 +14,7 @@ from PIL import Image
 
 import checkpoint
 import evaluate
+import files as image_files
 import pictures
 import predict
 import video
@@ -130,7 +131,7 @@ def test_labels_are_the_argmax_of_the_networks_probabilities(run: Path, tmp_path
     expected = parser.probabilities(image)
     assert expected.shape == (20, *size)
     np.testing.assert_allclose(expected.sum(0), 1, atol=1e-5)
-    monkeypatch.setattr(evaluate, "STRIP_BYTES", 4 * 20 * size[1] * 7)           # strips of 7 rows, as a huge photo has
+    monkeypatch.setattr(evaluate, "CPU_STRIP", 4 * 20 * size[1] * 7)           # strips of 7 rows, as a huge photo has
     arguments = [str(tmp_path / "x.png"), "--run", str(run), "--out", str(tmp_path / "out"), "--masks", "--probs"]
     assert predict.main(arguments + ["--tta"] * tta) == 0
     label = read(tmp_path / "out/labels/x.png")
@@ -216,6 +217,18 @@ def test_interrupt_leaves_whole_files_and_says_so(run: Path, tmp_path: Path, mon
     assert files(out) == ["labels/0.png", "labels/1.png", "overlays/0.jpg", "overlays/1.jpg"]
     printed = capsys.readouterr()
     assert "2 parsed" in printed.out and "stopped" in printed.err
+
+
+def test_too_many_pixels_and_other_formats_are_one_line_each(run: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 100)
+    Image.new("RGB", (10, 10)).save(tmp_path / "fits.png")
+    Image.new("RGB", (101, 1)).save(tmp_path / "large.png")
+    Image.new("RGB", (9, 9)).save(tmp_path / "moves.gif")
+    assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
+    report = capsys.readouterr().err.partition("2 not parsed:")[2]
+    assert "large.png: too many pixels, make it smaller first (101 x 1 pixels)" in report
+    assert "moves.gif: not a picture in JPEG, PNG, WEBP, BMP format: convert it first" in report
+    assert files(tmp_path / "out") == ["labels/fits.png", "overlays/fits.jpg"]
 
 
 def test_a_full_disk_is_one_line(run: Path, tmp_path: Path, monkeypatch, capsys):
