@@ -147,6 +147,17 @@ def test_a_rising_line_rises_where_the_axes_say():
     assert np.corrcoef(x, y)[0, 1] < -0.999 and np.ptp(x) > 380 and np.ptp(y) > 180
 
 
+def test_runs_of_one_kind_are_drawn_under_their_mean():
+    rows, below, mean, above = (
+        plots.curves({"line": {"a": ([0, 100], y), "range": ([0, 0], [0, 70])}})[80:250, 60:440]
+        for y in ([[0.0, 50.0], [20.0, 70.0]], [0.0, 50.0], [10.0, 60.0], [20.0, 70.0]))
+    colour = np.array(plots.SERIES[0])
+    assert (rows[(mean == colour).all(-1)] == colour).all()
+    for line in (below, above):
+        faint = rows[(line == colour).all(-1)].astype(int)
+        assert len(faint) > 300 and (faint[:, 2] > faint[:, 0] + 20).mean() > 0.9 and not (faint == colour).all(-1).any()
+
+
 def test_running_mean_is_the_mean_of_its_neighbours():
     values = np.random.default_rng(0).normal(size=50)
     values[[0, 7, 8]] = np.nan
