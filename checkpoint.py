@@ -90,14 +90,13 @@ def _replace(path: Path, write_to: Callable[[BinaryIO], None], keep: Path | None
     except (OSError, RuntimeError) as error:                             # torch hides an OSError in a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} could not be written ({_reason(path, error)}); what was saved before is "
-                              "untouched") from error
+        raise CheckpointError(f"{path} could not be written ({_reason(path, error)})") from error
 
 
 def _reason(path: Path, error: BaseException) -> str:
     while not isinstance(error, OSError) and error.__context__ is not None:
         error = error.__context__
-    words = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+    words = isinstance(error, OSError) and error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
     with contextlib.suppress(OSError):
         words += f", {shutil.disk_usage(path.parent).free / 2 ** 30:.1f} GiB free on that disk"
     return words
@@ -112,8 +111,10 @@ def read(path: Path) -> dict:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:                             # damage has many faces: BadZipFile, zlib, pickle, ...
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):            # ... and this is none
+            raise MemoryError(f"{path}: not enough memory to read it") from None
         raise CheckpointError(f"{path}: damaged or not a checkpoint ({type(error).__name__})") from None
     if content is None:
         raise CheckpointError(f"{path}: damaged (the checksum of {damaged} is wrong)")
@@ -131,7 +132,8 @@ def read_last(folder: Path) -> tuple[dict, Path, list[tuple[Path, str]]]:
                 return read(folder / name), folder / name, damaged
             except CheckpointError as error:
                 damaged.append((folder / name, str(error)))
-    raise CheckpointError(f"{folder}: nothing to go on from ({'; '.join(why for _, why in damaged) or f'no {LAST}'})")
+    raise CheckpointError(f"{folder}: nothing to go on from ({'; '.join(why for _, why in damaged) or f'no {LAST}'}); "
+                          "begin anew in another folder with out=FOLDER")
 
 
 def newest_run(root: Path = Path("runs")) -> Path:

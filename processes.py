@@ -34,10 +34,11 @@ def in_one_line(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return ("out of GPU memory: try checkpointing=true (recomputes the encoder layers in the backward pass), or "
                 "accum_steps=2 (the same batch in two halves)")
-    if isinstance(error, RuntimeError) and "can't allocate memory" in text:
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "can't allocate memory" in text:
         return "out of memory: try accum_steps=2 (the same batch in two halves), or fewer workers"
     if _lost_another(error):
-        return "another process of this run has ended; why, it said itself, above or in the log of its machine"
+        return ("another process of this run has ended; why, it said itself, above or in the log of its machine; "
+                "--resume goes on from the last checkpoint")
     return ""
 
 
@@ -82,9 +83,9 @@ def meet(patience: timedelta) -> dist.Store:
     """The place where the processes of this attempt leave their addresses for each other.
 
     torchrun gives all attempts of a run the same store: a restarted process would find the address of one that is dead
-    and wait for it (pytorch/pytorch#135712). The numbers of restarts do not tell attempts apart, every machine has its
-    own. So each process takes a number nobody else ever had, and the main process's number becomes the attempt's name
-    once all others have acknowledged it: what dead ones have left cannot do that.
+    and wait for it (pytorch/pytorch#135712). Numbers of restarts do not tell attempts apart, every machine has its own.
+    So each process takes a number nobody else ever had, and the main process's becomes the name of the attempt once all
+    others have acknowledged it: what dead ones have left cannot do that.
     """
     store, rank, size = next(rendezvous("env://", timeout=patience))
     store.set_timeout(patience)
@@ -181,8 +182,8 @@ class StopSignal:
     the same one.
     """
 
-    def __init__(self):
-        self.number, self.since = 0, 0.0
+    def __init__(self, main: bool = True):
+        self.main, self.number, self.since = main, 0, 0.0
         self.grace = 5.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def __enter__(self) -> "StopSignal":
@@ -199,3 +200,6 @@ class StopSignal:
             os._exit(128 + number)
         if not self.number:
             self.number, self.since = number, time.monotonic()
+            if self.main:
+                os.write(2, f"\n{signal.Signals(number).name}: saving and stopping after this step; "
+                            "a second signal leaves at once, without saving\n".encode())

@@ -8,8 +8,11 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
+import math
 import shlex
+import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -66,17 +69,33 @@ class Run:
             raise ConfigError(f"{self.folder} already holds a run: go on with --resume, or choose another folder "
                               "with out=FOLDER")
         if resume and not taken and not self.world.restarted:
-            raise CheckpointError(f"{self.folder}: no checkpoint to go on from (no {checkpoint.LAST})")
-        content = self._go_on() if taken else None
+            raise CheckpointError(f"{self.folder}: no checkpoint to go on from (no {checkpoint.LAST}); without "
+                                  "--resume the run begins anew")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock()
             for part in self.folder.glob(".*.part"):       # what a kill left half-written
                 part.unlink()
         except OSError as error:
             raise ConfigError(f"out: {self.folder} cannot be used ({error.strerror})") from None
+        content = self._go_on() if taken else None
         checkpoint.write_text(self.folder / "config.yaml", to_yaml(self.cfg))
+        self.lock()
         self.write_log()                                   # cut back to the checkpoint; empty for a new run
         return content
+
+    def lock(self):
+        """Two runs in one folder would overwrite each other. The system's lock ends with the process that has it."""
+        if sys.platform == "win32" or not (self.folder / "config.yaml").exists():
+            return
+        import fcntl
+        self.locked = open(self.folder / "config.yaml", "r+")            # not inherited by the loaders, as flock is
+        try:
+            fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:                           # anything else: a file system without locks
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ConfigError(f"{self.folder}: another process is training in this folder; choose another with "
+                                  "out=FOLDER") from None
 
     def _go_on(self) -> dict:
         content, path, damaged = checkpoint.read_last(self.folder)
@@ -84,7 +103,7 @@ class Run:
             with contextlib.suppress(OSError):
                 file.rename(file.with_suffix(".damaged"))
             self.world.say(f"warning: {why}; {path} is used")
-        old = content["config"]
+        old = dataclasses.asdict(Config()) | content["config"]           # a knob that is newer than the checkpoint
         changed = {key: f"{key} {old.get(key)!r} -> {value!r}" for key, value in vars(self.cfg).items()
                    if old.get(key) != value}
         refused = [text for key, text in changed.items() if key not in HARMLESS]
@@ -112,15 +131,20 @@ class Run:
     def draw_curves(self):
         """curves.png from the log: the loss and its parts, learning rate, gradient, validation scores."""
         train, val = [e for e in self.entries if "loss" in e], [e for e in self.entries if "miou" in e]
-        at = [e["iter"] for e in train]
-        panels = {"loss": {name: (at, [e[name] for e in train]) for name in LOSSES if train and name in train[0]},
-                  "validation": {name: ([e["iter"] for e in val], [e[key] for e in val])
-                                 for key, name in SCORES.items()},
-                  "learning rate": {"lr": (at, [e["lr"] for e in train])}}
-        if train and "grad" in train[0]:
-            panels["length of the gradient"] = {"grad": (at, [e["grad"] for e in train])}
-        if train:
-            self._picture("curves.png", lambda: plots.curves(panels, smooth=["loss", "length of the gradient"]))
+        if not train:
+            return
+
+        def series(entries: list[dict], key: str, factor: float = 1) -> tuple[list, list]:
+            values = [math.nan if e[key] is None else factor * e[key] for e in entries]
+            ends = 0, train[-1]["iter"]                    # all panels span the same iterations
+            return [*ends, *(e["iter"] for e in entries)], [math.nan, math.nan, *values]
+
+        panels = {"loss": {name: series(train, name) for name in LOSSES if name in train[0]},
+                  "validation, %": {name: series(val, key, 100) for key, name in SCORES.items()},
+                  "learning rate": {"lr": series(train, "lr")}}
+        if "grad" in train[0]:
+            panels["length of the gradient"] = {"grad": series(train, "grad")}
+        self._picture("curves.png", lambda: plots.curves(panels, smooth=["loss", "length of the gradient"]))
 
     def draw_validation(self, model: SCHNet, pairs: PairSet | DrawnSet, labels: LabelSet, iteration: int):
         """validation.png: the first photos of the validation set, their labels, what the network makes of them."""
@@ -143,7 +167,7 @@ class Run:
             try:
                 pictures.save_png(self.folder / name, draw())
             except OSError as error:
-                self.world.say(f"warning: {self.folder / name} could not be written ({error.strerror})")
+                self.world.say(f"warning: {self.folder / name} could not be written ({error.strerror or error})")
 
 
 def describe(model: SCHNet, cfg: Config, world: World, count: int) -> str:
@@ -151,7 +175,7 @@ def describe(model: SCHNet, cfg: Config, world: World, count: int) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     each = cfg.batch_size // (world.size * cfg.accum_steps)
-    knobs = " ".join(f"{key}={_plain(value)}" for key, value in dataclasses.asdict(cfg).items())
+    knobs = " ".join(f"{key}={shlex.quote(_plain(value))}" for key, value in dataclasses.asdict(cfg).items())
     lines = [*textwrap.wrap(knobs, 120, break_long_words=False, break_on_hyphens=False),
              f"{trained / 1e6:.2f} M parameters trained, {(total - trained) / 1e6:.2f} M frozen; "
              f"{count} training images",
@@ -165,5 +189,6 @@ def describe(model: SCHNet, cfg: Config, world: World, count: int) -> str:
 
 def _plain(value) -> str:
     """As it can be given on the command line."""
-    text = str(value).replace(", ", ",") if isinstance(value, tuple) else "null" if value is None else str(value)
-    return shlex.quote(text.replace("(", "[").replace(")", "]") if isinstance(value, tuple) else text)
+    if isinstance(value, tuple):
+        return "[" + ",".join(map(_plain, value)) + "]"
+    return "null" if value is None else str(value)

@@ -159,7 +159,7 @@ class Trainer:
         self.begun = time.monotonic() - now.seconds
         self.bar = tqdm(total=cfg.iters, initial=now.iteration, unit="it", disable=not world.main,
                         dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
-        with StopSignal() as self.stop, self.bar:
+        with StopSignal(world.main) as self.stop, self.bar:
             if now.iteration > now.validated and self.due(cfg.eval_every):           # where the run had been stopped
                 self.validate()
             batches = train_loader(cfg, self.train_pairs, world.rank, world.size, now.iteration)
@@ -180,6 +180,7 @@ class Trainer:
                 # every eval_every iterations: the validation set, all processes together
                 if self.due(cfg.eval_every):
                     self.validate()
+        world.sum([0.0])                                   # the main process may still fail at its last files
         world.say(f"done: best mIoU {100 * now.best_miou:.2f} at iteration {now.best_iteration}, "
                   f"{self.run.folder / checkpoint.BEST}; curves in {self.run.folder / 'curves.png'}\n"
                   f"next: python evaluate.py --run {self.run.folder} --tta")
@@ -212,11 +213,15 @@ class Trainer:
         """The message for a loss or gradient that is not finite; nothing of this step has reached the weights."""
         mine = [] if all(map(math.isfinite, parts.values())) else [name for _, _, names in batches for name in names]
         names = ", ".join(name for part in self.world.gather(mine) for name in part)
-        last = self.run.folder / checkpoint.LAST
-        kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
         what = "loss" if math.isfinite(parts.get("grad", 0)) or not math.isfinite(parts["loss"]) else "gradient"
         values = ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
-        return f"iteration {it + 1}: the {what} is not finite ({values}); the batch was {names}; {kept}"
+        return f"iteration {it + 1}: the {what} is not finite ({values}); the batch was {names}; {self.kept()}"
+
+    def kept(self) -> str:
+        """What would be left if the run ended now; known to the main process."""
+        if not self.saved:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is of iteration {self.saved}, in {self.run.folder}"
 
     def log(self, lr: float):
         now = self.progress
@@ -232,8 +237,8 @@ class Trainer:
             write(*args)
         except CheckpointError as error:
             if must:
-                raise
-            self.world.say(f"warning: {error}; training goes on")
+                raise CheckpointError(f"{error}; {self.kept()}") from None
+            self.world.say(f"warning: {error}; {self.kept()}; training goes on")
             return False
         return True
 

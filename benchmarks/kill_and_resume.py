@@ -3,9 +3,9 @@
     python benchmarks/kill_and_resume.py                   20 kills: 10 with one process, 10 with two; some minutes
 
 A small network is trained on drawn people, with loader processes, once in peace and once with SIGKILL for all of its
-processes: at random moments, and in the middle of random writes (a temporary file has just appeared). After each kill
-it goes on with --resume. Then weights, optimiser, best network and log of the two are compared bit by bit; only times
-may differ.
+processes: at random moments, in the middle of random writes (a temporary file has just appeared), and while it starts.
+After each kill it goes on with --resume. Then weights, optimiser, best network and log of the two are compared bit by
+bit; only times may differ.
 """
 
 import argparse
@@ -60,14 +60,23 @@ def stamp(folder: Path) -> float:
     return max((path.stat().st_mtime_ns for path in folder.glob("last.pt")), default=0)
 
 
-def wait_for_moment(process: subprocess.Popen, folder: Path, seconds: float, in_a_write: bool):
-    """From the first new checkpoint on: so many seconds, and then until a file is being written."""
-    before = stamp(folder)
-    while process.poll() is None and stamp(folder) == before:
-        time.sleep(0.01)
-    end = time.monotonic() + seconds
+def wait_for_moment(process: subprocess.Popen, folder: Path, saves: float, in_a_write: bool):
+    """So many new checkpoints, 3.4: three and 0.4 of the time between two; and then until a file is being written."""
+    times, last = [time.monotonic()], stamp(folder)
+    while process.poll() is None and len(times) <= saves:
+        time.sleep(0.002)
+        if stamp(folder) != last:
+            last = stamp(folder)
+            times.append(time.monotonic())
+    end = times[-1] + saves % 1 * (times[-1] - times[-2] if len(times) > 2 else 0.1)
     while process.poll() is None and (time.monotonic() < end or in_a_write and not list(folder.glob(".*.part"))):
-        time.sleep(0.0005 if in_a_write else 0.01)
+        time.sleep(0.0005)
+
+
+def wait_in_the_start(process: subprocess.Popen, seconds: float):
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def differences(a, b, where: str) -> list[str]:
@@ -99,43 +108,52 @@ def main():
     parser.add_argument("--kills", type=int, default=10, help="for each number of processes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    dice, root, wrong = random.Random(args.seed), Path(tempfile.mkdtemp()), []
-    for processes in (1, 2):
-        peace, war = root / f"peace{processes}", root / f"war{processes}"
-        begun = time.monotonic()
-        process = start(processes, peace)
-        output = process.communicate()[0]
-        if process.returncode:
-            sys.exit(f"the run in peace failed:\n{output}")
-        training = json.loads((peace / "log.jsonl").read_text().splitlines()[-1])["seconds"]
-        print(f"{processes} processes: 80 iterations in {time.monotonic() - begun:.0f} s, {training:.0f} s in the loop")
-        kills, runs, writes = 0, 1, 0
-        while kills < args.kills:
-            process = start(processes, war)
-            in_a_write = kills % 2 == 1
-            wait_for_moment(process, war, dice.uniform(0, 1.2 * training / args.kills), in_a_write)
-            if process.poll() is not None:                 # it was done first: kill it some more in another folder
-                if process.returncode:
-                    sys.exit(f"it did not go on:\n{process.communicate()[0]}")
-                wrong += compare(peace, war)
-                war, runs = root / f"war{processes}.{runs}", runs + 1
-                continue
-            kill(process)
-            kills += 1
-            parts = sorted(path.name for path in war.glob(".*.part"))
-            writes += bool(parts)
-            last = war / "last.pt"
-            at = torch.load(last, weights_only=True)["progress"]["iteration"] if last.exists() else "none"
-            print(f"  kill {kills}: last.pt holds iteration {at}"
-                  + (f", in the middle of {' '.join(parts)}" if parts else ""))
-        process = start(processes, war)
-        output = process.communicate()[0]
-        if process.returncode:
-            sys.exit(f"it did not go on:\n{output}")
-        wrong += compare(peace, war)
-        print(f"  {kills} kills, {writes} of them in the middle of a write, {runs} runs compared: "
-              + (f"DIFFERENT: {wrong}" if wrong else "weights, optimiser, best network, log: equal to the last bit"))
+    dice = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as root:
+        wrong = [place for count in (1, 2) for place in kill_again_and_again(count, args.kills, dice, Path(root))]
     sys.exit(1 if wrong else 0)
+
+
+def kill_again_and_again(processes: int, wanted: int, dice: random.Random, root: Path) -> list[str]:
+    """The places at which runs that were killed `wanted` times in all differ from one that was not."""
+    peace, war = root / f"peace{processes}", root / f"war{processes}"
+    begun = time.monotonic()
+    finish(start(processes, peace))
+    training = json.loads((peace / "log.jsonl").read_text().splitlines()[-1])["seconds"]
+    starting = time.monotonic() - begun - training
+    print(f"{processes} processes: 80 iterations in {training:.0f} s, {starting:.0f} s to start", flush=True)
+    kills, runs, writes, wrong = 0, 1, 0, []
+    while kills < wanted:
+        process = start(processes, war)
+        if kills % 5 == 2:
+            wait_in_the_start(process, dice.uniform(0.5, 1) * starting)
+        else:
+            wait_for_moment(process, war, dice.uniform(1, 2 * 40 / wanted - 1), in_a_write=kills % 2 == 1)
+        if process.poll() is not None:                     # it was done first: kill it some more in another folder
+            finish(process)
+            wrong += compare(peace, war)
+            war, runs = root / f"war{processes}.{runs}", runs + 1
+            continue
+        kill(process)
+        kills += 1
+        parts = sorted(path.name for path in war.glob(".*.part"))
+        writes += bool(parts)
+        last = war / "last.pt"
+        at = torch.load(last, weights_only=True)["progress"]["iteration"] if last.exists() else "none"
+        print(f"  kill {kills}: last.pt holds iteration {at}"
+              + (f", in the middle of {' '.join(parts)}" if parts else ""), flush=True)
+    finish(start(processes, war))
+    wrong += compare(peace, war)
+    result = f"DIFFERENT: {wrong}" if wrong else "weights, optimiser, best network, log: equal to the last bit"
+    print(f"  {kills} kills, {writes} of them in the middle of a write, {runs} runs compared: {result}", flush=True)
+    return wrong
+
+
+def finish(process: subprocess.Popen):
+    """Let it train to the end."""
+    output = process.communicate()[0]
+    if process.returncode:
+        sys.exit(f"it did not go on:\n{output}")
 
 
 if __name__ == "__main__":

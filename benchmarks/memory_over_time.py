@@ -1,9 +1,9 @@
-"""Does training grow? Resident memory, open files and threads over 2,000 iterations, loaders, validation and saves included.
+"""Does training grow? Memory, open files and threads over 2,000 iterations; loaders, validation and saves included.
 
     python benchmarks/memory_over_time.py [--iters 2000]   some minutes on two cores
 
-Trains a small network on drawn people (the demo's kind of run, on smaller figures) and looks at its processes from outside,
-in /proc, ten times from the first validation on. Fails if memory or files grow by more than what pools need to settle:
+Trains a small network on drawn people (the demo's kind of run, on smaller figures) and looks at its processes from
+outside, in /proc, ten times from the first validation on. Fails if they grow by more than what pools need to settle:
 1 % and 4 MiB from the first half's peak to the second half's.
 """
 

@@ -84,7 +84,7 @@ def test_a_write_that_fails_leaves_what_was_there(saved, tmp_path, monkeypatch):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(CheckpointError, match="Read-only file system.*what was saved before is untouched"):
+    with pytest.raises(CheckpointError, match="Read-only file system"):
         checkpoint.write(path, packed()[1])
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 

@@ -103,6 +103,22 @@ def test_a_signal_to_the_whole_group_leaves_the_loaders_to_the_main_process(conf
         assert "stopped by SIGTERM after iteration" in one.said() and "error" not in one.said()
 
 
+def test_one_run_at_a_time_in_a_folder(config, tmp_path):
+    folder = tmp_path / "run"
+    argv = ["--cfg", config, f"out={folder}", "workers=1", *ENDLESS]
+    (tmp_path / "other").mkdir()
+    with Processes(tmp_path, train.main, argv) as one:
+        wait_until(begun(folder))
+        with Processes(tmp_path / "other", train.main, [*argv, "--resume"]) as other:
+            assert other.wait() == [1]
+            assert f"error: {folder}: another process is training in this folder" in other.said()
+        one.send(signal.SIGKILL)
+        one.wait()
+        before = saved_iteration(folder)
+        with Processes(tmp_path / "other", train.main, [*argv, "--resume"]) as other:    # the lock went with its owner
+            wait_until(lambda: saved_iteration(folder) > before)
+
+
 def train_slowly(argv: list[str]):
     real = train.train_step
 
@@ -126,7 +142,7 @@ def test_a_second_signal_leaves_at_once(config, tmp_path, torchrun):
     with Processes(tmp_path, train_slowly, argv, **environment) as one:
         wait_until(lambda: "in the step 0" in one.said())
         one.send(signal.SIGINT)
-        time.sleep(0.3)
+        wait_until(lambda: "\nSIGINT: saving and stopping after this step; a second signal leaves" in one.said())
         one.send(signal.SIGTERM)
         assert one.wait() == [130 if torchrun else 143]
         assert ("leaving at once, without saving: a second signal, SIGTERM" in one.said()) != torchrun
@@ -209,7 +225,7 @@ def test_a_killed_loader_is_one_line(config, tmp_path):
 # ---- torchrun itself
 
 class Agents:
-    """torchrun on `nodes` machines, as far as it can tell, with two workers in all; gone with the block, however it ends."""
+    """torchrun on `nodes` machines, as far as it can tell, with two workers in all; gone with the block."""
 
     def __init__(self, folder: Path, nodes: int, argv: list[str]):
         port, self.outputs = free_port(), [folder / f"agent{node}.txt" for node in range(nodes)]

@@ -318,7 +318,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path, capsys):
     folder = tmp_path / "run"
     line = fails(capsys, "--cfg", config, "lr=1e30", "warmup_iters=0", f"out={folder}")
     assert "iteration 2: the loss is not finite (loss " in line
-    assert f"the last good checkpoint is {folder / 'last.pt'}" in line
+    assert f"the last good checkpoint is of iteration 1, in {folder}" in line
     names = line.partition("the batch was ")[2].partition(";")[0].split(", ")
     order = iter(BatchOrder(10, load_config(config)))
     expected = [next(order), next(order)][1]
@@ -360,7 +360,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config, whole,
     for name in ("last.pt", "previous.pt"):
         (folder / name).write_bytes(content[:1000])
     line = fails(capsys, "--cfg", config, f"out={folder}", "--resume")
-    assert "nothing to go on from" in line and "last.pt" in line and "previous.pt" in line
+    assert "nothing to go on from" in line and "last.pt" in line and "previous.pt" in line and "begin anew" in line
 
 
 def test_a_full_disk_is_reported_and_training_goes_on_while_it_can(config, whole, tmp_path, capsys, monkeypatch):
@@ -378,13 +378,14 @@ def test_a_full_disk_is_reported_and_training_goes_on_while_it_can(config, whole
     train.main(["--cfg", config, f"out={folder}"])
     said = capsys.readouterr().out
     assert f"warning: {folder / 'log.jsonl'} could not be written (No space left on device" in said
-    assert "what was saved before is untouched; training goes on" in said
+    assert f"the last good checkpoint is of iteration 1, in {folder}; training goes on" in said
     assert_same_run(folder, whole)
 
     full, folder = {3}, tmp_path / "other"                 # ... and at the end, where it matters
     monkeypatch.setattr(checkpoint.Path, "unlink", lambda *_, **__: None)            # the disk stays full
     line = fails(capsys, "--cfg", config, f"out={folder}")
     assert "could not be written (No space left on device" in line
+    assert f"the last good checkpoint is of iteration 3, in {folder}" in line
     assert torch.load(folder / "last.pt", weights_only=True)["progress"]["iteration"] == 3
 
 
