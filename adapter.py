@@ -16,6 +16,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from linear import Linear
+
 Shapes = list[tuple[int, int]]
 STAGES = 4
 
@@ -121,10 +123,10 @@ class MSDeformAttn(nn.Module):
         if width % heads:
             raise ValueError(f"deformable attention: width {width} ({dim} * {ratio}) is no multiple of {heads} heads")
         self.heads, self.levels, self.points = heads, levels, points
-        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(dim, heads * levels * points)
-        self.value_proj = nn.Linear(dim, width)
-        self.output_proj = nn.Linear(width, dim)
+        self.sampling_offsets = Linear(dim, heads * levels * points * 2)
+        self.attention_weights = Linear(dim, heads * levels * points)
+        self.value_proj = Linear(dim, width)
+        self.output_proj = Linear(width, dim)
 
     def reset_parameters(self) -> None:
         """Head m looks along direction m, its point p at p + 1 cells; all samples weigh the same."""
@@ -176,9 +178,9 @@ class ConvFFN(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, c: torch.Tensor, shapes: Shapes) -> torch.Tensor:
         c = self.fc1(c)

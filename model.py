@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from adapter import ViTAdapter
 from clip_vit import CLIP, VisionTransformer, load_clip
 from config import Config, ConfigError
+from linear import Linear, linear
 from sam_vit import SAMViT, load_sam
 from tokenizer import tokenize
 from uperhead import FCNHead, UPerHead
@@ -48,10 +49,10 @@ class SRM(nn.Module):
     def __init__(self, num_classes: int, clip_dim: int, dim: int, ratio: float):
         super().__init__()
         hidden = max(1, int(dim * ratio))                                # width not in the paper; C/4 as ViT-Adapter's FFN
-        self.expand = nn.Linear(num_classes, clip_dim)                   # "increase the dimension of f_sim"
-        self.to_sam = nn.Linear(clip_dim, dim)
-        self.squeeze = nn.Linear(dim, hidden)
-        self.unsqueeze = nn.Linear(hidden, dim)
+        self.expand = Linear(num_classes, clip_dim)                      # "increase the dimension of f_sim"
+        self.to_sam = Linear(clip_dim, dim)
+        self.squeeze = Linear(dim, hidden)
+        self.unsqueeze = Linear(hidden, dim)
         _init_linears(self)
         _zero(self.to_sam, self.unsqueeze)                               # at the start SAM's features pass unchanged
 
@@ -73,11 +74,11 @@ class FTM(nn.Module):
         bound = (6 / (3 * 16 * 16 + dim)) ** 0.5                         # Rein's, with a 16 x 16 patch
         self.tokens = nn.Parameter(torch.empty(depth, tokens, dim).uniform_(-bound, bound))          # T of Eq. 5
         self.rho = nn.Parameter(torch.tensor(float(rho)))                # one for all layers: "a learnable parameter"
-        self.value = nn.Linear(dim, dim)                                 # inner MLP of Eq. 5, shared by the layers
-        self.out = nn.Linear(dim, dim)                                   # outer MLP of Eq. 5, shared by the layers
-        self.first = nn.Linear(dim, hidden)                              # Eq. 6: "the first and third MLPs are shared"
-        self.second = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
-        self.third = nn.Linear(hidden, dim)
+        self.value = Linear(dim, dim)                                    # inner MLP of Eq. 5, shared by the layers
+        self.out = Linear(dim, dim)                                      # outer MLP of Eq. 5, shared by the layers
+        self.first = Linear(dim, hidden)                                 # Eq. 6: "the first and third MLPs are shared"
+        self.second = nn.ModuleList(Linear(hidden, hidden) for _ in range(depth))
+        self.third = Linear(hidden, dim)
         self.logit_scale = dim ** -0.5 if scale_logits else 1.0          # Eq. 5 prints none; Rein has 1/sqrt(C)
         _init_linears(self)
         for mlp in (self.value, self.out):                               # Rein leaves these two at torch's default
@@ -90,7 +91,7 @@ class FTM(nn.Module):
         return self.out(self.value(self.tokens))
 
     def forward(self, f: Tensor, i: int, values: Tensor) -> Tensor:
-        attention = (self.logit_scale * (f @ self.tokens[i].T)).softmax(-1)              # (B, h, w, m)
+        attention = (self.logit_scale * linear(f, self.tokens[i])).softmax(-1)           # (B, h, w, m)
         f_tokens = self.rho * (attention @ values[i]) + f                                # (B, h, w, C)  Eq. 5: f'_i
         squeezed = F.gelu(self.second[i](F.gelu(self.first(f_tokens))))                  # (B, h, w, C/4)
         return self.third(squeezed) + f                                                  # Eq. 6: the residual is f_i, not f'_i

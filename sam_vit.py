@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import weights
+from linear import Linear
 
 MEAN = (123.675, 116.28, 103.53)                           # SAM's preprocessing: ImageNet's, for values from 0 to 255
 STD = (58.395, 57.12, 57.375)
@@ -65,19 +66,6 @@ class Kept:
             with torch.inference_mode(False), torch.no_grad():          # what an evaluation keeps, training may use
                 self.results[key] = self.rule(*self.tables, *key)
         return self.results[key]
-
-
-class Linear(nn.Linear):
-    """nn.Linear over (B, h, w, C); in fp32 on a CPU the same as a 1x1 convolution, which oneDNN computes and not MKL.
-
-    Two cores of an AMD Zen 5, 900 tokens, 1024 to 3072: 15 ms instead of 29; 4096 to 1024: 20 instead of 38.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if (x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-                and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()):
-            return F.conv2d(x.permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1)
-        return F.linear(x, self.weight, self.bias)
 
 
 def relative_terms(rel_pos_h: torch.Tensor, rel_pos_w: torch.Tensor, H: int, W: int, dtype: torch.dtype,

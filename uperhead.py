@@ -13,6 +13,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from linear import linear
+
 POOL_SIDES = (1, 2, 3, 6)
 
 
@@ -61,7 +63,7 @@ def conv_of_resized(maps: list[torch.Tensor], weight: torch.Tensor, size: tuple[
         across = shifted_interpolation(w, size[1], x).permute(1, 2, 0).flatten(1)        # (W, 3w)
         tokens = x.permute(0, 2, 3, 1).flatten(0, 2)                                     # (B*h*w, C)
         for k, shifted in enumerate(shifted_interpolation(h, size[0], x)):               # (H, h)
-            mixed = F.linear(tokens, taps[:, :, k].permute(2, 0, 1).flatten(0, 1))       # (B*h*w, 3*O)
+            mixed = linear(tokens, taps[:, :, k].permute(2, 0, 1).flatten(0, 1))         # (B*h*w, 3*O)
             rows.append(across @ mixed.view(b, h, 3 * w, -1))                            # (B, h, W, O)
             down.append(shifted)
     out = torch.cat(down, dim=1) @ torch.cat(rows, dim=1).flatten(2)                     # (B, H, W*O)
