@@ -289,13 +289,14 @@ def draw_sheets(cfg: Config, labels: LabelSet, splits: list[Split], out: Path) -
 def _sheet(samples: list[tuple[str, np.ndarray, np.ndarray]], labels: LabelSet, path: Path) -> list[Path]:
     if not samples:
         return []
-    cells = [(rgb, pictures.colourise(label, labels.palette)) for _, rgb, label in samples]
-    groups = range(0, len(samples), 3)                     # three samples a row, each as photo and label
+    cells = [(rgb, pictures.drawn_label(label, labels.palette)) for _, rgb, label in samples]
+    wide = min(3, len(samples))                            # so many samples a row, each as photo and label
+    groups = range(0, len(samples), wide)
     sheet = pictures.sheet(
-        [[picture for cell in cells[k:k + 3] for picture in cell] for k in groups],
-        titles=["photo", "label"] * min(3, len(samples)),
-        captions=["   |   ".join(name for name, _, _ in samples[k:k + 3]) for k in groups])
+        [[picture for cell in cells[k:k + wide] for picture in cell] for k in groups],
+        titles=["photo", "label"] * wide,
+        captions=[([name for name, _, _ in samples[k:k + wide]] + [""] * wide)[:wide] for k in groups])
     shown = np.unique(np.concatenate([np.unique(label) for _, _, label in samples]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    pictures.save_png(path, pictures.with_legend(sheet, labels.classes, labels.palette, shown))
+    pictures.save_png(path, pictures.with_legend(sheet, labels.classes, labels.palette, shown, size=16))
     return [path]

@@ -52,9 +52,12 @@ def overlay(image: np.ndarray, label: np.ndarray, palette: Palette, alpha: float
     black = np.zeros(256, np.uint8)
     black[:len(palette)] = [255 * (not any(colour)) for colour in palette]
     cv2.copyTo(cv2.convertScaleAbs(image, alpha=1 - alpha / 2), cv2.LUT(label, black), rgb)
-    lined = cv2.bitwise_or(rgb, cv2.merge([_outlines(label)] * 3))
-    strength = min(1.0, max(0.4, math.sqrt(label.size) / 250))      # in a small picture one pixel is a thick line
-    return cv2.addWeighted(lined, strength, rgb, 1 - strength, 0)
+    return _outlined(rgb, label)
+
+
+def drawn_label(label: np.ndarray, palette: Palette) -> np.ndarray:
+    """A label map in its colours with thin white lines between the classes: dark ones stand out from the black."""
+    return _outlined(colourise(label, palette), label)
 
 
 def errors(image: np.ndarray, label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
@@ -66,6 +69,12 @@ def errors(image: np.ndarray, label: np.ndarray, prediction: np.ndarray) -> np.n
     if ignored.any():
         rgb[ignored] = _hatch(*label.shape)[ignored]
     return rgb
+
+
+def _outlined(rgb: np.ndarray, label: np.ndarray) -> np.ndarray:
+    lined = cv2.bitwise_or(rgb, cv2.merge([_outlines(label)] * 3))
+    strength = min(1.0, max(0.4, math.sqrt(label.size) / 250))      # in a small picture one pixel is a thick line
+    return cv2.addWeighted(lined, strength, rgb, 1 - strength, 0)
 
 
 def _outlines(label: np.ndarray) -> np.ndarray:
@@ -160,11 +169,12 @@ def with_legend(picture: np.ndarray, classes: Sequence[str], palette: Palette, s
     return np.array(canvas)
 
 
-def sheet(rows: Sequence[Sequence[np.ndarray | None]], titles: Sequence[str] = (), captions: Sequence[str] = (),
-          height: int = 240) -> np.ndarray:
+def sheet(rows: Sequence[Sequence[np.ndarray | None]], titles: Sequence[str] = (),
+          captions: Sequence[str | Sequence[str]] = (), height: int = 240) -> np.ndarray:
     """Rows of pictures of any sizes (None: an empty cell), each fitted into `height` x 1.5 `height` pixels.
 
-    `titles` head the columns, `captions` (one for each row) stand under the rows; both are wrapped to fit.
+    `titles` head the columns. `captions` stand under the rows: a text for each row, or several, evenly spread over its
+    columns. All are wrapped to fit.
     """
     size, gap = max(13, height // 16), max(8, height // 24)
     line = math.ceil(size * 1.35)
@@ -175,21 +185,27 @@ def sheet(rows: Sequence[Sequence[np.ndarray | None]], titles: Sequence[str] = (
     lefts = [gap + sum(widths[:n]) + n * gap for n in columns]
     total = sum(widths) + (len(widths) + 1) * gap
     heads = [wrap(title, size, width) for title, width in zip(titles, widths)]
-    notes = [wrap(captions[n], size, total - 2 * gap) if n < len(captions) else [] for n in range(len(cells))]
+    notes = []                                             # for each row: (left, lines) of each of its captions
+    for texts in [*captions, *[()] * (len(cells) - len(captions))]:
+        texts = [texts] if isinstance(texts, str) else texts
+        places = [lefts[n * len(lefts) // len(texts)] for n in range(len(texts))]
+        notes.append([(left, wrap(text, size, right - left - gap))
+                      for text, left, right in zip(texts, places, [*places[1:], total])])
     head = max((len(lines) for lines in heads), default=0) * line + gap
-    highs = [height + gap + len(lines) * line for lines in notes]
+    highs = [height + gap + line * max((len(lines) for _, lines in row), default=0) for row in notes]
     canvas, draw = paper(head + sum(highs), total)
     for left, width, lines in zip(lefts, widths, heads):
         for n, text in enumerate(lines):
             write(draw, left + width / 2, gap / 2 + (n + 0.5) * line, text, size, "mm")
     top = head
-    for row, lines, high in zip(cells, notes, highs):
+    for row, texts, high in zip(cells, notes, highs):
         for left, width, picture in zip(lefts, widths, row):
             if picture is not None:
                 place = left + (width - picture.shape[1]) // 2, top + (height - picture.shape[0]) // 2
                 canvas.paste(Image.fromarray(picture), place)
-        for n, text in enumerate(lines):
-            write(draw, gap, top + height + (n + 0.5) * line, text, size, colour=FAINT)
+        for left, lines in texts:
+            for n, text in enumerate(lines):
+                write(draw, left, top + height + (n + 0.5) * line, text, size, colour=FAINT)
         top += high
     return np.array(canvas)
 

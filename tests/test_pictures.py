@@ -102,12 +102,29 @@ def test_sheet_holds_pictures_of_all_sizes_and_long_texts():
     shapes = [(1, 1), (300, 20), (20, 900)]
     cells = [np.full((*shape, 3), fill, np.uint8) for shape, fill in zip(shapes, fills)]
     rows = [cells, [cells[2], None], []]
-    titles, captions = ["photo", "a title that is much longer than its column " * 2], ["name " * 99, "x" * 400]
+    titles = ["photo", "a title that is much longer than its column " * 2]
+    captions = ["name " * 99, ["x" * 400, "", "y" * 80]]
     result = pictures.sheet(rows, titles, captions, 120)
     assert edge_is_empty(result) and (result[:, :2] == 255).all() and (result[:2] == 255).all()
     for fill in fills:
         assert (result == fill).all(-1).sum() > 400
     assert pictures.sheet([]).ndim == 3
+
+
+def test_captions_stand_below_their_pictures():
+    black = np.zeros((60, 60, 3), np.uint8)
+    bare, noted = (pictures.sheet([[black] * 4], ["photo"] * 4, [texts], 60) for texts in (["", ""], ["", "here"]))
+    _, columns = np.nonzero((bare != noted).any(-1))
+    third = np.flatnonzero((bare == 0).all(-1).any(0))[2 * 60]
+    assert bare.shape == noted.shape and columns.min() >= third and columns.max() < third + 60
+
+
+def test_drawn_labels_show_where_dark_classes_end():
+    label = np.zeros((300, 300), np.uint8)
+    label[100:200, 100:200] = 1
+    rgb = pictures.drawn_label(label, [(0, 0, 0), (0, 0, 85)])
+    assert (rgb[150, 150] == (0, 0, 85)).all() and (rgb[50, 50] == 0).all()
+    assert rgb[100, 150].min() > 200 and rgb[150, 200].min() > 200 and (rgb[150, 101:200] == (0, 0, 85)).all()
 
 
 def test_axes_enclose_the_values_with_round_ticks():
