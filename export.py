@@ -133,7 +133,7 @@ def default_size(cfg) -> tuple[int, int]:
     return side, side
 
 
-def _size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)[xX](\d+)", text)
     if not match or any(int(side) < 32 or int(side) % 32 for side in match.groups()):
         raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH in multiples of 32, such as 480x320")
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", help="folder of a run, or a checkpoint; the newest run if not given")
     parser.add_argument("--out", type=Path, help="the file; model.onnx in the run's folder if not given")
-    parser.add_argument("--size", type=_size, action="append", metavar="HxW",
+    parser.add_argument("--size", type=parse_size, action="append", metavar="HxW",
                         help="height and width in pixels; may be repeated")
     parser.add_argument("--opset", type=int, default=18, help="ONNX operator set, at least 18 (default: 18)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run's config")

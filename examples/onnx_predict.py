@@ -9,6 +9,8 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
 model, photo, result = sys.argv[1:]
 session = onnxruntime.InferenceSession(model)
 about = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
