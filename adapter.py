@@ -184,8 +184,8 @@ class ConvFFN(nn.Module):
 
     def forward(self, c: torch.Tensor, shapes: Shapes) -> torch.Tensor:
         c = self.fc1(c)
-        maps = [self.dwconv(part).flatten(2) for part in split_maps(c, shapes)]
-        return self.fc2(F.gelu(torch.cat(maps, dim=2).transpose(1, 2)))
+        maps = [self.dwconv(part).flatten(2).transpose(1, 2) for part in split_maps(c, shapes)]
+        return self.fc2(F.gelu(torch.cat(maps, dim=1)))
 
 
 class DropPath(nn.Module):
@@ -293,7 +293,7 @@ class ViTAdapter(nn.Module):
         """image (B, 3, H, W), normalised, sides multiples of 32 -> map (B, C, H/4, W/4) and pyramid (B, N, C)."""
         if image.shape[2] % 32 or image.shape[3] % 32:
             raise ValueError(f"ViTAdapter: an image of {image.shape[2]} x {image.shape[3]}: pad it to multiples of 32")
-        c1, *maps = self.spm(image)
+        c1, *maps = self.spm(image.contiguous(memory_format=torch.channels_last))        # as the tokens lie
         tokens = [x.flatten(2).transpose(1, 2) + embed for x, embed in zip(maps, self.level_embed)]
         return c1, torch.cat(tokens, dim=1)
 
@@ -310,6 +310,7 @@ class ViTAdapter(nn.Module):
     def fuse(self, c1: torch.Tensor, c: torch.Tensor, outs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Pyramid plus the four stages' tokens (B, h, w, C), resized to strides 4 8 16 32: f1..f4."""
         c2, c3, c4 = split_maps(c, pyramid(*outs[0].shape[1:3]))
-        maps = [self.up(c2) + c1, c2, c3, c4]
+        weight = self.up.weight.contiguous(memory_format=torch.channels_last)          # half the time, channels-last out
+        maps = [F.conv_transpose2d(c2, weight, self.up.bias, stride=2) + c1, c2, c3, c4]
         outs = [x.permute(0, 3, 1, 2) for x in outs]
         return [norm(m + resize(x, m.shape[2:])) for norm, m, x in zip(self.norms, maps, outs)]
