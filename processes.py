@@ -76,7 +76,7 @@ def memory(device: torch.device) -> float:
 
 # ----------------------------------------------------------------------------------------------------------- processes
 
-PATIENCE = timedelta(minutes=30)                                         # with processes that are there but do not answer
+PATIENCE = timedelta(minutes=30)                                         # with processes that do not answer
 
 
 def meet(patience: timedelta) -> dist.Store:

@@ -34,7 +34,7 @@ from processes import World
 HARMLESS = {"data_root", "sam_weights", "clip_weights", "vocab", "workers", "log_every", "eval_every", "save_every",
             "out", "checkpointing", "compile", "tta_scales", "accum_steps"}
 
-LOSSES = ("loss", "ce", "lovasz", "aux")
+LOSSES = {"loss": "in all", "ce": "cross-entropy", "lovasz": "Lovász-softmax", "aux": "auxiliary head"}
 SCORES = {"miou": "mIoU", "mean_acc": "mean accuracy", "pixel_acc": "pixel accuracy"}
 
 
@@ -139,7 +139,7 @@ class Run:
             ends = 0, train[-1]["iter"]                    # all panels span the same iterations
             return [*ends, *(e["iter"] for e in entries)], [math.nan, math.nan, *values]
 
-        panels = {"loss": {name: series(train, name) for name in LOSSES if name in train[0]},
+        panels = {"loss": {name: series(train, key) for key, name in LOSSES.items() if key in train[0]},
                   "validation, %": {name: series(val, key, 100) for key, name in SCORES.items()},
                   "learning rate": {"lr": series(train, "lr")}}
         if "grad" in train[0]:
@@ -179,8 +179,8 @@ def describe(model: SCHNet, cfg: Config, world: World, count: int) -> str:
     lines = [*textwrap.wrap(knobs, 120, break_long_words=False, break_on_hyphens=False),
              f"{trained / 1e6:.2f} M parameters trained, {(total - trained) / 1e6:.2f} M frozen; "
              f"{count} training images",
-             f"{cfg.iters} iterations of {cfg.batch_size} images = {world.size} processes x {cfg.accum_steps} steps "
-             f"x {each}, {cfg.precision} on {world.device.type}"]
+             f"{cfg.iters} iterations of {cfg.batch_size} images = {world.size} process{'es' * (world.size > 1)} x "
+             f"{cfg.accum_steps} step{'s' * (cfg.accum_steps > 1)} x {each}, {cfg.precision} on {world.device.type}"]
     if each % cfg.loss_group:
         lines.append(f"note: {each} images at a time, not a multiple of loss_group={cfg.loss_group}: the loss is "
                      "another than that of other ways to share the work out")

@@ -56,20 +56,24 @@ def kill(process: subprocess.Popen):
     process.wait()
 
 
-def stamp(folder: Path) -> float:
-    return max((path.stat().st_mtime_ns for path in folder.glob("last.pt")), default=0)
+def stamp(folder: Path) -> int:
+    try:
+        return (folder / "last.pt").stat().st_mtime_ns
+    except FileNotFoundError:                              # none yet, or it has just become previous.pt
+        return 0
 
 
-def wait_for_moment(process: subprocess.Popen, folder: Path, saves: float, in_a_write: bool):
-    """So many new checkpoints, 3.4: three and 0.4 of the time between two; and then until a file is being written."""
+def wait_for_moment(process: subprocess.Popen, folder: Path, saves: float, write: str):
+    """So many new checkpoints, 3.4: three and 0.4 of the time between two; and then until such a file is written."""
     times, last = [time.monotonic()], stamp(folder)
     while process.poll() is None and len(times) <= saves:
         time.sleep(0.002)
-        if stamp(folder) != last:
-            last = stamp(folder)
+        now = stamp(folder)
+        if now not in (0, last):
+            last = now
             times.append(time.monotonic())
     end = times[-1] + saves % 1 * (times[-1] - times[-2] if len(times) > 2 else 0.1)
-    while process.poll() is None and (time.monotonic() < end or in_a_write and not list(folder.glob(".*.part"))):
+    while process.poll() is None and (time.monotonic() < end or write and not list(folder.glob(write))):
         time.sleep(0.0005)
 
 
@@ -103,17 +107,6 @@ def compare(peace: Path, war: Path) -> list[str]:
     return found
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=10, help="for each number of processes")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    dice = random.Random(args.seed)
-    with tempfile.TemporaryDirectory() as root:
-        wrong = [place for count in (1, 2) for place in kill_again_and_again(count, args.kills, dice, Path(root))]
-    sys.exit(1 if wrong else 0)
-
-
 def kill_again_and_again(processes: int, wanted: int, dice: random.Random, root: Path) -> list[str]:
     """The places at which runs that were killed `wanted` times in all differ from one that was not."""
     peace, war = root / f"peace{processes}", root / f"war{processes}"
@@ -121,14 +114,15 @@ def kill_again_and_again(processes: int, wanted: int, dice: random.Random, root:
     finish(start(processes, peace))
     training = json.loads((peace / "log.jsonl").read_text().splitlines()[-1])["seconds"]
     starting = time.monotonic() - begun - training
-    print(f"{processes} processes: 80 iterations in {training:.0f} s, {starting:.0f} s to start", flush=True)
+    print(f"{processes} process{'es' * (processes > 1)}: 80 iterations in {training:.0f} s, {starting:.0f} s to start", flush=True)
     kills, runs, writes, wrong = 0, 1, 0, []
     while kills < wanted:
         process = start(processes, war)
         if kills % 5 == 2:
             wait_in_the_start(process, dice.uniform(0.5, 1) * starting)
         else:
-            wait_for_moment(process, war, dice.uniform(1, 2 * 40 / wanted - 1), in_a_write=kills % 2 == 1)
+            write = (".last.pt.part", "", ".*.part", "")[kills % 4]
+            wait_for_moment(process, war, dice.uniform(1, 2 * 40 / wanted - 1), write)
         if process.poll() is not None:                     # it was done first: kill it some more in another folder
             finish(process)
             wrong += compare(peace, war)
@@ -138,9 +132,9 @@ def kill_again_and_again(processes: int, wanted: int, dice: random.Random, root:
         kills += 1
         parts = sorted(path.name for path in war.glob(".*.part"))
         writes += bool(parts)
-        last = war / "last.pt"
-        at = torch.load(last, weights_only=True)["progress"]["iteration"] if last.exists() else "none"
-        print(f"  kill {kills}: last.pt holds iteration {at}"
+        whole = next((name for name in ("last.pt", "previous.pt") if (war / name).exists()), None)
+        at = torch.load(war / whole, weights_only=True)["progress"]["iteration"] if whole else 0
+        print(f"  kill {kills}: {whole or 'no checkpoint'} holds iteration {at}"
               + (f", in the middle of {' '.join(parts)}" if parts else ""), flush=True)
     finish(start(processes, war))
     wrong += compare(peace, war)
@@ -154,6 +148,17 @@ def finish(process: subprocess.Popen):
     output = process.communicate()[0]
     if process.returncode:
         sys.exit(f"it did not go on:\n{output}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=10, help="for each number of processes")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    dice = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as root:
+        wrong = [place for count in (1, 2) for place in kill_again_and_again(count, args.kills, dice, Path(root))]
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

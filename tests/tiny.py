@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -122,7 +123,7 @@ FORKSERVER.set_forkserver_preload(["tiny"])
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)       # the server looks for it before it has been told sys.path
 
 
-def _child(action, args, output: Path, environment: dict[str, str]):
+def _child(action, args, output: Path, environment: dict[str, str], tests: int):
     os.setsid()                                            # a group of its own, as torchrun and Slurm give it
     os.environ.update(environment)
     with open(output, "wb", buffering=0) as file:
@@ -130,9 +131,19 @@ def _child(action, args, output: Path, environment: dict[str, str]):
         os.dup2(file.fileno(), 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)
     sys.stderr = open(2, "w", buffering=1, closefd=False)
+    threading.Thread(target=_end_with, args=(tests,), daemon=True).start()
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)   # as in a process that no server started
     action(*args)
+
+
+def _end_with(tests: int):
+    """Nothing is left over when the tests themselves are killed."""
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(tests, 0)                              # does it exist?
+            time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def free_port() -> int:
@@ -151,7 +162,7 @@ class Processes:
             place = {} if count == 1 else {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank),
                                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             self.outputs.append(folder / f"output{rank}.txt")
-            task = (action, args, self.outputs[-1], place | environment)
+            task = (action, args, self.outputs[-1], place | environment, os.getpid())
             self.all.append(FORKSERVER.Process(target=_child, args=task))
             self.all[-1].start()
 
