@@ -103,7 +103,7 @@ def check(cfg: Config, out: Path) -> int:
         print(f"\nfaults: {len(faults)}\n  " + "\n  ".join(faults))
     for path in draw_sheets(cfg, labels, splits, out):
         print(f"\nlook at {path}", end="")
-    print(f"\n{cfg.dataset}: " + (f"{len(faults)} faults" if faults else "no faults"))
+    print(f"\n{cfg.dataset}: " + {0: "no faults", 1: "1 fault"}.get(len(faults), f"{len(faults)} faults"))
     return 1 if faults else 0
 
 

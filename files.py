@@ -133,7 +133,8 @@ def match_files(place: Place) -> tuple[list[tuple[str, str, str]], list[str]]:
         if name not in photos:
             faults.append(f"{place.images / name}: {named}there is no such photo{_close(name, photos)}")
         if name not in labels:
-            faults.append(f"{place.labels / name}.png: {named}there is no such label{_close(name, labels)}")
+            faults.append(f"{place.labels / name}.png: {named}there is no such label"
+                          + (_close(name, labels) or _not_png(place.labels, name)))
         if name in photos and name in labels:
             pairs.append((name, photos[name], labels[name]))
     if not place.listing:
@@ -165,6 +166,13 @@ def _close(name: str, files: dict[str, str]) -> str:
     for stem in files:
         if stem.lower() == name.lower():
             return f" ({files[stem]} differs in capitals)"
+    return ""
+
+
+def _not_png(folder: Path, name: str) -> str:
+    for ending in (*PHOTO_ENDINGS, ".gif", ".tif", ".tiff", ".npy", ".mat"):
+        if os.path.exists(folder / f"{name}{ending}"):
+            return f" ({name}{ending} is there, but a label is a PNG)"
     return ""
 
 

@@ -331,7 +331,8 @@ FAULTS = {                                                 # what is planted, wh
     "4-bit grey label": (lambda r: (r / LABEL).write_bytes(grey_png(GREY, 4)), [LABEL, "4-bit"], {}),
     "1-bit label": (lambda r: replace(r / LABEL, RGB.convert("1")), [LABEL, "1-bit"], {}),
     "JPEG named .png": (lambda r: replace(r / LABEL, numbers(1), format="JPEG"), [LABEL, "not a picture in PNG"], {}),
-    "label only as JPEG": (lambda r: (r / LABEL).rename((r / LABEL).with_suffix(".jpg")), [LABEL, "no such label"], {}),
+    "label only as JPEG": (lambda r: (r / LABEL).rename((r / LABEL).with_suffix(".jpg")),
+                           [LABEL, "no such label (p1.jpg is there, but a label is a PNG)"], {}),
     "truncated JPEG": (lambda r: swap_bytes(r / PHOTO, lambda b: b[:len(b) // 2]), [PHOTO, "damaged or cut off"], {}),
     "truncated PNG": (lambda r: swap_bytes(r / LABEL, lambda b: b[:len(b) // 2]), [LABEL, "damaged or cut off"], {}),
     "PNG with a flipped byte": (lambda r: swap_bytes(r / LABEL, lambda b: b[:60] + bytes([b[60] ^ 255]) + b[61:]),
@@ -369,6 +370,7 @@ def no_superuser():
     if os.geteuid():
         yield
         return
+    "".encode("utf-8-sig")                                 # Python itself may lie where only the superuser can read
     os.seteuid(65534)
     try:
         yield
