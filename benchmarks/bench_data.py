@@ -116,7 +116,7 @@ def main():
         "ours": lambda i: ours(*arrays[i], cfg, i),
         "albumentations": lambda i: peer_on(*arrays[i])}, count, args.rounds)
     compare("reading alone", {
-        "ours: Pillow, checked": lambda i: read_ours(*files[i]),
+        "ours, checked": lambda i: read_ours(*files[i]),
         "OpenCV, unchecked": lambda i: read_peer(*files[i])}, count, args.rounds)
     compare("reading and augmentation", {
         "ours": lambda i: ours(*read_ours(*files[i]), cfg, i),
