@@ -32,32 +32,38 @@ def look(pids: list[int]) -> tuple[float, int, int]:
     return kib / 1024, files, threads
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--iters", type=int, default=2000)
-    args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp()) / "run"
-    every = args.iters // 20
-    command = [sys.executable, "train.py", f"out={folder}", *SMALL, f"iters={args.iters}", "log_every=10",
+def watch(folder: Path, iters: int) -> list[tuple]:
+    """(iteration, MiB, files, threads, loaders' MiB, loaders' files), ten times from the first validation on."""
+    every = iters // 20
+    command = [sys.executable, "train.py", f"out={folder}", *SMALL, f"iters={iters}", "log_every=10",
                f"eval_every={every}", f"save_every={every // 2}"]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     seen, next_at = [], every
     print(f"{'iteration':>9} {'MiB':>8} {'files':>6} {'threads':>8} {'loaders, MiB':>13} {'files':>6}")
-    while process.poll() is None:
-        time.sleep(0.05)
-        at = 0
-        if (folder / "log.jsonl").exists():
-            at = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["iter"] if at is not None else 0
-        if at < next_at:
-            continue
-        main_process, *loaders = family(process.pid)
-        row = (at, *look([main_process]), *look(loaders)[:2])
-        seen.append(row)
-        print("{:9} {:8.1f} {:6} {:8} {:13.1f} {:6}".format(*row), flush=True)
-        next_at += every * 2
-    if process.returncode:
+    try:
+        while process.poll() is None:
+            time.sleep(0.05)
+            lines = (folder / "log.jsonl").read_text().splitlines() if (folder / "log.jsonl").exists() else []
+            at = json.loads(lines[-1])["iter"] if lines else 0
+            if at >= next_at:
+                main_process, *loaders = family(process.pid)
+                seen.append((at, *look([main_process]), *look(loaders)[:2]))
+                print("{:9} {:8.1f} {:6} {:8} {:13.1f} {:6}".format(*seen[-1]), flush=True)
+                next_at += every * 2
+    finally:
+        process.kill()
+    if process.wait():
         sys.exit(f"training failed ({process.returncode})")
+    return seen
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--iters", type=int, default=2000)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as root:
+        seen = watch(Path(root) / "run", args.iters)
     half = len(seen) // 2
     grown = []
     for column, what in ((1, "MiB"), (2, "files"), (3, "threads"), (4, "loaders' MiB"), (5, "loaders' files")):
