@@ -7,11 +7,12 @@ import threading
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import weights
-from clip_vit import CLIP, load_clip
+from clip_vit import CLIP, attention, load_clip
 
 TOLERANCE = 1e-5
 SMALL = dict(dim=32, depth=4, heads=4, grid=4, taps=(0, 1, 2, 3), embed=16, text_dim=24, text_depth=2, text_heads=3)
@@ -216,6 +217,21 @@ def test_lower_precision_and_double(small):
     assert double.dtype == torch.float64 and error(f_cls, double) < TOLERANCE
     half, _ = copy.deepcopy(small).bfloat16().encode_image(image.bfloat16())
     assert half.dtype == torch.bfloat16 and error(half, f_cls) < 0.05
+
+
+def test_sliced_attention():
+    """The form for bf16 on a CPU, over several slices of queries, with gradients."""
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, 450, 16, dtype=torch.float64) for _ in range(4)]
+    half = [x.bfloat16().requires_grad_() for x in exact[:3]]
+    out = attention(*half, causal=False)
+    assert out.dtype == torch.bfloat16
+    exact = [x.detach().double().requires_grad_() for x in half] + [exact[3]]
+    expected = F.scaled_dot_product_attention(*exact[:3])
+    pairs = zip([out, *torch.autograd.grad(out, half, exact[3].bfloat16())],
+                [expected, *torch.autograd.grad(expected, exact[:3], exact[3])], strict=True)
+    for ours, theirs in pairs:
+        assert error(ours.detach(), theirs.detach()) < 0.02
 
 
 # ---------------------------------------------------------------------------------------------------------------------
