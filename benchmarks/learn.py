@@ -1,6 +1,6 @@
 """What is learnt from photos at equal cost: a small SCHNet beside SegFormer of transformers, random weights both.
 
-    python benchmarks/learn.py --data FOLDER                         four minutes for each rate, then twelve for each seed
+    python benchmarks/learn.py --data FOLDER                         three minutes for each rate, then twelve for each seed
     python benchmarks/learn.py --data FOLDER --device cuda --large   a GPU: a larger SCHNet beside SegFormer-B2
     python benchmarks/learn.py --data FOLDER iters=2000 crop_size=128   other values of configs/custom.yaml, for both
 
@@ -21,6 +21,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -71,6 +72,10 @@ class SegFormer(nn.Module):
         self.net = SegformerForSemanticSegmentation(SegformerConfig(
             num_labels=num_classes, drop_path_rate=cfg.drop_path, classifier_dropout_prob=cfg.head_dropout,
             **(B2 if large else {})))
+        for conv in self.net.modules():                    # the original's start: transformers' own, 0.02 for all, is
+            if isinstance(conv, nn.Conv2d):                # made to be overwritten and stifles the depthwise kernels
+                fan_out = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
+                nn.init.normal_(conv.weight, std=math.sqrt(2 / fan_out))
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1))
 
@@ -274,8 +279,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", required=True, help="folder with images/ and labels/ of train and val")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--lrs", nargs="+", type=float, default=(1e-3, 2e-3, 4e-3), help="one: no grid")
-    parser.add_argument("--grid-minutes", type=float, default=4)
+    parser.add_argument("--lrs", nargs="+", type=float, default=(1e-3, 2e-3, 4e-3), help="the grid, the same for both; one: no grid")
+    parser.add_argument("--grid-minutes", type=float, default=3)
     parser.add_argument("--minutes", type=float, default=12)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1))
     parser.add_argument("--threads", type=int, default=1)
