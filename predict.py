@@ -263,9 +263,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder of the results (predictions)")
     parser.add_argument("--tta", action="store_true", help="average over scales and flips: slower, a little better")
     parser.add_argument("--size", type=int, help="long side of a photo as the network sees it; the run's if not given")
-    parser.add_argument("--masks", action="store_true", help="also a black and white picture for each class")
-    parser.add_argument("--probs", action="store_true", help="also the probabilities, as .npy")
-    parser.add_argument("--frames", action="store_true", help="also the label map of each frame of a video")
+    parser.add_argument("--masks", action="store_true", help="photos: also a black and white picture for each class")
+    parser.add_argument("--probs", action="store_true", help="photos: also the probabilities, as .npy")
+    parser.add_argument("--frames", action="store_true", help="videos: also the label map of each frame")
     parser.add_argument("--batch", type=int, default=4, help="photos at a time (4)")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ...; the GPU if there is one")
     args = parser.parse_args(argv)
@@ -285,6 +285,8 @@ def run(args: argparse.Namespace, report: Report):
     for job in photos + videos:
         if Path(job.name).name != job.path.stem:
             print(f"{job.path} is called {job.name} in the results: another input has its name")
+    if (videos or cameras) and (args.masks or args.probs):
+        print("--masks and --probs are for photos: videos get overlays, and label maps with --frames")
     parse_photos(parser, photos, args.out, args.batch, args.masks, args.probs, report)
     for source, name in [(job.path, job.name) for job in videos] + [(n, f"webcam_{n}") for n in cameras]:
         labels = args.out / "labels" / name if args.frames else None
