@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from datetime import timedelta
@@ -77,6 +78,7 @@ def memory(device: torch.device) -> float:
 # ----------------------------------------------------------------------------------------------------------- processes
 
 PATIENCE = timedelta(minutes=30)                                         # with processes that do not answer
+GRACE = 45.0                                                             # seconds, after one has ended
 
 
 def meet(patience: timedelta) -> dist.Store:
@@ -124,6 +126,10 @@ class World:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=meet(PATIENCE),
                                     rank=self.rank, world_size=self.size, timeout=PATIENCE)
             self.control = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self.ring = dist.new_group(backend="gloo", timeout=timedelta(days=1000))
+            self.closing = threading.Event()
+            self.watcher = threading.Thread(target=self._watch, daemon=True)
+            self.watcher.start()
         # torchrun counts restarts per machine, and not those that another machine caused
         self.restarted = self.sum([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))])[0] > 0
 
@@ -170,8 +176,22 @@ class World:
             everywhere = len(failed) == self.size
             raise TrainingError(errors[failed[0]] + ("" if everywhere else f" (process {failed[0]})"))
 
+    def _watch(self):
+        """End this process some time after its neighbour has: NCCL would let it wait for the whole of its patience.
+        Before that the main thread can find out by itself, which knows more, and finish what it is writing."""
+        try:
+            dist.recv(torch.zeros(1), (self.rank + 1) % self.size, group=self.ring)  # close() sends it
+        except RuntimeError:
+            self.closing.wait(GRACE)
+            end_with(dist.DistError(), self)
+
     def close(self):
+        """Leave together."""
         if self.size > 1:
+            self.closing.set()
+            with contextlib.suppress(RuntimeError):                      # it has ended: the watcher deals with that
+                dist.send(torch.zeros(1), (self.rank - 1) % self.size, group=self.ring)
+            self.watcher.join()
             dist.destroy_process_group()
 
 

@@ -180,7 +180,6 @@ class Trainer:
                 # every eval_every iterations: the validation set, all processes together
                 if self.due(cfg.eval_every):
                     self.validate()
-        world.sum([0.0])                                   # the main process may still fail at its last files
         world.say(f"done: best mIoU {100 * now.best_miou:.2f} at iteration {now.best_iteration}, "
                   f"{self.run.folder / checkpoint.BEST}; curves in {self.run.folder / 'curves.png'}\n"
                   f"next: python evaluate.py --run {self.run.folder} --tta")

@@ -141,6 +141,16 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, make, words):
     assert words in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_too_little_memory_is_not_damage(saved, tmp_path, monkeypatch):
+    def load(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: ...")
+
+    shutil.copy(saved, tmp_path / "last.pt")
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(MemoryError, match="last.pt: not enough memory to read it"):
+        checkpoint.read_last(tmp_path)
+
+
 class Call:
     def __reduce__(self):
         return os.system, ("touch executed",)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import processes
 import train
 from config import load_config
 from datasets import open_split
@@ -163,6 +164,28 @@ def test_a_killed_process_takes_the_other_along(config, tmp_path, victim):
         if victim == 1:
             assert "error: another process of this run has ended" in both.said(0)
         assert saved_iteration(folder) >= 2                # what was lost: the iterations since then
+
+
+def get_stuck(argv: list[str]):
+    """The main process waits as on a GPU, where nothing tells it that another one has ended."""
+    def step(*args):
+        print("in the step")
+        time.sleep(600)
+
+    processes.GRACE = 1.0
+    train.train_step = step
+    train.main(argv)
+
+
+@pytest.mark.parametrize("victim", (0, 1))
+def test_a_killed_process_takes_one_along_that_does_not_notice(config, tmp_path, victim):
+    with Processes(tmp_path, get_stuck, ["--cfg", config, f"out={tmp_path / 'run'}"], count=2) as both:
+        wait_until(lambda: all("in the step" in both.said(rank) for rank in (0, 1)))
+        both.send(signal.SIGKILL, victim)
+        codes = both.wait(60)
+        assert codes[victim] == -9 and codes[1 - victim] == 1
+        assert "error: another process of this run has ended" in both.said(0) or victim == 0
+        assert "Traceback" not in both.said(0) + both.said(1)
 
 
 def test_a_bad_file_is_named_once(config, tmp_path):

@@ -297,6 +297,16 @@ def test_a_changed_configuration_is_refused_or_listed(config, whole, capsys):
     train.main(["--cfg", config, "--resume"])
 
 
+def test_a_knob_that_is_newer_than_the_checkpoint_has_its_default(config, whole, tmp_path, capsys):
+    content = torch.load(whole / "last.pt", weights_only=True)
+    del content["config"]["betas"]
+    checkpoint.write(tmp_path / "last.pt", content)
+    train.main(["--cfg", config, "--resume", f"out={tmp_path}"])
+    assert "going on from" in capsys.readouterr().out
+    line = fails(capsys, "--cfg", config, "--resume", f"out={tmp_path}", "betas=[0.5, 0.9]")
+    assert "betas (0.9, 0.999) -> (0.5, 0.9)" in line
+
+
 def test_a_batch_that_does_not_divide_is_refused_early(config, tmp_path, capsys):
     line = fails(capsys, "--cfg", config, "batch_size=6", "accum_steps=4", f"out={tmp_path / 'run'}")
     assert "batch_size" in line and "accum_steps" in line and not (tmp_path / "run").exists()
