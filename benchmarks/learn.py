@@ -2,7 +2,7 @@
 
     python benchmarks/learn.py --data FOLDER                         three minutes for each rate, then twelve for each seed
     python benchmarks/learn.py --data FOLDER --device cuda --large   a GPU: a larger SCHNet beside SegFormer-B2
-    python benchmarks/learn.py --data FOLDER iters=2000 crop_size=128   other values of configs/custom.yaml, for both
+    python benchmarks/learn.py batch_size=8 --data FOLDER            other values of configs/custom.yaml, for both
 
 FOLDER: images/train, labels/train, images/val, labels/val; the classes are configs/custom.yaml's. Both get the same data
 in the same order, augmentation, loss, batch, optimiser, weight decay, warm-up and decay, and each its own learning rate:
@@ -287,7 +287,7 @@ def main():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--large", action="store_true", help="a larger SCHNet, SegFormer-B2")
     parser.add_argument("--out", default="runs/learn")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of configs/custom.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of configs/custom.yaml; they come first")
     args = parser.parse_intermixed_args()
     Path(args.out).mkdir(parents=True, exist_ok=True)
 
