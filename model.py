@@ -11,7 +11,7 @@
     T_i        tokens[i]  (m, C)         learnable tokens of layer i, m = 100
 
 h = H/16, w = W/16: one grid for CLIP and SAM, which is why their features can be added.
-"MLP" in the paper is one affine map (Eq. 3), so each is an `nn.Linear` here.
+"MLP" in the paper is one affine map (Eq. 3), so each is a `Linear` here.
 
 SAM and CLIP stay frozen, but for SAM's patch embedding (§4.3). Gradients still flow through SAM's blocks, because the patch
 embedding, SRM, FTM and the injectors lie before them; only CLIP runs without a graph.
