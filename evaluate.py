@@ -3,7 +3,8 @@
     python evaluate.py                                   the newest run, single scale
     python evaluate.py --tta                             scales .75 1 1.25 1.5 and flips
     python evaluate.py --run runs/cihp data_root=/data/CIHP
-    torchrun --nproc_per_node 4 evaluate.py --tta        shared out over processes, the same numbers to the last digit
+    torchrun --nproc_per_node 4 evaluate.py --checkpoint runs/cihp --tta
+                                                         shared out over processes, the same numbers to the last digit
 
 Prints per-class IoU in the order of the paper's Table 1 (beside the paper's figures, for LIP), pixel accuracy, mean
 accuracy and mIoU; leaves results.json, the confusion matrix, per-class bars and the best and worst images under
@@ -255,7 +256,8 @@ def pick_device(name: str = "") -> torch.device:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", help="folder of a run, or a checkpoint; the newest run if not given")
+    parser.add_argument("--run", "--checkpoint", help="folder of a run, or a checkpoint; the newest run if not given. "
+                        "Under torchrun, which has options that begin with --run, only --checkpoint")
     parser.add_argument("--tta", action="store_true", help="average over scales and flips (§4.4)")
     parser.add_argument("--split", choices=("val", "train"), default="val")
     parser.add_argument("--batch", type=int, default=4, help="photos at a time per process (4)")

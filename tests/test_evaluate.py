@@ -279,3 +279,12 @@ def test_a_run_is_not_scored_on_other_classes():
         evaluate.open_labelled(model, few, Path("x.pt"), "val")
     model.cfg = replace(CFG, dataset="synthetic")
     assert len(evaluate.open_labelled(model, LABEL_SETS["lip"], Path("x.pt"), "val")) == CFG.synthetic_val
+
+
+def test_torchrun_lets_the_options_through():
+    """It refuses what might be short for one of its own, as --run is for --run-path on Python 3.11."""
+    from torch.distributed.run import parse_args
+    mine = ["--checkpoint", "runs/x", "--tta", "--split", "train", "--batch", "2", "--device", "cpu", "--out", "y", "a=b"]
+    assert parse_args(["--nproc_per_node", "4", "evaluate.py", *mine]).training_script_args == mine
+    args = evaluate.arguments(mine)
+    assert (args.run, args.tta, args.split, args.batch, args.overrides) == ("runs/x", True, "train", 2, ["a=b"])
