@@ -34,7 +34,7 @@ from processes import World
 HARMLESS = {"data_root", "sam_weights", "clip_weights", "vocab", "workers", "log_every", "eval_every", "save_every",
             "out", "checkpointing", "compile", "tta_scales", "accum_steps"}
 
-LOSSES = {"loss": "in all", "ce": "cross-entropy", "lovasz": "Lovász-softmax", "aux": "auxiliary head"}
+LOSSES = {"loss": "in all", "ce": "cross-entropy", "lovasz": "Lovasz-softmax", "aux": "auxiliary head"}
 SCORES = {"miou": "mIoU", "mean_acc": "mean accuracy", "pixel_acc": "pixel accuracy"}
 
 
