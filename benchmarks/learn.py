@@ -1,20 +1,20 @@
 """What is learnt from photos at equal cost: a small SCHNet beside SegFormer of transformers, random weights both.
 
-    python benchmarks/learn.py --data FOLDER                         three minutes for each rate, then twelve for each seed
-    python benchmarks/learn.py --data FOLDER --device cuda --large   a GPU: a larger SCHNet beside SegFormer-B2
-    python benchmarks/learn.py batch_size=8 --data FOLDER            other values of configs/custom.yaml, for both
+    python benchmarks/learn.py --data FOLDER                   a grid of learning rates, then twelve minutes a seed
+    python benchmarks/learn.py --data FOLDER --device cuda --large       a GPU: a larger SCHNet beside SegFormer-B2
+    python benchmarks/learn.py batch_size=8 --data FOLDER      other values of configs/custom.yaml, for both
 
-FOLDER: images/train, labels/train, images/val, labels/val; the classes are configs/custom.yaml's. Both get the same data
-in the same order, augmentation, loss, batch, optimiser, weight decay, warm-up and decay, and each its own learning rate:
-the better of --lrs after --grid-minutes. The rate follows the budget used, not the steps done, so both schedules end with it.
+FOLDER: images/train, labels/train, images/val, labels/val; the classes are configs/custom.yaml's. Both get the same
+data in the same order, augmentation, loss, batch, optimiser, weight decay, warm-up and decay, and each its own learning
+rate: the best of --lrs after --grid-minutes. The rate follows the budget used, not the steps: both end with it.
 
-The budget is the process's own CPU time, spent on batches and steps alone: on a machine that others use too it is the fair
-clock, for the wall's depends on who else runs. Wall time is reported beside it. The two run at the same time, each pinned
-to a core of its own, so that what slows memory and caches slows both. On a GPU they run one after the other by the wall's
-clock. Scores are those of evaluate.py, at the photos' own size; scoring does not count as time.
+The budget is the process's own CPU time, spent on batches and steps alone: on a machine that others use too it is the
+fair clock, for the wall's depends on who else runs. Wall time is reported beside it. The two run at the same time, each
+pinned to a core of its own, so that what slows memory and caches slows both. On a GPU they run one after the other by
+the wall's clock. Scores are those of evaluate.py, at the photos' own size; scoring does not count as time.
 
-A run that is finished is kept: the same command goes on with what is missing. It leaves in --out: results.json, curves.csv,
-table.txt, curves.png, overlays_*.png (photo | truth | both models), and one file for each run.
+A run that is finished is kept: the same command goes on with what is missing. It leaves in --out: results.json,
+curves.csv, table.txt, curves.png, overlays_*.png (photo | truth | both models), and two files for each run.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -46,7 +47,7 @@ import pictures  # noqa: E402
 import plots  # noqa: E402
 from config import Config, load_config, to_yaml  # noqa: E402
 from datasets import label_set, open_split, train_loader  # noqa: E402
-from evaluate import confusion_matrix, evaluate_split, predict_labels, scores  # noqa: E402
+from evaluate import ERRORS, confusion_matrix, evaluate_split, predict_labels, scores  # noqa: E402
 from model import build_model  # noqa: E402
 from train import param_groups, train_step  # noqa: E402
 
@@ -56,9 +57,9 @@ LOOKS = 4                                                  # scored after each q
 SHOWN = 10                                                 # validation photos in the overlays
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet's, SegFormer's preprocessing
 B2 = {"depths": [3, 4, 6, 3], "hidden_sizes": [64, 128, 320, 512], "decoder_hidden_size": 768}     # B0: the defaults
-LARGE = ["sam_dim=384", "sam_depth=12", "sam_heads=6", "clip_dim=256", "clip_heads=4", "clip_embed=128", "head_dim=256",
-         "prior_dim=64", "deform_heads=8", "crop_size=[384, 256]", "base_size=384", "batch_size=16", "precision=bf16",
-         "workers=8"]
+LARGE = ["sam_dim=384", "sam_depth=12", "sam_heads=6", "sam_grid=24", "clip_dim=256", "clip_heads=4", "clip_grid=24",
+         "clip_embed=128", "head_dim=256", "prior_dim=64", "deform_heads=8", "deform_points=4", "crop_size=[384, 256]",
+         "base_size=384", "batch_size=16", "precision=bf16", "workers=8"]
 
 
 # --------------------------------------------------------------------------------------------------------------- models
@@ -90,7 +91,8 @@ def groups(model: nn.Module) -> list[dict]:
     if not isinstance(model, SegFormer):
         return param_groups(model)
     parts = {decay: [p for p in model.parameters() if (p.ndim > 1) == decay] for decay in (True, False)}
-    return [{"params": part, "weight_decay": model.cfg.weight_decay * decay, "lr_factor": 1.0} for decay, part in parts.items()]
+    return [{"params": part, "weight_decay": model.cfg.weight_decay * decay, "lr_factor": 1.0}
+            for decay, part in parts.items()]
 
 
 # ------------------------------------------------------------------------------------------------------------- one run
@@ -108,14 +110,17 @@ class Job:
 
 def settings(args: argparse.Namespace, lr: float | None = None, seed: int = 0) -> Config:
     """configs/custom.yaml, its schedule stretched over the budget."""
-    cfg = load_config(ROOT / "configs" / "custom.yaml", [
-        f"data_root={args.data}", *(LARGE if args.large else [] if args.device == "cuda" else ["workers=0"]), *args.overrides])
+    changes = [f"data_root={args.data}", *(LARGE if args.large else [])]
+    if args.device == "cpu":                               # batches are made in the process: they are paid for
+        changes += ["workers=0", "precision=fp32"]
+    cfg = load_config(ROOT / "configs" / "custom.yaml", changes + args.overrides)
     return dataclasses.replace(cfg, lr=lr or cfg.lr, seed=seed, out="", iters=TICKS,
                                warmup_iters=round(TICKS * cfg.warmup_iters / cfg.iters))
 
 
 def train_one(job: Job, args: argparse.Namespace, core: int | None):
-    """Train for the budget, score at each quarter of it, and leave the record."""
+    """A process: train for the budget, score at each quarter of it, and leave the record."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C reaches all: the main process ends this one
     if core is not None:
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(args.threads)
@@ -139,20 +144,22 @@ def train_one(job: Job, args: argparse.Namespace, core: int | None):
         if not multiprocessing.parent_process().is_alive():
             sys.exit(1)
         if used >= budget * (len(looks) + 1) / LOOKS:
-            matrix, _ = evaluate_split(model, val, len(classes))
-            looks.append({"minutes": used / 60, "wall_minutes": wall / 60, "steps": steps, "loss": np.mean(losses),
-                          **scores(matrix)})
+            look = {"minutes": used / 60, "wall_minutes": wall / 60, "steps": steps, "loss": float(np.mean(losses))}
+            looks.append(look | scores(evaluate_split(model, val, len(classes))[0]))
             losses = []
-            print(f"{job.model:10} lr {job.lr:<7g} seed {job.seed}: {used / 60:5.1f} min ({wall / 60:5.1f} by the wall), "
-                  f"{steps:5} steps, loss {looks[-1]['loss']:.3f}, mIoU {100 * looks[-1]['miou']:.2f}", flush=True)
-    model.eval()
-    labels = predict_labels(model, [val.read(i)[0] for i in shown(val)])
+            print(f"{job.model:10} lr {job.lr:<7g} seed {job.seed}: {used / 60:5.1f} min ({wall / 60:5.1f} by the "
+                  f"wall), {steps:5} steps, loss {look['loss']:.3f}, mIoU {100 * looks[-1]['miou']:.2f}", flush=True)
+    save(job, args, looks, predict_labels(model.eval(), [val.read(i)[0] for i in shown(val)]), {
+        "params": sum(p.numel() for p in model.parameters()), "config": to_yaml(cfg)})
+
+
+def save(job: Job, args: argparse.Namespace, looks: list[dict], labels: list[np.ndarray], facts: dict):
+    """The record comes last: where it is, the run is whole."""
     part = job.path(args).with_suffix(".part")
     with open(part, "wb") as file:
         np.savez_compressed(file, *labels)
     os.replace(part, job.path(args).with_suffix(".npz"))
-    checkpoint.write_text(job.path(args), json.dumps(dataclasses.asdict(job) | {
-        "params": sum(p.numel() for p in model.parameters()), "config": to_yaml(cfg), "looks": looks}))
+    checkpoint.write_text(job.path(args), json.dumps(dataclasses.asdict(job) | facts | {"looks": looks}))
 
 
 def shown(pairs) -> list[int]:
@@ -178,9 +185,10 @@ def run_all(jobs: list[Job], args: argparse.Namespace) -> list[dict]:
     missing = [job for job in jobs if record(job, args) is None]
     rows = [[job for job in missing if job.model == model] for model in args.models]
     while any(rows):
-        batch = [row.pop(0) for row in rows if row and together > 1] or [next(row for row in rows if row).pop(0)]
-        processes = [context.Process(target=train_one, args=(job, args, cores[n % len(cores)] if cores else None),
-                                     daemon=True) for n, job in enumerate(batch)]
+        batch = [row.pop(0) for row in [row for row in rows if row][:together]]
+        places = [cores[n % len(cores)] if cores else None for n in range(len(batch))]
+        processes = [context.Process(target=train_one, args=(job, args, core), daemon=True)
+                     for job, core in zip(batch, places)]
         for process in processes:
             process.start()
         for process in processes:
@@ -205,35 +213,41 @@ def background(cfg: Config) -> dict:
 
 def table(grid: list[dict], runs: list[dict], empty: dict, args: argparse.Namespace) -> str:
     """Learning rates, mIoU against time, and classes, as lines of text."""
-    clock = "GPU machine's wall time" if args.device == "cuda" else f"CPU time, {args.threads} thread(s) each"
     names, lines = {model: title(model, args) for model in args.models}, []
     if grid:
-        lines += [f"mIoU of the learning rates after {args.grid_minutes:g} minutes", f"{'':16}" + "".join(
-            f"{lr:>10g}" for lr in args.lrs)]
+        lines += [f"mIoU of the learning rates after {args.grid_minutes:g} minutes",
+                  f"{'':16}" + "".join(f"{lr:>10g}" for lr in args.lrs)]
         for model, name in names.items():
-            lines.append(f"{name:16}" + "".join(percent(r["looks"][-1]["miou"], 10) for r in grid if r["model"] == model))
+            ends = [r["looks"][-1]["miou"] for r in grid if r["model"] == model]
+            lines.append(f"{name:16}" + "".join(percent(end, 10) for end in ends))
         lines.append("")
-    lines += [f"mIoU against time ({clock})", f"{'':16}{'seed':>6}{'rate':>8}{'M params':>10}{'steps':>7}{'wall min':>10}" + "".join(
-        f"{args.minutes * n / LOOKS:8g} min" for n in range(1, LOOKS + 1)) + f"{'pixel acc.':>12}{'mean acc.':>11}"]
+    clock = "wall time" if args.device == "cuda" else f"CPU time, {args.threads} thread(s) each"
+    marks = "".join(f"{args.minutes * n / LOOKS:7g} min" for n in range(1, LOOKS + 1))
+    head = f"{'':14}{'seed':>6}{'rate':>8}{'M params':>10}{'steps':>7}{'wall min':>10}"
+    lines += [f"mIoU against time ({clock})", f"{head}{marks}{'pixel acc.':>12}{'mean acc.':>11}"]
     for model, name in names.items():
         mine = [r for r in runs if r["model"] == model]
         for r in mine:
-            lines.append(f"{name:16}{r['seed']:6}{r['lr']:8g}{r['params'] / 1e6:10.2f}{r['looks'][-1]['steps']:7}"
-                         f"{r['looks'][-1]['wall_minutes']:10.1f}" + scores_of([r]))
-        lines.append(f"{name:16}{'mean':>6}{'':35}" + scores_of(mine))
-    lines += [f"{'all background':16}{'':{41 + 12 * (LOOKS - 1)}}{percent(empty['miou'], 12)}{percent(empty['pixel_acc'], 12)}"
-              f"{percent(empty['mean_acc'], 11)}", "", "IoU of each class at the end, mean of the seeds",
-              f"{'':16}" + "".join(f"{name:>16}" for name in names.values())]
-    ends = {model: np.mean([r["looks"][-1]["iou"] for r in runs if r["model"] == model], 0) for model in names}
-    for k, name in enumerate(label_set(settings(args)).classes):
-        lines.append(f"{name:16}" + "".join(percent(end[k], 16) for end in ends.values()))
-    return "\n".join(lines)
+            end = r["looks"][-1]
+            lines.append(f"{name:14}{r['seed']:6}{r['lr']:8g}{r['params'] / 1e6:10.2f}{end['steps']:7}"
+                         f"{end['wall_minutes']:10.1f}" + scores_of([r]))
+        lines.append(f"{name:14}{'mean':>6}{'':35}" + scores_of(mine))
+    lines.append(f"{'all background':14}{'':{41 + 11 * (LOOKS - 1)}}{percent(empty['miou'], 11)}"
+                 f"{percent(empty['pixel_acc'], 12)}{percent(empty['mean_acc'], 11)}")
+    return "\n".join([*lines, "", *class_table(runs, names, label_set(settings(args)).classes)])
 
 
 def scores_of(runs: list[dict]) -> str:
     means = [np.mean([r["looks"][n]["miou"] for r in runs]) for n in range(LOOKS)]
     pixel, mean = (np.mean([r["looks"][-1][key] for r in runs]) for key in ("pixel_acc", "mean_acc"))
-    return "".join(percent(m, 12) for m in means) + percent(pixel, 12) + percent(mean, 11)
+    return "".join(percent(m, 11) for m in means) + percent(pixel, 12) + percent(mean, 11)
+
+
+def class_table(runs: list[dict], names: dict[str, str], classes: tuple[str, ...]) -> list[str]:
+    lines = ["IoU of each class at the end, mean of the seeds",
+             f"{'':14}" + "".join(f"{name:>16}" for name in names.values())]
+    ends = [np.mean([r["looks"][-1]["iou"] for r in runs if r["model"] == model], 0) for model in names]
+    return lines + [f"{name:14}" + "".join(percent(end[k], 16) for end in ends) for k, name in enumerate(classes)]
 
 
 def percent(value: float, width: int) -> str:
@@ -252,25 +266,26 @@ def write_csv(path: Path, runs: list[dict], classes: tuple[str, ...]):
 
 
 def draw(runs: list[dict], args: argparse.Namespace):
-    """The curves, and the photos side by side."""
+    """The curves, and the photos side by side, as the first seed's networks see them."""
     folder, cfg = Path(args.out), settings(args)
-    panels = {"validation mIoU (%)": "miou", "pixel accuracy (%)": "pixel_acc"}
     mine = {title(model, args): [r for r in runs if r["model"] == model] for model in args.models}
     times = [args.minutes * n / LOOKS for n in range(1, LOOKS + 1)]
-    pictures.save_png(folder / "curves.png", plots.curves({heading: {
-        name: (times, [[100 * look[key] for look in r["looks"]] for r in group]) for name, group in mine.items()}
-        for heading, key in panels.items()}, "minutes"))
+    panels = {heading: {name: (times, [[100 * look[key] for look in r["looks"]] for r in group])
+                        for name, group in mine.items()}
+              for heading, key in (("validation mIoU (%)", "miou"), ("pixel accuracy (%)", "pixel_acc"))}
+    pictures.save_png(folder / "curves.png", plots.curves(panels, "minutes"))
     labels, pairs = label_set(cfg), open_split(cfg, "val")
-    firsts = [next(r for r in group) for group in mine.values()]
-    found = [np.load(Job(r["model"], r["lr"], r["seed"], r["minutes"]).path(args).with_suffix(".npz")) for r in firsts]
-    rows = []
+    firsts = [Job(r["model"], r["lr"], r["seed"], r["minutes"]).path(args) for r, *_ in mine.values()]
+    found = [np.load(path.with_suffix(".npz")) for path in firsts]
+    rows, names = [], [pairs.name(i) for i in shown(pairs)]
     for n, i in enumerate(shown(pairs)):
         image, truth = pairs.read(i)
-        rows.append([image] + [pictures.overlay(image, label, labels.palette) for label in (truth, *(f[f"arr_{n}"] for f in found))])
-    names = [pairs.name(i) for i in shown(pairs)]
+        maps = [truth, *(file[f"arr_{n}"] for file in found)]
+        rows.append([image, *(pictures.overlay(image, label, labels.palette) for label in maps)])
     for n in range(0, len(rows), 5):
         picture = pictures.sheet(rows[n:n + 5], ("photo", "truth", *mine), names[n:n + 5], height=400)
-        pictures.save_png(folder / f"overlays_{n // 5 + 1}.png", pictures.with_legend(picture, labels.classes, labels.palette))
+        picture = pictures.with_legend(picture, labels.classes, labels.palette)
+        pictures.save_png(folder / f"overlays_{n // 5 + 1}.png", picture)
 
 
 # ------------------------------------------------------------------------------------------------------------- program
@@ -279,8 +294,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", required=True, help="folder with images/ and labels/ of train and val")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--lrs", nargs="+", type=float, default=(1e-3, 2e-3, 4e-3), help="the grid, the same for both; one: no grid")
-    parser.add_argument("--grid-minutes", type=float, default=3)
+    parser.add_argument("--lrs", nargs="+", type=float, default=(1e-3, 2e-3, 4e-3), help="for both; one: no grid")
+    parser.add_argument("--grid-minutes", type=float, default=2)
     parser.add_argument("--minutes", type=float, default=12)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1))
     parser.add_argument("--threads", type=int, default=1)
@@ -290,22 +305,28 @@ def main():
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of configs/custom.yaml; they come first")
     args = parser.parse_intermixed_args()
     Path(args.out).mkdir(parents=True, exist_ok=True)
+    cfg = settings(args)
+    empty = background(cfg)                                # reads the data: its faults show before anything is trained
 
-    several = len(args.lrs) > 1
-    grid = run_all([Job(m, lr, args.seeds[0], args.grid_minutes) for lr in args.lrs for m in args.models], args) if several else []
-    best = {r["model"]: r["lr"] for r in sorted(grid, key=lambda r: r["looks"][-1]["miou"])} or dict.fromkeys(args.models, args.lrs[0])
-    runs = run_all([Job(m, best[m], seed, args.minutes) for seed in args.seeds for m in args.models], args)
+    rates, grid = dict.fromkeys(args.models, args.lrs[0]), []
+    if len(args.lrs) > 1:
+        grid = run_all([Job(m, lr, args.seeds[0], args.grid_minutes) for lr in args.lrs for m in args.models], args)
+        rates = {r["model"]: r["lr"] for r in sorted(grid, key=lambda r: r["looks"][-1]["miou"])}      # the last: best
+    runs = run_all([Job(m, rates[m], seed, args.minutes) for seed in args.seeds for m in args.models], args)
 
-    cfg, folder = settings(args), Path(args.out)
-    empty = background(cfg)
+    text, folder = table(grid, runs, empty, args), Path(args.out)
     checkpoint.write_text(folder / "results.json", json.dumps({
         "torch": torch.__version__, "all_background": empty, "grid": grid, "runs": runs}, indent=1))
     write_csv(folder / "curves.csv", runs, label_set(cfg).classes)
-    text = table(grid, runs, empty, args)
     checkpoint.write_text(folder / "table.txt", text + "\n")
     draw(runs, args)
     print(text)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ERRORS as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
