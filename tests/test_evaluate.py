@@ -284,7 +284,7 @@ def test_a_run_is_not_scored_on_other_classes():
 def test_torchrun_lets_the_options_through():
     """It refuses what might be short for one of its own, as --run is for --run-path on Python 3.11."""
     from torch.distributed.run import parse_args
-    mine = ["--checkpoint", "runs/x", "--tta", "--split", "train", "--batch", "2", "--device", "cpu", "--out", "y", "a=b"]
+    mine = "--checkpoint runs/x --tta --split train --batch 2 --device cpu --out y a=b".split()
     assert parse_args(["--nproc_per_node", "4", "evaluate.py", *mine]).training_script_args == mine
     args = evaluate.arguments(mine)
     assert (args.run, args.tta, args.split, args.batch, args.overrides) == ("runs/x", True, "train", 2, ["a=b"])
