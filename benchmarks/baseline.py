@@ -107,14 +107,15 @@ def prior(width: int = 64) -> nn.ModuleDict:
     def conv(a, b, stride):
         return [nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True)]
     return nn.ModuleDict({
-        "stem": nn.Sequential(*conv(3, width, 2), *conv(width, width, 1), *conv(width, width, 1), nn.MaxPool2d(3, 2, 1)),
+        "stem": nn.Sequential(*conv(3, width, 2), *conv(width, width, 1), *conv(width, width, 1),
+                              nn.MaxPool2d(3, 2, 1)),
         "conv2": nn.Sequential(*conv(width, 2 * width, 2)), "conv3": nn.Sequential(*conv(2 * width, 4 * width, 2)),
         "conv4": nn.Sequential(*conv(4 * width, 4 * width, 2)), "fc1": nn.Conv2d(width, DIM, 1),
         "fc2": nn.Conv2d(2 * width, DIM, 1), "fc3": nn.Conv2d(4 * width, DIM, 1), "fc4": nn.Conv2d(4 * width, DIM, 1)})
 
 
 class ViTAdapterUperNet(nn.Module):
-    """Normalised image (B, 3, H, W) -> logits (B, K, H, W); `grid`: h and w of the position table, that of the image."""
+    """Normalised image (B, 3, H, W) -> logits (B, K, H, W); `grid`: h and w of the position table and the image."""
 
     def __init__(self, classes: int, grid: tuple[int, int]):
         super().__init__()

@@ -5,12 +5,12 @@
     python benchmarks/bench_inference.py --curve           cost against size and batch, to benchmarks/inference.png
 
 Peers: SAM's encoder (segment-anything, transformers), CLIP's image tower with four taps (open_clip, transformers) and
-UperNet's head (transformers): the sum of the fastest of each is a SCHNet without adapter, SRM and FTM. And ViT-Adapter-L
-with UperNet, the paper's baseline, in its official form (baseline.py), to which the fastest CLIP is added. One process,
-one set of weights, the runs alternate. Errors: relative, against this project in fp32: of the parts' outputs, and of
-the whole network's logits, which with SCHNet's weights at its start are the baseline's. Times: wall clock, median and
-quartiles, and processor time divided by the number of threads; ratios are medians over the rounds. Memory: in a fresh
-process per case.
+UperNet's head (transformers): the sum of the fastest of each is a SCHNet without adapter, SRM and FTM. And the paper's
+baseline, ViT-Adapter-L with UperNet, in its official form (baseline.py), to which the fastest CLIP is added. One
+process, one set of weights, the runs alternate. Errors: relative, against this project in fp32: of the parts' outputs,
+and of the whole network's logits, which with SCHNet's weights at its start are the baseline's. Times: wall clock, median
+and quartiles, and processor time divided by the number of threads; ratios are medians over the rounds. Memory: in a
+fresh process per case.
 """
 
 import argparse
@@ -94,13 +94,14 @@ def parts(model: SCHNet, image: torch.Tensor) -> dict:
     state = model.sam.state_dict()
     for name, make in (("SAM, segment-anything", official), ("SAM, transformers", hugging_face)):
         runs[name] = (sam_peer(make, state, grid, LARGE, sam_image), lambda: model.sam(image))
-    table = {"logit_scale": torch.zeros(()), **{f"visual.{k}": v for k, v in model.clip.state_dict().items()}}
-    fitted = resized(table, grid, grid)
+    visual = {f"visual.{name}": tensor for name, tensor in model.clip.state_dict().items()}
+    fitted = resized(visual, grid, grid)
     clip = open_clip.create_model("ViT-B-16-quickgelu", force_image_size=size).visual.eval().requires_grad_(False)
-    clip.load_state_dict({k.removeprefix("visual."): v for k, v in fitted.items() if k != "logit_scale"})
+    clip.load_state_dict({name.removeprefix("visual."): tensor for name, tensor in fitted.items()})
     config = transformers.CLIPVisionConfig(patch_size=16, image_size=size, hidden_act="quick_gelu", projection_dim=512)
     face = transformers.CLIPVisionModelWithProjection(config).eval().requires_grad_(False)
-    face.load_state_dict(hugging_face_names(fitted), strict=False)
+    text = {name: torch.zeros(1, 1) for name in ("logit_scale", "text_projection")}                  # is left out
+    assert not face.load_state_dict(hugging_face_names({**fitted, **text}), strict=False).missing_keys
 
     def open_clip_run():
         return clip.forward_intermediates(clip_image, indices=[3, 5, 7, 11], output_fmt="NLC",
@@ -153,7 +154,7 @@ def compare(size: int, modes: list[str], rounds: int) -> bool:
         with autocast(mode):
             errors = {name: error(run(), wanted[name]) for name, (run, _) in runs.items()}
             times = measure({name: run for name, (run, _) in runs.items()}, rounds)
-        fastest = [min((name for name in runs if name.startswith(part)), key=lambda name: statistics.median(times[name]))
+        fastest = [min((name for name in runs if name.startswith(part)), key=lambda n: statistics.median(t for t, _ in times[n]))
                    for part in ("SAM", "CLIP", "UperNet")]
         sums = {f"{' + '.join(name.split(', ')[0] for name in fastest)}, fastest peers": fastest,
                 f"{BASELINE.split(', ')[0]} + CLIP": [BASELINE, fastest[1]]}
@@ -224,12 +225,12 @@ def one_point(size: int, batch: int, mode: str, rounds: int):
 def draw_curve(modes: list[str], rounds: int, threads: int):
     """Seconds and peak memory against the number of tokens and against the batch."""
     found = {}
-    print(f"{'mode':5}{'px':>6}{'batch':>7}{'tokens':>8}{'wall s / image':>16}{'cpu':>7}{'ms / token':>12}{'MiB of a run':>14}"
-          f"{'KiB / token':>13}")
+    print(f"{'mode':5}{'px':>6}{'batch':>7}{'tokens':>8}{'wall s / image':>16}{'cpu':>7}{'ms / token':>12}"
+          f"{'MiB of a run':>14}{'KiB / token':>13}")
     for mode in modes:
         for size, batch in [(size, 1) for size in SIZES] + [(480, batch) for batch in BATCHES if batch > 1]:
-            command = [sys.executable, __file__, "--point", str(size), str(batch), "--modes", mode, "--rounds", str(rounds),
-                       "--threads", str(threads)]
+            command = [sys.executable, __file__, "--point", str(size), str(batch), "--modes", mode,
+                       "--rounds", str(rounds), "--threads", str(threads)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"error: {size} px, batch {batch}: {done.stderr.strip().splitlines()[-1]}")
@@ -237,8 +238,8 @@ def draw_curve(modes: list[str], rounds: int, threads: int):
             wall, busy = (statistics.median(row[i] for row in rows) for i in (0, 1))
             tokens = (size // 16) ** 2
             found[mode, size, batch] = busy, memory[0]
-            print(f"{mode:5}{size:6}{batch:7}{tokens:8}{wall:16.2f}{busy:7.2f}{1e3 * busy / tokens:12.2f}{memory[0]:14.0f}"
-                  f"{1024 * memory[0] / tokens / batch:13.0f}", flush=True)
+            print(f"{mode:5}{size:6}{batch:7}{tokens:8}{wall:16.2f}{busy:7.2f}{1e3 * busy / tokens:12.2f}"
+                  f"{memory[0]:14.0f}{1024 * memory[0] / tokens / batch:13.0f}", flush=True)
     rows = []
     for xlabel, points in (("tokens: sides of 320, 480, 640, 800, 1024, 1280 px", [(size, 1) for size in SIZES]),
                            ("images of 480 px in a batch", [(480, batch) for batch in BATCHES])):
