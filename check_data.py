@@ -94,7 +94,9 @@ def check(cfg: Config, out: Path) -> int:
         notes += [("photos of val that are in train too", f"{photo} = {other}") for photo, other in shared]
     notes += [("photos that occur twice", f"{photo} = {other}") for photo, other in repeated]
 
-    print("\n\n".join([*(summary(cfg, split) for split in splits), frequencies(splits, labels)]))
+    print("\n\n".join(summary(cfg, split) for split in splits))
+    if any(split.good() for split in splits):
+        print("\n" + frequencies(splits, labels))
     for what in dict.fromkeys(what for what, _ in notes):
         files = [file for kind, file in notes if kind == what]
         print(f"\nnote, {what}: {len(files)}\n  " + "\n  ".join(files[:5] + ["..."] * (len(files) > 5)))

@@ -80,7 +80,8 @@ def find_split(cfg: Config, split: str) -> Place:
     try:
         os.scandir(root).close()
     except OSError as error:
-        raise DataError(f"data_root {root}: {error.strerror.lower()}") from None
+        raise DataError(f"data_root {root}: {error.strerror.lower()} "
+                        "(data_root=/path/to/it says where the data is)") from None
     images_at, labels_at, lists_at = _candidates(cfg, split)
     images = _first(root, images_at, os.path.isdir)
     labels = _first(root, labels_at, os.path.isdir)
