@@ -1,6 +1,7 @@
 """SAM's image encoder (ViT-L, random weights): this project beside segment-anything and transformers.
 
-    python benchmarks/bench_encoders.py                    480 and 1024 px, fp32 and bf16 autocast, with peak memory
+    python benchmarks/bench_encoders.py                    480 px, fp32 and bf16 autocast, with peak memory
+    python benchmarks/bench_encoders.py --sizes 1024 --rounds 3
     python benchmarks/bench_encoders.py --backward         forward and backward to the image through frozen weights
     python benchmarks/bench_encoders.py --curve            cost against size and batch, to benchmarks/encoders.png
 
@@ -176,7 +177,7 @@ def draw_curve(args: argparse.Namespace, state: dict[str, torch.Tensor]):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[480, 1024])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[480])
     parser.add_argument("--modes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     for name, value in (("batch", 1), ("threads", 2), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=value)

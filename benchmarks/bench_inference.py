@@ -154,7 +154,8 @@ def compare(size: int, modes: list[str], rounds: int) -> bool:
         with autocast(mode):
             errors = {name: error(run(), wanted[name]) for name, (run, _) in runs.items()}
             times = measure({name: run for name, (run, _) in runs.items()}, rounds)
-        fastest = [min((name for name in runs if name.startswith(part)), key=lambda n: statistics.median(t for t, _ in times[n]))
+        medians = {name: statistics.median(wall for wall, _ in of_rounds) for name, of_rounds in times.items()}
+        fastest = [min((name for name in runs if name.startswith(part)), key=medians.get)
                    for part in ("SAM", "CLIP", "UperNet")]
         sums = {f"{' + '.join(name.split(', ')[0] for name in fastest)}, fastest peers": fastest,
                 f"{BASELINE.split(', ')[0]} + CLIP": [BASELINE, fastest[1]]}
