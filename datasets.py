@@ -250,7 +250,7 @@ def _raise_faults(loader: DataLoader):
 
 def _start_worker(_):
     cv2.setNumThreads(0)                                   # the workers are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)           # both are sent to all processes at once: the main one decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)           # both are sent to all processes: the main one decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)          # what is still done, and ends its workers
 
 

@@ -17,7 +17,6 @@ import warnings
 from pathlib import Path
 
 import cv2
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -519,7 +519,7 @@ def test_a_killed_worker_is_one_line(tmp_path):
     next(loader)
     worker, = set(multiprocessing.active_children()) - others
     os.kill(worker.pid, signal.SIGKILL)
-    time.sleep(0.5)                                        # the main process is busy elsewhere: nothing may be raised here
+    time.sleep(0.5)                                        # the main process is busy: nothing may be raised here
     with pytest.raises(DataError, match="fewer workers") as error:
         for _ in itertools.islice(loader, 100):
             pass
