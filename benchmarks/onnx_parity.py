@@ -4,9 +4,9 @@
 
 What starts at zero (the last projections of SRM and FTM, the injectors' gammas) would hide a wrong translation of what
 stands before it, so it gets random numbers too. The classifier is scaled to logits as trained networks have them: with
-100 times as large ones PyTorch's own fp32 differs from its fp64 by more than what is asked for. The files (1.9 GB each
-at full size) are deleted after each size. Full size: 7 GB of memory, a minute or two of one core a size. For a trained run,
-`python export.py --run RUN --size HxW` does the same comparison before the file gets its name.
+30 times as large ones PyTorch's own fp32 differs from its fp64 by more than what is asked for. The files (1.9 GB each
+at full size) are deleted after each size. Full size: 7 GB of memory, a minute or two of one core for each size. For a
+trained run, `python export.py --run RUN --size HxW` does the same comparison before the file gets its name.
 """
 
 import argparse
