@@ -100,7 +100,7 @@ def main() -> int:
                 ratio = statistics.median(t / ours for t, ours in zip(seconds, times[OURS]))
                 mode = f"{'train' if train else 'eval'} {batch} {'bf16' if half else 'fp32'}"
                 print(f"{name:14}{mode:14}{median:9.0f}{low:10.0f}{high:10.0f}{errors[name]:10.1e}{ratio:13.2f}")
-            # A ReLU's slope jumps: one of a hundred thousand inputs within rounding of zero changes the gradients by 1e-3.
+            # A ReLU's slope jumps: one input within rounding of zero changes the gradients by 1e-3.
             ok &= errors[OURS] <= max(2 * errors[PEER], 1e-2 if train else 1e-5)
     return 0 if ok else 1
 
