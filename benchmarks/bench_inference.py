@@ -246,7 +246,7 @@ def draw_curve(modes: list[str], rounds: int, threads: int):
                            ("images of 480 px in a batch", [(480, batch) for batch in BATCHES])):
         x = [batch if "batch" in xlabel else (size // 16) ** 2 for size, batch in points]
         panels = {title: {mode: (x, [found[mode, *point][i] for point in points]) for mode in modes}
-                  for i, title in enumerate(("seconds per image", "MiB of a run, above the weights"))}
+                  for i, title in enumerate(("s per image (processor / threads)", "MiB of a run, above the weights"))}
         rows.append(curves(panels, xlabel))
     save_png(ROOT / "benchmarks" / "inference.png", np.vstack(rows))
 
