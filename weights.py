@@ -75,7 +75,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise _unreadable(path, error) from None
     except Exception as error:                             # a damaged file can raise anything at all
         refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        raise _refused(path, refused[1]) if refused else _damaged(path, error) from None
+        if refused and not _breaks_off_in(path, refused[1]):
+            raise _refused(path, refused[1]) from None
+        raise _damaged(path, error) from None
     for key in ("state_dict", "model"):
         if isinstance(values, dict) and isinstance(values.get(key), dict):
             values = values[key]
@@ -179,6 +181,15 @@ def _damaged(path: Path, error: Exception) -> WeightsError:
         if spec.name == path.name and spec.bytes != size:
             reason = f"it has {size:,} bytes, the official file {spec.bytes:,}"
     return WeightsError(f"{path}: is damaged or cut off ({reason or type(error).__name__}); {AGAIN}")
+
+
+def _breaks_off_in(path: Path, name: str) -> bool:
+    """Whether the file ends in the middle of the name that its pickle asks for: the reader takes the last letter for the
+    end of the line."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 200))
+        last = file.read().rpartition(b"\n")[2]
+    return name.endswith(".") or len(last) > 1 and name.endswith("." + last[:-1].decode("latin-1"))
 
 
 def _refused(path: Path, name: str) -> WeightsError:

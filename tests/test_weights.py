@@ -170,6 +170,14 @@ def broken_files(witness):
     }
 
 
+def test_a_legacy_file_cut_anywhere_is_damaged(tmp_path):
+    legacy, path = formats()["legacy.pth"], tmp_path / "cut.pt"
+    for size in range(20, len(legacy) - 1):
+        path.write_bytes(legacy[:size])
+        with pytest.raises(WeightsError, match="is damaged or cut off"):
+            read_tensors(path)
+
+
 def test_broken_files_end_in_one_line(tmp_path):
     witness = tmp_path / "executed"
     cases = broken_files(witness)
