@@ -14,6 +14,7 @@ fresh process per case.
 """
 
 import argparse
+import dataclasses
 import os
 import re
 import statistics
@@ -30,9 +31,9 @@ import torch  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from augment import flip_order  # noqa: E402
 from config import load_config  # noqa: E402
 from datasets import LABEL_SETS  # noqa: E402
-from augment import flip_order  # noqa: E402
 from evaluate import predict  # noqa: E402
 from model import SCHNet, build_model  # noqa: E402
 from pictures import save_png  # noqa: E402
@@ -181,7 +182,7 @@ def augmented(modes: list[str], rounds: int) -> bool:
     scales, order = (0.75, 1.0, 1.25, 1.5), flip_order(20, LIP.flip_pairs)
     model = schnet()
     for mode in modes:
-        model.cfg.precision = mode
+        model.cfg = dataclasses.replace(model.cfg, precision=mode)
         found, runs = {}, {}
 
         def keep(name, *args):
