@@ -240,7 +240,7 @@ def _init_linears(module: nn.Module):
             nn.init.zeros_(m.bias)
 
 
-def _zero(*linears: nn.Linear):
-    for linear in linears:
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
+def _zero(*layers: nn.Linear):
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
