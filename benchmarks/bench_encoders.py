@@ -187,6 +187,8 @@ def main() -> int:
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the processes for memory")
     parser.add_argument("--memory-of", choices=NAMES, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds: quartiles need at least 2")
     torch.set_num_threads(args.threads)
     if args.memory_of:
         return report_memory(args) or 0
