@@ -5,7 +5,7 @@
 
 A picture is a pure function of (seed, index, size): nothing is stored, and no byte depends on the process or on threads
 (of OpenCV only polygons, and the resizing and blur of 8-bit pictures, which are exact). `skeleton.py` poses the people,
-`person.py` dresses and paints them; here is what surrounds them.
+`person.py` dresses them, `canvas.py` paints; here is what surrounds them.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from person import BACKGROUND, SKINS, Canvas, Person, any_cloth, any_colour, jitter
+from canvas import BACKGROUND, SKINS, Canvas, any_cloth, any_colour, jitter
+from person import Person
 from skeleton import Dice, Figure
 
 
