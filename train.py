@@ -29,7 +29,7 @@ import checkpoint
 from checkpoint import CheckpointError
 from config import Config, load_config
 from datasets import BatchOrder, end_workers, label_set, open_split, train_loader
-from evaluate import autocast, evaluate_split, predict_labels, scores
+from evaluate import autocast, evaluate_split, predict_labels, scores, store_frozen
 from losses import parsing_loss
 from model import SCHNet, build_model
 from processes import StopSignal, TrainingError, World, end_with, memory
@@ -75,11 +75,12 @@ def prepare(model: SCHNet, cfg: Config, world: World) -> tuple[nn.Module, torch.
     """The model on its device: what is called in training, its optimiser, and the scaler that fp16 needs."""
     if world.size > 1 and world.device.type == "cuda" and cfg.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    store_frozen(model, cfg.precision)
     model.to(world.device)
     network = torch.compile(model) if cfg.compile else model
     if world.size > 1:                                                   # a size of 1 needs no matching stride
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        network = DistributedDataParallel(network)
+        network = DistributedDataParallel(network, broadcast_buffers=False)          # `validate` shares BatchNorm's
     optimizer = torch.optim.AdamW(param_groups(model), lr=cfg.lr, betas=cfg.betas, fused=True)
     return network, optimizer, torch.amp.GradScaler(world.device.type, enabled=cfg.precision == "fp16")
 
