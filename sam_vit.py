@@ -193,7 +193,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, patch, patch)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.proj(image).permute(0, 2, 3, 1)
+        return self.proj(image).permute(0, 2, 3, 1).contiguous()       # or every sum to come inherits (B, C, h, w)
 
 
 class SAMViT(nn.Module):

@@ -9,10 +9,12 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import checkpoint
+import evaluate
 import model as model_file
 import weights
 from checkpoint import CheckpointError
@@ -60,6 +62,16 @@ def test_a_restored_network_is_the_one_that_was_saved(saved):
 def test_overrides_reach_the_restored_network(saved):
     model, _ = checkpoint.restore(checkpoint.read(saved), saved, ["precision=bf16", "data_root=/else"])
     assert model.cfg.precision == "bf16" and model.cfg.data_root == "/else"
+
+
+def test_frozen_weights_in_half_precision_predict_the_same(saved):
+    """As from fp32 weights under autocast, to the last bit; what was trained stays in fp32."""
+    model, _ = checkpoint.restore(checkpoint.read(saved), saved, ["precision=bf16"])
+    half, _, _ = evaluate.load_run(saved, ["precision=bf16"], "cpu")
+    stored = [name for name, p in half.named_parameters() if p.dtype == torch.bfloat16]
+    assert len(stored) == 8 * 4 and all(name.startswith(("sam.blocks", "clip.transformer")) for name in stored)
+    image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    assert torch.equal(*(evaluate.predict(network, image, (1.0, 1.5), ()) for network in (model, half)))
 
 
 def test_the_newest_is_kept_and_the_one_before_it(tmp_path):

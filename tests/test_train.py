@@ -16,7 +16,7 @@ from config import Config, load_config
 from datasets import BatchOrder
 from model import build_model
 from processes import in_one_line
-from tiny import assert_same_run, gradients, logged, make_config, worst
+from tiny import assert_same_run, differences, gradients, logged, make_config, worst
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -246,6 +246,24 @@ def test_frozen_encoders_resume_exactly(config, tmp_path):
     train.main([*argv, f"out={tmp_path / 'whole'}"])
     kill_and_resume(argv, tmp_path / "run", at=3)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("precision", ("bf16", "fp16"))
+def test_frozen_weights_in_half_precision_change_nothing(config, tmp_path, monkeypatch, precision):
+    """They are what autocast makes of them at each use; a resumed run goes on with the same bits."""
+    argv = ["--cfg", config, "freeze=true", f"precision={precision}"]
+    train.main([*argv, f"out={tmp_path / 'half'}"])
+    kill_and_resume(argv, tmp_path / "resumed", at=2)
+    assert_same_run(tmp_path / "resumed", tmp_path / "half")
+    monkeypatch.setattr(train, "store_frozen", lambda model, precision: None)
+    train.main([*argv, f"out={tmp_path / 'single'}"])
+    half, single = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("half", "single"))
+    stored = [name for name, tensor in half["model"].items() if tensor.dtype != torch.float32
+              and single["model"][name].dtype == torch.float32]
+    assert len(stored) == 8 * 4 and all(name.startswith(("sam.blocks", "clip.transformer")) for name in stored)
+    for name in stored:                                    # 4 linear layers in each of 4 + 4 blocks
+        single["model"][name] = single["model"][name].to(half["model"][name].dtype)
+    assert differences(half, single) == [] and logged(tmp_path / "half") == logged(tmp_path / "single")
 
 
 def test_fp16_saves_its_scaler(config, tmp_path, monkeypatch):
