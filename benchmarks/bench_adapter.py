@@ -11,12 +11,11 @@ the same run. Times: wall clock, median and quartiles; the last column is the me
 """
 
 import argparse
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
+from timing import alternate, figures
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -73,19 +72,6 @@ def whole(form, net, image, tokens, half):
         return net.fuse(c1, c, outs)
 
 
-def measure(run, args: tuple, rounds: int) -> dict[str, list[float]]:
-    times = {name: [] for name in FORMS}
-    for n in range(rounds + 2):                            # two to warm up
-        for name in list(FORMS)[::1 if n % 2 else -1]:
-            start = time.perf_counter()
-            out = run(FORMS[name], *args)
-            if out[0].is_cuda:
-                torch.cuda.synchronize()
-            if n >= 2:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
 def cases(args: argparse.Namespace):
     """(name, function, its arguments, allowed relative disagreement)"""
     h = w = args.size // 16
@@ -117,11 +103,10 @@ def main() -> int:
     for case, run, inputs, allowed in cases(args):
         pairs = zip(run(FORMS[PEER], *inputs), run(FORMS[OURS], *inputs), strict=True)
         differs = max(((a - b).norm() / a.norm()).item() for a, b in pairs)
-        times = measure(run, inputs, args.rounds)
-        for name, seconds in times.items():
-            low, median, high = (1e3 * q for q in statistics.quantiles(seconds, n=4))
-            ratio = statistics.median(t / ours for t, ours in zip(seconds, times[OURS]))
-            print(f"{name:14}{case:22}{median:9.1f}{low:10.1f}{high:10.1f}{differs:10.1e}{ratio:13.2f}")
+        runs = {name: lambda form=form: run(form, *inputs) for name, form in FORMS.items()}
+        for name, of in figures(alternate(runs, args.rounds, warm=2)).items():
+            print(f"{name:14}{case:22}{1e3 * of.median:9.1f}{1e3 * of.low:10.1f}{1e3 * of.high:10.1f}{differs:10.1e}"
+                  f"{of.ratio:13.2f}")
         ok &= differs <= allowed
     return 0 if ok else 1
 

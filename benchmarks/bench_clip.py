@@ -1,20 +1,21 @@
 """CLIP's image tower with class embedding and four taps: this project beside open_clip and transformers.
 
     python benchmarks/bench_clip.py [--size 480] [--batch 1] [--threads 2] [--rounds 15] [--device cpu]
+                                    [--kept]
 
 One process, the same random weights in all three, the runs alternate so that noise hits all alike. Position tables of the
 peers are made for the size beforehand; open_clip's blocks are OpenAI's (nn.MultiheadAttention). Every output is compared
 with ours in fp32 before anything is timed. Times: wall clock, median and quartiles; the last column is the median of the
-ratios within a round.
+ratios within a round. Under autocast our frozen weights are kept in bf16, as in training and prediction; the peers keep
+fp32, as they come, and round them at each use, unless --kept.
 """
 
 import argparse
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
+from timing import alternate, figures
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -25,12 +26,14 @@ import transformers  # noqa: E402
 from test_clip_vit import MEAN, STD, error, hugging_face_names, random_state, resized  # noqa: E402
 
 from clip_vit import CLIP  # noqa: E402
+from evaluate import store_frozen  # noqa: E402
 
+OURS = "this project"
 TAPS = (3, 5, 7, 11)
 
 
-def towers(size: int, device: str) -> dict:
-    """name -> function of an image in [0, 1] that returns (class embedding, four taps (B, N, D))."""
+def build(size: int, device: str) -> dict:
+    """name -> (model, function of an image in [0, 1] that returns (class embedding, four taps (B, N, D)))."""
     clip = CLIP().eval().requires_grad_(False)
     state = random_state(clip)
     clip.load_state_dict(state)
@@ -57,20 +60,7 @@ def towers(size: int, device: str) -> dict:
         taps = [out.hidden_states[tap + 1][:, 1:] for tap in TAPS]
         return torch.nn.functional.normalize(out.image_embeds, dim=-1), taps
 
-    return {"this project": ours, "open_clip": theirs, "transformers": face_run}
-
-
-def measure(runs: dict, image: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    times = {name: [] for name in runs}
-    for n in range(rounds + 2):                            # two to warm up
-        for name in list(runs)[n % len(runs):] + list(runs)[:n % len(runs)]:
-            start = time.perf_counter()
-            runs[name](image)
-            if image.is_cuda:
-                torch.cuda.synchronize()
-            if n >= 2:
-                times[name].append(time.perf_counter() - start)
-    return times
+    return {OURS: (visual, ours), "open_clip": (peer, theirs), "transformers": (face, face_run)}
 
 
 def disagreement(runs: dict, image: torch.Tensor, reference) -> dict[str, float]:
@@ -88,23 +78,27 @@ def main() -> int:
     for name, value in (("size", 480), ("batch", 1), ("threads", 2), ("rounds", 15)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--kept", action="store_true", help="the peers' frozen weights are kept in bf16, as ours are")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     image = torch.rand(args.batch, 3, args.size, args.size, device=args.device)
-    runs = towers(args.size, args.device)
-    reference = runs["this project"](image)
+    towers = build(args.size, args.device)
+    runs = {name: run for name, (_, run) in towers.items()}
+    reference = runs[OURS](image)
     ok = True
     print(f"torch {torch.__version__}, {args.device}, {args.threads} threads, {args.batch} x {args.size} px, ms")
     print(f"{'':14}{'':6}{'median':>9}{'quartiles':>18}{'error':>10}{'time / ours':>13}")
     for mode, allowed in (("fp32", 1e-5), ("bf16", 0.05)):
+        for name, (model, _) in towers.items():
+            if mode == "bf16" and (name == OURS or args.kept):
+                store_frozen(model, mode)
         with torch.autocast(args.device, torch.bfloat16, enabled=mode == "bf16"):
             errors = disagreement(runs, image, reference)
-            times = measure(runs, image, args.rounds)
-        for name, seconds in times.items():
-            low, median, high = (1e3 * q for q in statistics.quantiles(seconds, n=4))
-            ratio = statistics.median(t / ours for t, ours in zip(seconds, times["this project"]))
-            print(f"{name:14}{mode:6}{median:9.1f}{low:9.1f}{high:9.1f}{errors[name]:10.1e}{ratio:13.2f}")
+            times = alternate({name: lambda run=run: run(image) for name, run in runs.items()}, args.rounds, warm=2)
+        for name, of in figures(times).items():
+            print(f"{name:14}{mode:6}{1e3 * of.median:9.1f}{1e3 * of.low:9.1f}{1e3 * of.high:9.1f}{errors[name]:10.1e}"
+                  f"{of.ratio:13.2f}")
             ok &= errors[name] <= allowed
     return 0 if ok else 1
 

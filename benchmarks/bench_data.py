@@ -10,14 +10,13 @@ it; the retries are therefore off, and measured in a line of their own. Needs `p
 
 import argparse
 import dataclasses
-import statistics
 import sys
-import time
 import warnings
 from pathlib import Path
 
 import cv2
 import torch
+from timing import alternate, figures
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -63,27 +62,13 @@ def read_peer(photo: Path, label: Path):
             cv2.imread(str(label), cv2.IMREAD_UNCHANGED))
 
 
-def seconds(work, count: int) -> float:
-    start = time.process_time()
-    for i in range(count):
-        work(i)
-    return (time.process_time() - start) / count
-
-
 def compare(title: str, work: dict, count: int, rounds: int):
-    for one in work.values():
-        seconds(one, count)                                # warm up
-    taken = {name: [] for name in work}
-    for _ in range(rounds):
-        for name, one in work.items():
-            taken[name].append(seconds(one, count))
-    first = next(iter(work))
+    """Every photo through each of `work` in every round; processor time counts."""
+    runs = {name: lambda one=one: [one(i) for i in range(count)] for name, one in work.items()}
     print(title)
-    for name, times in taken.items():
-        pairs = [theirs / mine for theirs, mine in zip(times, taken[first])]
-        middle = statistics.median(times)
-        print(f"  {name:<34} {1 / middle:7.0f} samples/s {middle * 1e3:7.3f} ms"
-              + ("" if name == first else f"   ours is {statistics.median(pairs):.2f} times as fast"))
+    for name, of in figures(alternate(runs, rounds)).items():
+        print(f"  {name:<34} {count / of.cpu:7.0f} samples/s {1e3 * of.cpu / count:7.3f} ms"
+              + ("" if name == next(iter(work)) else f"   ours is {of.cpu_ratio:.2f} times as fast"))
 
 
 def main():

@@ -3,27 +3,24 @@
     python benchmarks/bench_encoders.py                    480 px, fp32 and bf16 autocast, with peak memory
     python benchmarks/bench_encoders.py --sizes 1024 --rounds 3
     python benchmarks/bench_encoders.py --backward         forward and backward to the image through frozen weights
-    python benchmarks/bench_encoders.py --curve            cost against size and batch, to benchmarks/encoders.png
 
 One process and one set of weights for all three; the peers are built for the size, without their necks, and get
 position tables that already fit. The runs alternate, so that noise hits all alike, and every output (of layers 6 12 18
 24, with --backward the gradient too) is compared with segment-anything's in fp32. Times per image: wall clock, median
 and quartiles, and processor time divided by the number of threads, which says more on a machine that does other things
 too; ratios are medians over the rounds. Peak memory is measured in a fresh process per case. CLIP: bench_clip.py.
+
+Under autocast our frozen weights are kept in bf16, as in training and prediction; the peers keep fp32, as they come, and
+round them at each use, unless --kept.
 """
 
 import argparse
-import os
-import re
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")        # processor time then counts work, not threads that wait
-
-import torch  # noqa: E402
+import torch
+from timing import alternate, figures, forget_peak, resident
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -31,12 +28,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import conftest  # noqa: E402, F401                        torchvision beside a CPU-only torch, for the peers
 from test_sam_vit import LARGE, MEAN, STD, build, error, hugging_face, official, random_state  # noqa: E402
 
-from pictures import save_png  # noqa: E402
-from plots import curves  # noqa: E402
+from evaluate import store_frozen  # noqa: E402
 from sam_vit import SAMViT, expand_relative  # noqa: E402
 
 NAMES = ("this project", "segment-anything", "transformers")
-PEER_LIMIT = 1024                                          # above, their N x N arrays need more than many machines have
 
 
 def weights(device: str) -> dict[str, torch.Tensor]:
@@ -45,10 +40,12 @@ def weights(device: str) -> dict[str, torch.Tensor]:
     return {name: tensor.to(device) for name, tensor in random_state(model).items()}
 
 
-def encoder(name: str, state: dict[str, torch.Tensor], size: int):
+def encoder(name: str, state: dict[str, torch.Tensor], size: int, mode: str, kept: bool):
     """A function of an image in [0, 1] that returns the outputs of layers 6 12 18 24, (B, h, w, C) each."""
-    if name == "this project":
-        return build(state, **LARGE).to(state["pos_embed"].device)
+    if name == NAMES[0]:
+        model = build(state, **LARGE).to(state["pos_embed"].device).requires_grad_(False)
+        store_frozen(model, mode)
+        return model
     grid = size // 16
     fitted = dict(state)
     for key, table in state.items():                       # row i, column 0 of the expanded table is distance i, ...
@@ -58,6 +55,8 @@ def encoder(name: str, state: dict[str, torch.Tensor], size: int):
     make = official if name == "segment-anything" else hugging_face
     model, blocks = make(fitted, grid, grid, **{**LARGE, "grid": grid})
     model.requires_grad_(False)
+    if kept:
+        store_frozen(model, mode)
     outs = []
     for block in list(blocks)[5::6]:
         block.register_forward_hook(lambda module, args, out: outs.append(out[0] if isinstance(out, tuple) else out))
@@ -83,24 +82,12 @@ def step(run, image: torch.Tensor, mode: str, backward: bool) -> list[torch.Tens
     return outs
 
 
-def measure(runs: dict, image: torch.Tensor, mode: str, backward: bool, rounds: int) -> dict[str, list[tuple]]:
-    """Seconds per image, (wall clock, processor / threads), of every round after the first; who begins changes."""
-    times, scale = {name: [] for name in runs}, 1 / len(image)
-    for n in range(rounds + 1):
-        for name in list(runs)[n % len(runs):] + list(runs)[:n % len(runs)]:
-            wall, busy = time.perf_counter(), time.process_time()
-            step(runs[name], image, mode, backward)
-            wall, busy = time.perf_counter() - wall, time.process_time() - busy
-            if n:
-                times[name].append((wall * scale, busy * scale / torch.get_num_threads()))
-    return times
-
-
 def peak_memory(name: str, args: argparse.Namespace, size: int, mode: str) -> tuple[float, float]:
     """MiB at the peak of a run in a fresh process: in all, and above what it held before."""
     command = [sys.executable, __file__, "--memory-of", name, "--sizes", str(size), "--modes", mode, "--batch",
                str(args.batch), "--threads", str(args.threads), "--device", args.device]
-    done = subprocess.run(command + ["--backward"] * args.backward, capture_output=True, text=True)
+    command += ["--backward"] * args.backward + ["--kept"] * args.kept
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"error: {name} at {size} px: {done.stderr.strip().splitlines()[-1]}")
     return tuple(float(number) for number in done.stdout.split())
@@ -109,18 +96,19 @@ def peak_memory(name: str, args: argparse.Namespace, size: int, mode: str) -> tu
 def report_memory(args: argparse.Namespace):
     """The child's side of `peak_memory`."""
     size, mode = args.sizes[0], args.modes[0]
-    run = encoder(args.memory_of, weights(args.device), size)
+    state = weights(args.device)
+    run = encoder(args.memory_of, state, size, mode if args.kept else "fp32", args.kept)
+    del state
+    if args.memory_of == NAMES[0]:                         # only now: what it leaves behind is free for the next layer
+        store_frozen(run, mode)
     if args.device == "cpu":
-        before = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-        Path("/proc/self/clear_refs").write_text("5")      # the peak starts anew
+        before = resident()
+        forget_peak()
     else:
         before = torch.cuda.memory_allocated() / 2 ** 20
         torch.cuda.reset_peak_memory_stats()
     step(run, torch.rand(args.batch, 3, size, size, device=args.device), mode, args.backward)
-    if args.device == "cpu":
-        peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-    else:
-        peak = torch.cuda.max_memory_allocated() / 2 ** 20
+    peak = resident("VmHWM") if args.device == "cpu" else torch.cuda.max_memory_allocated() / 2 ** 20
     print(peak, peak - before)
 
 
@@ -130,49 +118,19 @@ def compare(args: argparse.Namespace, state: dict[str, torch.Tensor]) -> bool:
     print(f"{'px':>4} {'mode':5}{'':18}{'wall s':>8}{'quartiles':>15}{'cpu s':>8}{'time / ours: wall':>19}{'cpu':>6}"
           f"{'error':>9}{'peak MiB':>10}{'run':>7}")
     for size in args.sizes:
-        runs = {name: encoder(name, state, size) for name in NAMES}
         image = torch.rand(args.batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(args.device)
-        reference = step(runs["segment-anything"], image, "fp32", args.backward)
+        reference = step(encoder("segment-anything", state, size, "fp32", False), image, "fp32", args.backward)
         for mode in args.modes:
-            errors = {name: error(step(run, image, mode, args.backward), reference) for name, run in runs.items()}
-            times = measure(runs, image, mode, args.backward, args.rounds)
-            for name, rounds in times.items():
-                low, median, high = statistics.quantiles([wall for wall, _ in rounds], n=4)
-                cpu = statistics.median(busy for _, busy in rounds)
-                wall_ratio, cpu_ratio = (statistics.median(a[i] / b[i] for a, b in zip(rounds, times["this project"]))
-                                         for i in (0, 1))
+            nets = {name: encoder(name, state, size, mode, args.kept) for name in NAMES}
+            errors = {name: error(step(net, image, mode, args.backward), reference) for name, net in nets.items()}
+            runs = {name: lambda net=net: step(net, image, mode, args.backward) for name, net in nets.items()}
+            for name, of in figures(alternate(runs, args.rounds)).items():
                 peak, own = peak_memory(name, args, size, mode) if args.memory else (float("nan"),) * 2
-                print(f"{size:4} {mode:5}{name:18}{median:8.2f}{low:7.2f}-{high:6.2f}{cpu:9.2f}{wall_ratio:19.2f}"
-                      f"{cpu_ratio:6.2f}{errors[name]:9.0e}{peak:10.0f}{own:7.0f}", flush=True)
+                low, median, high, cpu = (seconds / args.batch for seconds in of[:4])
+                print(f"{size:4} {mode:5}{name:18}{median:8.2f}{low:7.2f}-{high:6.2f}{cpu:9.2f}{of.ratio:19.2f}"
+                      f"{of.cpu_ratio:6.2f}{errors[name]:9.0e}{peak:10.0f}{own:7.0f}", flush=True)
                 fine &= errors[name] <= allowed[mode]
     return fine
-
-
-def draw_curve(args: argparse.Namespace, state: dict[str, torch.Tensor]):
-    """Seconds, and peak memory of a run, against the side of the image and against the batch."""
-    panels = {}
-    cases = {"size": [(size, 1) for size in (320, 480, 640, 800, 960, 1120, 1280)],
-             "batch": [(480, batch) for batch in (1, 2, 4, 8)]}
-    for what, points in cases.items():
-        for mode in args.modes:
-            seconds, memory = {}, {}
-            for size, args.batch in points:
-                runs = {name: encoder(name, state, size) for name in NAMES if name == NAMES[0] or size <= PEER_LIMIT}
-                image = torch.rand(args.batch, 3, size, size, device=args.device)
-                times = measure(runs, image, mode, args.backward, args.rounds)
-                for name, rounds in times.items():
-                    x = size if what == "size" else args.batch
-                    busy = statistics.median(cpu if args.device == "cpu" else wall for wall, cpu in rounds)
-                    seconds.setdefault(name, ([], []))
-                    memory.setdefault(name, ([], []))
-                    for series, value in ((seconds, busy), (memory, peak_memory(name, args, size, mode)[1])):
-                        series[name][0].append(x)
-                        series[name][1].append(value)
-                    mib = memory[name][1][-1]
-                    print(f"{what} {x} {mode} {name}: {busy:.2f} s per image, {mib:.0f} MiB", flush=True)
-            panels[f"{mode}, s per image against {what}"] = seconds
-            panels[f"{mode}, MiB of a run against {what}"] = memory
-    save_png(ROOT / "benchmarks" / "encoders.png", curves(panels, "side of the image in pixels; images in the batch"))
 
 
 def main() -> int:
@@ -183,7 +141,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backward", action="store_true", help="also the gradient of the image")
-    parser.add_argument("--curve", action="store_true", help="cost against size and batch instead of the table")
+    parser.add_argument("--kept", action="store_true", help="the peers' frozen weights are kept in bf16, as ours are")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the processes for memory")
     parser.add_argument("--memory-of", choices=NAMES, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -193,11 +151,8 @@ def main() -> int:
     if args.memory_of:
         return report_memory(args) or 0
     print(f"torch {torch.__version__}, {args.device}, {args.threads} threads, batch {args.batch}, {args.rounds} rounds"
-          + ", with backward" * args.backward)
-    state = weights(args.device)
-    if args.curve:
-        return draw_curve(args, state) or 0
-    return 0 if compare(args, state) else 1
+          + ", with backward" * args.backward + ", peers' weights kept in bf16" * args.kept)
+    return 0 if compare(args, weights(args.device)) else 1
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ image of 96 px. Times: wall clock, median and quartiles; the last column is the 
 
 import argparse
 import copy
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
+from timing import alternate, figures
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -65,19 +64,6 @@ def disagreement(nets: dict, batch: int, device: str, train: bool, half: bool) -
     return errors
 
 
-def measure(nets: dict, maps: dict, train: bool, half: bool, rounds: int) -> dict[str, list[float]]:
-    times = {name: [] for name in nets}
-    for n in range(rounds + 1):                            # one to warm up
-        for name in list(nets)[::1 if n % 2 else -1]:
-            start = time.perf_counter()
-            run(nets[name], maps[name], train, half)
-            if maps[name][0].is_cuda:
-                torch.cuda.synchronize()
-            if n:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name, value in (("size", 480), ("batch", 1), ("train-batch", 2), ("threads", 2), ("rounds", 7)):
@@ -94,12 +80,11 @@ def main() -> int:
         for half in (False, True):
             errors = disagreement(nets, max(batch, 4) if train else batch, args.device, train, half)
             maps = {name: features(name, batch, args.size, args.device, train) for name in nets}
-            times = measure(nets, maps, train, half, args.rounds)
-            for name, seconds in times.items():
-                low, median, high = (1e3 * q for q in statistics.quantiles(seconds, n=4))
-                ratio = statistics.median(t / ours for t, ours in zip(seconds, times[OURS]))
-                mode = f"{'train' if train else 'eval'} {batch} {'bf16' if half else 'fp32'}"
-                print(f"{name:14}{mode:14}{median:9.0f}{low:10.0f}{high:10.0f}{errors[name]:10.1e}{ratio:13.2f}")
+            runs = {name: lambda name=name: run(nets[name], maps[name], train, half) for name in nets}
+            mode = f"{'train' if train else 'eval'} {batch} {'bf16' if half else 'fp32'}"
+            for name, of in figures(alternate(runs, args.rounds)).items():
+                print(f"{name:14}{mode:14}{1e3 * of.median:9.0f}{1e3 * of.low:10.0f}{1e3 * of.high:10.0f}"
+                      f"{errors[name]:10.1e}{of.ratio:13.2f}", flush=True)
             # A ReLU's slope jumps: one input within rounding of zero changes the gradients by 1e-3.
             ok &= errors[OURS] <= max(2 * errors[PEER], 1e-2 if train else 1e-5)
     return 0 if ok else 1

@@ -10,23 +10,19 @@ baseline, ViT-Adapter-L with UperNet, in its official form (baseline.py), to whi
 process, one set of weights, the runs alternate. Errors: relative, against this project in fp32: of the parts' outputs,
 and of the whole network's logits, which with SCHNet's weights at its start are the baseline's. Times: wall clock, median
 and quartiles, and processor time divided by the number of threads; ratios are medians over the rounds. Memory: in a
-fresh process per case.
+fresh process per case. Under autocast our frozen weights are kept in bf16, as in training and prediction.
 """
 
 import argparse
 import dataclasses
-import os
-import re
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")        # processor time then counts work, not threads that wait
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
+from timing import alternate, figures, forget_peak, resident
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -34,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from augment import flip_order  # noqa: E402
 from config import load_config  # noqa: E402
 from datasets import LABEL_SETS  # noqa: E402
-from evaluate import predict  # noqa: E402
+from evaluate import predict, store_frozen  # noqa: E402
 from model import SCHNet, build_model  # noqa: E402
 from pictures import save_png  # noqa: E402
 from plots import curves  # noqa: E402
@@ -44,31 +40,18 @@ LIP = LABEL_SETS["lip"]
 SIZES, BATCHES = (320, 480, 640, 800, 1024, 1280), (1, 2, 4)
 
 
-def schnet(precision: str = "fp32") -> SCHNet:
+def schnet() -> SCHNet:
     """At its start, but for the injectors: their gamma is one, so that the pyramid reaches the encoder."""
     torch.manual_seed(0)
-    cfg = load_config(ROOT / "configs/lip.yaml", ["sam_weights=", "clip_weights=", "vocab=", f"precision={precision}"])
-    model = build_model(cfg, LIP.classes).eval().requires_grad_(False)
+    cfg = load_config(ROOT / "configs/lip.yaml", ["sam_weights=", "clip_weights=", "vocab=", "precision=fp32"])
+    model = build_model(cfg, LIP.classes).eval()
     for injector in model.adapter.injectors:
         torch.nn.init.ones_(injector.gamma)
     return model
 
 
 def autocast(mode: str):
-    return torch.autocast("cpu", torch.bfloat16, enabled=mode == "bf16")
-
-
-def measure(runs: dict, rounds: int) -> dict[str, list[tuple]]:
-    """(wall clock, processor time / threads) of each run in every round after the first; who begins changes."""
-    times = {name: [] for name in runs}
-    for n in range(rounds + 1):
-        for name in list(runs)[n % len(runs):] + list(runs)[:n % len(runs)]:
-            wall, busy = time.perf_counter(), time.process_time()
-            runs[name]()
-            wall, busy = time.perf_counter() - wall, time.process_time() - busy
-            if n:
-                times[name].append((wall, busy / torch.get_num_threads()))
-    return times
+    return torch.autocast("cpu", torch.bfloat16, enabled=mode == "bf16", cache_enabled=False)     # as if entered anew
 
 
 def error(found, wanted) -> float:
@@ -153,21 +136,19 @@ def compare(size: int, modes: list[str], rounds: int) -> bool:
     wanted = {name: (check or run)() for name, (run, check) in runs.items()}
     for mode in modes:
         with autocast(mode):
+            store_frozen(model, mode)
             errors = {name: error(run(), wanted[name]) for name, (run, _) in runs.items()}
-            times = measure({name: run for name, (run, _) in runs.items()}, rounds)
-        medians = {name: statistics.median(wall for wall, _ in of_rounds) for name, of_rounds in times.items()}
-        fastest = [min((name for name in runs if name.startswith(part)), key=medians.get)
+            times = alternate({name: run for name, (run, _) in runs.items()}, rounds)
+        found = figures(times)
+        fastest = [min((name for name in runs if name.startswith(part)), key=lambda name: found[name].median)
                    for part in ("SAM", "CLIP", "UperNet")]
         sums = {f"{' + '.join(name.split(', ')[0] for name in fastest)}, fastest peers": fastest,
                 f"{BASELINE.split(', ')[0]} + CLIP": [BASELINE, fastest[1]]}
         for name, names in sums.items():
             times[name] = [tuple(map(sum, zip(*of_round))) for of_round in zip(*(times[n] for n in names))]
-        for name, of_rounds in times.items():
-            low, median, high = statistics.quantiles([wall for wall, _ in of_rounds], n=4)
-            cpu = statistics.median(busy for _, busy in of_rounds)
-            ratios = [statistics.median(a[i] / b[i] for a, b in zip(of_rounds, times[OURS])) for i in (0, 1)]
-            print(f"{mode:5}{name:40}{median:8.2f}{low:7.2f}{high:7.2f}{cpu:8.2f}{ratios[0]:19.2f}{ratios[1]:6.2f}"
-                  + (f"{errors[name]:9.0e}" if name in errors else ""), flush=True)
+        for name, of in figures(times).items():
+            print(f"{mode:5}{name:40}{of.median:8.2f}{of.low:7.2f}{of.high:7.2f}{of.cpu:8.2f}{of.ratio:19.2f}"
+                  f"{of.cpu_ratio:6.2f}" + (f"{errors[name]:9.0e}" if name in errors else ""), flush=True)
         fine &= max(errors.values()) <= {"fp32": 1e-4, "bf16": 0.1}[mode]
     return fine
 
@@ -183,6 +164,7 @@ def augmented(modes: list[str], rounds: int) -> bool:
     model = schnet()
     for mode in modes:
         model.cfg = dataclasses.replace(model.cfg, precision=mode)
+        store_frozen(model, mode)
         found, runs = {}, {}
 
         def keep(name, *args):
@@ -192,7 +174,7 @@ def augmented(modes: list[str], rounds: int) -> bool:
         for scale in scales:
             runs[f"{scale}"] = lambda scale=scale: keep(f"{scale}", photo, (scale,))
             runs[f"{scale} mirrored"] = lambda scale=scale: keep(f"{scale} mirrored", mirrored, (scale,))
-        times = measure(runs, rounds)
+        times = alternate(runs, rounds)
         mean = sum(found[f"{s}"] + found[f"{s} mirrored"].flip(-1)[order] for s in scales) / 8
         differs = error([found["all"]], [mean])
         alone = {name: statistics.median(wall for wall, _ in times[name]) for name in runs}
@@ -207,20 +189,17 @@ def augmented(modes: list[str], rounds: int) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 # curves
 
-def resident(what: str) -> float:
-    return int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-
-
 @torch.inference_mode()
 def one_point(size: int, batch: int, mode: str, rounds: int):
     """A child's work: MiB at the peak of the first run above what was held before, seconds per image of the others."""
     model, image = schnet(), torch.rand(batch, 3, size, size)
-    Path("/proc/self/clear_refs").write_text("5")          # the peak starts anew
-    before = resident("VmRSS")
+    store_frozen(model, mode)
+    forget_peak()
+    before = resident()
     with autocast(mode):
         model(image)
         print(resident("VmHWM") - before)
-        for wall, busy in measure({OURS: lambda: model(image)}, rounds)[OURS]:
+        for wall, busy in alternate({OURS: lambda: model(image)}, rounds)[OURS]:
             print(wall / batch, busy / batch)
 
 
@@ -262,6 +241,7 @@ def main() -> int:
     parser.add_argument("--curve", action="store_true", help="cost against size and batch instead of the table")
     parser.add_argument("--point", type=int, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.modes.sort(reverse=True)                          # bf16 last: its frozen weights are rounded for good
     torch.set_num_threads(args.threads)
     if args.point:
         return one_point(*args.point, args.modes[0], args.rounds) or 0

@@ -10,13 +10,12 @@ ratios within a round.
 """
 
 import argparse
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timing import alternate, figures
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -60,19 +59,6 @@ def value_and_slope(loss, logits: torch.Tensor, labels: torch.Tensor):
     return value.detach(), slope
 
 
-def measure(logits: torch.Tensor, labels: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    times = {name: [] for name in RUNS}
-    for n in range(rounds + 1):                            # one to warm up
-        for name in list(RUNS)[::1 if n % 2 else -1]:
-            start = time.perf_counter()
-            value_and_slope(RUNS[name], logits, labels)
-            if logits.is_cuda:
-                torch.cuda.synchronize()
-            if n:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name, value in (("batch", 4), ("classes", 20), ("size", 480), ("threads", 2), ("rounds", 7)):
@@ -89,13 +75,13 @@ def main() -> int:
         exact = value_and_slope(reference_way, logits.double(), labels)
         found = {name: value_and_slope(run, logits, labels) for name, run in RUNS.items()}
         logits, labels = problem(args.batch, args.classes, args.size, learnt, args.device)
-        times = measure(logits, labels, args.rounds)
-        for name, (value, slope) in found.items():
+        times = alternate({name: lambda run=run: value_and_slope(run, logits, labels) for name, run in RUNS.items()},
+                          args.rounds)
+        for name, of in figures(times).items():
+            value, slope = found[name]
             error, of_slope = abs(value - exact[0]).item(), ((slope - exact[1]).norm() / exact[1].norm()).item()
-            low, median, high = (1e3 * q for q in statistics.quantiles(times[name], n=4))
-            ratio = statistics.median(t / ours for t, ours in zip(times[name], times["this project"]))
-            print(f"{name:15}{'learnt' if learnt else 'random':8}{median:9.0f}{low:10.0f}{high:10.0f}{error:10.1e}"
-                  f"{of_slope:10.1e}{ratio:13.2f}")
+            print(f"{name:15}{'learnt' if learnt else 'random':8}{1e3 * of.median:9.0f}{1e3 * of.low:10.0f}"
+                  f"{1e3 * of.high:10.0f}{error:10.1e}{of_slope:10.1e}{of.ratio:13.2f}")
             ok &= error < 1e-4 and of_slope < 1e-2
     return 0 if ok else 1
 

@@ -22,6 +22,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from tiny import differences, logged  # noqa: E402
+
 SMALL = [
     "synthetic_size=[64, 64]", "synthetic_train=500", "synthetic_val=11", "crop_size=64", "base_size=64", "workers=2",
     "sam_dim=32", "sam_heads=2", "sam_window=3", "sam_grid=4", "clip_dim=32", "clip_grid=4", "clip_embed=16",
@@ -83,25 +87,8 @@ def wait_in_the_start(process: subprocess.Popen, seconds: float):
         time.sleep(0.01)
 
 
-def differences(a, b, where: str) -> list[str]:
-    if isinstance(a, torch.Tensor):
-        return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
-    if isinstance(a, (dict, list, tuple)):
-        keys = a.keys() if isinstance(a, dict) else range(len(a))
-        if len(a) != len(b):
-            return [where]
-        return [place for key in keys if key not in ("seconds", "out")
-                for place in differences(a[key], b[key], f"{where}.{key}")]
-    return [] if a == b else [where]
-
-
-def log(folder: Path) -> list[dict]:
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in entry.items() if key not in ("seconds", "gib")} for entry in entries]
-
-
 def compare(peace: Path, war: Path) -> list[str]:
-    found = [] if log(peace) == log(war) else ["log.jsonl"]
+    found = [] if logged(peace) == logged(war) else ["log.jsonl"]
     for name in ("last.pt", "best.pt"):
         found += differences(*(torch.load(folder / name, weights_only=True) for folder in (peace, war)), name)
     return found
