@@ -25,12 +25,14 @@ $(VENV)/dev: requirements-dev.txt $(VENV)/run
 
 demo: $(VENV)/run
 	@rm -rf runs/demo
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 train.py
+	@# two processes on the CPU, also where there is one GPU
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 train.py
 	$(BIN)/python synthetic.py --out runs/demo/figures --count 6
 	$(BIN)/python predict.py --run runs/demo --out runs/demo/parsed runs/demo/figures
 	$(BIN)/python evaluate.py --run runs/demo
 	$(BIN)/python evaluate.py --run runs/demo --tta
 	@echo "pictures: runs/demo/curves.png runs/demo/validation.png runs/demo/parsed/ runs/demo/evaluation_tta/"
+	@echo "next:     . $(BIN)/activate; python predict.py photo.jpg; your own data: configs/custom.yaml"
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -q

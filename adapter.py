@@ -241,7 +241,7 @@ class SpatialPrior(nn.Module):
         self.fc4 = nn.Conv2d(4 * width, dim, 1)
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
-        c1 = self.stem(image.contiguous(memory_format=torch.channels_last))     # up to 1.8 times as fast on a CPU
+        c1 = self.stem(image.contiguous(memory_format=torch.channels_last))     # as the tokens lie; on a CPU faster too
         c2 = self.conv2(c1)
         c3 = self.conv3(c2)
         c4 = self.conv4(c3)
@@ -293,7 +293,7 @@ class ViTAdapter(nn.Module):
         """image (B, 3, H, W), normalised, sides multiples of 32 -> map (B, C, H/4, W/4) and pyramid (B, N, C)."""
         if image.shape[2] % 32 or image.shape[3] % 32:
             raise ValueError(f"ViTAdapter: an image of {image.shape[2]} x {image.shape[3]}: pad it to multiples of 32")
-        c1, *maps = self.spm(image.contiguous(memory_format=torch.channels_last))        # as the tokens lie
+        c1, *maps = self.spm(image)
         tokens = [x.flatten(2).transpose(1, 2) + embed for x, embed in zip(maps, self.level_embed)]
         return c1, torch.cat(tokens, dim=1)
 

@@ -12,8 +12,8 @@ done to a training sample: augment.py.
 
 import atexit
 import itertools
-import multiprocessing
 import math
+import multiprocessing
 import signal
 import sys
 import warnings

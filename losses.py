@@ -47,7 +47,7 @@ def lovasz_softmax(logits: torch.Tensor, labels: torch.Tensor, ignore: int = 255
     with torch.no_grad():
         for c, p in enumerate(probs.unbind(1)):                                          # (B, H, W)
             truth = labels == c
-            if not p.is_cuda and not truth.any():                                        # to ask a GPU would be to wait
+            if p.device.type == "cpu" and not truth.any():                               # to ask a GPU would be to wait
                 slopes.append(torch.zeros_like(p))
                 continue
             errors = torch.where(truth, 1 - p, p) * valid

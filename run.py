@@ -80,7 +80,7 @@ class Run:
             raise ConfigError(f"out: {self.folder} cannot be used ({error.strerror})") from None
         content = self._go_on() if taken else None
         checkpoint.write_text(self.folder / "config.yaml", to_yaml(self.cfg))
-        self.lock()
+        self.lock()                                        # it is a new file now
         self.write_log()                                   # cut back to the checkpoint; empty for a new run
         return content
 

@@ -1,5 +1,6 @@
-"""Set-up of the tests: peers that import torchvision must also import beside a CPU-only torch."""
+"""Set-up of the tests: on the CPU everywhere; peers that import torchvision must also import beside a CPU-only torch."""
 
+import os
 import signal
 
 import torch
@@ -12,3 +13,7 @@ try:
 except RuntimeError:                                       # a torchvision built for CUDA: its C++ operators did not load
     for name in ("nms", "qnms"):                           # it only needs their schemas, nobody calls them here
         torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def pytest_configure():                                    # the benchmarks, which import this file too, may use a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""                # results are compared bit by bit, which no GPU promises

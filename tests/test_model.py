@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from config import Config, ConfigError, load_config
+from losses import parsing_loss
 from model import FTM, SRM, build_model, similarity
 from sam_vit import SAMViT
 
@@ -151,6 +152,19 @@ def test_gradient_reaches_every_trained_parameter(changes):
             assert p.grad is not None and p.grad.abs().max() > 0, name
         else:
             assert p.grad is None, name
+
+
+@pytest.mark.parametrize("changes", [{}, {"checkpointing": True}, {"srm": False, "ftm": False, "backbone": "clip"}],
+                         ids=["full", "checkpointing", "clip"])
+def test_a_step_stays_on_its_device_and_waits_for_nothing(changes):
+    """"meta" stands for a GPU: a tensor made on the CPU is an error there, and so is asking for a value."""
+    model = small(**changes).to("meta").train()
+    logits, aux = model(torch.rand(8, 3, 64, 96, device="meta"))
+    labels = torch.zeros(8, 64, 96, dtype=torch.uint8, device="meta")
+    losses = [parsing_loss(x, labels, 1.0, 4) for x in (logits, aux)]
+    sum(loss for loss, _ in losses).backward()
+    assert all(part.device.type == "meta" for _, parts in losses for part in parts.values())
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
 def test_clip_runs_without_a_graph_and_checkpointing_changes_nothing():
