@@ -114,7 +114,7 @@ def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, by_row:
     linear in the tokens, and 4096 of them take less than half of the time.
     """
     shape, (h, w), item = q.shape[:-1], q.shape[-3:-1], q.element_size()
-    q, k, v = q.flatten(0, -4), k.flatten(0, -3).transpose(-1, -2), v.flatten(0, -3)     # (G, h, w, D), (G, D, H W), ...
+    q, k, v = q.flatten(0, -4), k.flatten(0, -3).transpose(-1, -2), v.flatten(0, -3)     # (G, h, w, D), (G, D, H W), ..
     if by_row is not None:
         by_row, by_column = by_row.flatten(0, -4).unsqueeze(-1), by_column.flatten(0, -4).unsqueeze(-2)
 
@@ -128,7 +128,8 @@ def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, by_row:
 
     rows = max(1, 196 // w)
     heads = max(1, PIECE // (min(rows, h) * w * k.shape[-1] * item))
-    x = torch.cat([torch.cat([attend(some, part) for part in pieces(h, rows)], 1) for some in pieces(len(q), heads)])
+    groups = [slice(None)] if torch.compiler.is_compiling() else pieces(len(q), heads)   # any batch may follow
+    x = torch.cat([torch.cat([attend(some, part) for part in pieces(h, rows)], 1) for some in groups])
     return x.view(*shape, -1)
 
 
