@@ -114,7 +114,7 @@ def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, by_row:
     linear in the tokens, and 4096 of them take less than half of the time.
     """
     shape, (h, w), item = q.shape[:-1], q.shape[-3:-1], q.element_size()
-    q, k, v = q.flatten(0, -4), k.flatten(0, -3).transpose(-1, -2), v.flatten(0, -3)     # (G, h, w, D), (G, D, H W), ..
+    q, k, v = q.flatten(0, -4), k.flatten(0, -3).transpose(-1, -2), v.flatten(0, -3)     # G windows times heads
     if by_row is not None:
         by_row, by_column = by_row.flatten(0, -4).unsqueeze(-1), by_column.flatten(0, -4).unsqueeze(-2)
 
