@@ -10,8 +10,8 @@ position tables that already fit. The runs alternate, so that noise hits all ali
 and quartiles, and processor time divided by the number of threads, which says more on a machine that does other things
 too; ratios are medians over the rounds. Peak memory is measured in a fresh process per case. CLIP: bench_clip.py.
 
-Under autocast our frozen weights are kept in bf16, as in training and prediction; the peers keep fp32, as they come, and
-round them at each use, unless --kept.
+Under autocast our frozen weights are kept in bf16, as in training and prediction; the peers keep fp32, as they come,
+and round them at each use, unless --kept.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def weights(device: str) -> dict[str, torch.Tensor]:
 def encoder(name: str, state: dict[str, torch.Tensor], size: int, mode: str, kept: bool):
     """A function of an image in [0, 1] that returns the outputs of layers 6 12 18 24, (B, h, w, C) each."""
     if name == NAMES[0]:
-        model = build(state, **LARGE).to(state["pos_embed"].device).requires_grad_(False)
+        model = build(state, **LARGE).to(state["pos_embed"].device)
         store_frozen(model, mode)
         return model
     grid = size // 16
@@ -77,8 +77,6 @@ def step(run, image: torch.Tensor, mode: str, backward: bool) -> list[torch.Tens
         outs = run(image)
     if backward:
         outs.append(torch.autograd.grad(sum(out.float().mean() for out in outs), image)[0])
-    if image.is_cuda:
-        torch.cuda.synchronize()
     return outs
 
 
