@@ -27,7 +27,7 @@ demo: $(VENV)/run
 	@rm -rf runs/demo
 	@# two processes on the CPU, also where there is one GPU
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 train.py
-	$(BIN)/python synthetic.py --out runs/demo/figures --count 6
+	$(BIN)/python -m synthetic.draw --out runs/demo/figures --count 6
 	$(BIN)/python predict.py --run runs/demo --out runs/demo/parsed runs/demo/figures
 	$(BIN)/python evaluate.py --run runs/demo
 	$(BIN)/python evaluate.py --run runs/demo --tta

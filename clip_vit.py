@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import weights
+from files import weights
 from linear import Linear, linear
 from tokenizer import CONTEXT, VOCAB_SIZE
 
@@ -192,7 +192,7 @@ def load_clip(path: str | Path, clip: CLIP | None = None) -> CLIP:
     """The weights of `path` in fp32, in a new ViT-B/16 or in `clip`, whose sizes must be the file's.
 
     Takes OpenAI's archive (in part half precision, 302 parameters and three integers) and state dicts with its names;
-    raises `weights.WeightsError`. No file tells which activation it was trained with: files from elsewhere must be
+    raises `weights.UserError`. No file tells which activation it was trained with: files from elsewhere must be
     of QuickGELU models.
     """
     tensors = weights.read_tensors(path)

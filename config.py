@@ -4,7 +4,7 @@
 
 A YAML file lists only what differs from the defaults below, which are the paper's network and training.
 The comment behind a field says where its value comes from: a section of the paper (§), a named source, or "ours".
-An unknown key, a wrong type or values that contradict each other raise `ConfigError` with one line that names the key.
+An unknown key, a wrong type or values that contradict each other raise `UserError`: one line that names the key.
 """
 
 import dataclasses
@@ -16,11 +16,10 @@ from pathlib import Path
 
 import yaml
 
+from engine.errors import UserError
+
 DATASETS = ("lip", "cihp", "ppp", "synthetic", "custom")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one line for the user."""
+IGNORE = 255                                               # label of pixels that neither loss nor score counts
 
 
 @dataclass(frozen=True)
@@ -138,11 +137,11 @@ def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict:
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals:
-            raise ConfigError(f"override {item!r} is not of the form key=value")
+            raise UserError(f"override {item!r} is not of the form key=value")
         try:
             values[key.strip()] = yaml.safe_load(text) if text.strip() else ""
         except yaml.YAMLError:
-            raise ConfigError(f"override {item!r}: the value is not valid YAML") from None
+            raise UserError(f"override {item!r}: the value is not valid YAML") from None
     return values
 
 
@@ -153,7 +152,7 @@ def from_dict(values: dict, source: str) -> Config:
     for key, value in values.items():
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
-            raise ConfigError(f"{source}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+            raise UserError(f"{source}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
         checked[key] = _coerce(value, fields[key], f"{source}: {key}")
     return Config(**checked)
 
@@ -172,18 +171,18 @@ def _read_yaml(path: Path) -> dict:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file (the ready ones are in configs/)") from None
+        raise UserError(f"{path}: no such config file (the ready ones are in configs/)") from None
     except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder, not a config file") from None
+        raise UserError(f"{path}: is a folder, not a config file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
-        raise ConfigError(f"{path}: not valid YAML" + (f", line {where.line + 1}" if where else "")) from None
+        raise UserError(f"{path}: not valid YAML" + (f", line {where.line + 1}" if where else "")) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a config is a list of `key: value` lines")
+        raise UserError(f"{path}: a config is a list of `key: value` lines")
     return values
 
 
@@ -201,7 +200,7 @@ def _coerce(value, kind, where: str):
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:                            # exact: True is no int
-        raise ConfigError(f"{where} must be {_article(kind.__name__)}, not {value!r}")
+        raise UserError(f"{where} must be {_article(kind.__name__)}, not {value!r}")
     return value
 
 
@@ -209,11 +208,11 @@ def _coerce_tuple(value, kinds, where: str):
     if len(kinds) == 2 and kinds[0] is kinds[1] and type(value) is kinds[0]:
         value = [value, value]                             # crop_size: 480 is 480 x 480
     if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{where} must be a list, not {value!r}")
+        raise UserError(f"{where} must be a list, not {value!r}")
     if kinds[-1] is Ellipsis:
         return tuple(_coerce(v, kinds[0], f"{where}[{n}]") for n, v in enumerate(value))
     if len(value) != len(kinds):
-        raise ConfigError(f"{where} must have {len(kinds)} values, not {len(value)}")
+        raise UserError(f"{where} must have {len(kinds)} values, not {len(value)}")
     return tuple(_coerce(v, kind, f"{where}[{n}]") for n, (v, kind) in enumerate(zip(value, kinds)))
 
 
@@ -225,7 +224,7 @@ def _check(cfg: Config):
     """What single fields and their combinations must satisfy, said in words."""
     def need(ok, message):
         if not ok:
-            raise ConfigError(message)
+            raise UserError(message)
 
     def one_of(key, allowed):
         need(getattr(cfg, key) in allowed, f"{key} must be one of {', '.join(allowed)}, not {getattr(cfg, key)!r}")
@@ -259,12 +258,3 @@ def _check(cfg: Config):
          f"clip_taps must be four rising block numbers that end with the last, {cfg.clip_depth - 1}, not {cfg.clip_taps}")
     need(cfg.backbone == "sam" or not cfg.srm, "srm needs backbone: sam (it adds CLIP's features to SAM's)")
     need("{class}" in cfg.prompt, f"prompt must contain {{class}}, it is {cfg.prompt!r}")
-    need(cfg.dataset != "custom" or cfg.classes, "dataset: custom needs classes, a list of names, label 0 first")
-    need(cfg.dataset != "custom" or len(cfg.classes) <= 255, "classes: at most 255, label 255 means ignore")
-    need(len(set(cfg.classes)) == len(cfg.classes), "classes: a name stands there twice")
-    need(not cfg.palette or len(cfg.palette) == len(cfg.classes),
-         f"palette has {len(cfg.palette)} colours for {len(cfg.classes)} classes")
-    need(all(0 <= v <= 255 for colour in cfg.palette for v in colour), "palette: colours are 0 to 255")
-    labels = [label for pair in cfg.flip_pairs for label in pair]
-    need(len(set(labels)) == len(labels), "flip_pairs: a label stands there twice")
-    need(all(0 <= label < len(cfg.classes) for label in labels), "flip_pairs: a label outside the class list")

@@ -1,36 +1,33 @@
-"""Data sets (§4.1): label sets, folder layouts, reading, the training loader.
+"""Data sets (§4.1): label sets, splits, the training loader, the check of a data set on disk.
 
-    python datasets.py --cfg configs/cihp.yaml             # checks a data set on disk, see check_data.py
+    python datasets.py --cfg configs/cihp.yaml             # counts, sizes, every fault by file, sheets to look at
 
     pairs = open_split(cfg, "train")                       # len(pairs), pairs.read(i), pairs.name(i)
     for image, label, names in train_loader(cfg, pairs):   # uint8 (b, 3, h, w), uint8 (b, h, w), without end
 
-A fault in the data raises `DataError` with one line that names the file and what to do. Photos are RGB uint8 (H, W, 3),
-labels uint8 (H, W): the class number, or 255 for pixels that do not count. Folders and files: files.py; what is
-done to a training sample: augment.py.
+Photos are RGB uint8 (H, W, 3), labels uint8 (H, W): the class number, or 255 for pixels that do not count. Where the
+files lie and how they are read: files/; what is done to a training sample: augment.py.
 """
 
-import atexit
+import argparse
 import itertools
 import math
-import multiprocessing
-import signal
-import sys
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-import synthetic
-from augment import augment, flip_label
-from config import Config, ConfigError
-from files import IGNORE, DataError, Place, find_split, match_files, read_label, read_photo, read_photo_of
-
-__all__ = ["BatchOrder", "DataError", "DrawnSet", "LABEL_SETS", "LabelSet", "PairSet", "TrainSet", "distinct_colours",
-           "end_workers", "flip_label", "label_set", "open_split", "read_photo", "train_loader"]
+from augment import augment
+from config import IGNORE, Config, load_config
+from engine.errors import UserError, run_program
+from engine.workers import start_worker, watched
+from files.images import read_label, read_photo_of
+from files.layouts import Place, find_split, match_files
+from synthetic.draw import draw
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -44,15 +41,19 @@ class LabelSet:
     flip_pairs: tuple[tuple[int, int], ...]                # labels that change places in a mirror
 
     def __post_init__(self):
-        swapped = [label for pair in self.flip_pairs for label in pair]
-        if not 1 <= len(self.classes) <= IGNORE or len(set(self.classes)) != len(self.classes):
-            raise DataError(f"label set {self.name}: needs 1 to {IGNORE} classes of different names")
-        if len(self.palette) != len(self.classes) or len(set(self.palette)) != len(self.palette):
-            raise DataError(f"label set {self.name}: needs one colour per class, each another")
-        if any(len(colour) != 3 or not all(0 <= v <= 255 for v in colour) for colour in self.palette):
-            raise DataError(f"label set {self.name}: a colour is three numbers from 0 to 255")
-        if len(set(swapped)) != len(swapped) or not all(0 <= label < len(self.classes) for label in swapped):
-            raise DataError(f"label set {self.name}: flip_pairs name a label twice or one that is no class")
+        def need(ok: bool, message: str):
+            if not ok:
+                raise UserError(f"data set {self.name}: {message}")
+
+        count, swapped = len(self.classes), [label for pair in self.flip_pairs for label in pair]
+        need(count > 0, "classes must be a list of names, label 0 first")
+        need(count <= IGNORE, f"classes: at most {IGNORE}, label {IGNORE} means ignore")
+        need(len(set(self.classes)) == count, "classes: a name stands there twice")
+        need(len(self.palette) == count, f"palette has {len(self.palette)} colours for {count} classes")
+        need(len(set(self.palette)) == count, "palette: a colour stands there twice")
+        need(all(0 <= v <= 255 for colour in self.palette for v in colour), "palette: colours are 0 to 255")
+        need(len(set(swapped)) == len(swapped), "flip_pairs: a label stands there twice")
+        need(all(0 <= label < count for label in swapped), "flip_pairs: a label outside the class list")
 
 
 _LIP_CLASSES = ("Background", "Hat", "Hair", "Glove", "Sunglasses", "Upper-clothes", "Dress", "Coat", "Socks", "Pants",
@@ -109,9 +110,13 @@ class PairSet:
     def name(self, i: int) -> str:
         return self.pairs[i][0]
 
-    def read(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    def paths(self, i: int) -> tuple[Path, Path]:
+        """Of the photo and of its label."""
         _, photo, label = self.pairs[i]
-        photo, label = self.place.images / photo, self.place.labels / label
+        return self.place.images / photo, self.place.labels / label
+
+    def read(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        photo, label = self.paths(i)
         numbers = read_label(label, self.num_classes)
         return read_photo_of(numbers, photo, label), numbers
 
@@ -123,6 +128,7 @@ class DrawnSet:
     """
 
     KEPT_BYTES = 512 << 20
+    place = None                                           # it lies in no folder
 
     def __init__(self, cfg: Config, split: str):
         self.drawn = {}
@@ -139,7 +145,7 @@ class DrawnSet:
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         if i in self.drawn:
             return self.drawn[i]
-        pair = synthetic.draw(self.seed, i, self.size)
+        pair = draw(self.seed, i, self.size)
         if (len(self.drawn) + 1) * 4 * math.prod(self.size) <= self.KEPT_BYTES:
             self.drawn[i] = pair
         return pair
@@ -153,7 +159,7 @@ def open_split(cfg: Config, split: str) -> PairSet | DrawnSet:
     pairs, faults = match_files(place)
     if faults:
         more = f" (and {len(faults) - 1} more: python datasets.py lists them all)" if len(faults) > 1 else ""
-        raise DataError(faults[0] + more)
+        raise UserError(faults[0] + more)
     return PairSet(place, pairs, len(label_set(cfg).classes))
 
 
@@ -170,7 +176,7 @@ class BatchOrder:
     def __init__(self, count: int, cfg: Config, rank: int = 0, world: int = 1, start_iter: int = 0):
         parts = world * cfg.accum_steps
         if cfg.batch_size % parts:
-            raise ConfigError(f"batch_size ({cfg.batch_size}) must be a multiple of processes x accum_steps "
+            raise UserError(f"batch_size ({cfg.batch_size}) must be a multiple of processes x accum_steps "
                               f"({world} x {cfg.accum_steps})")
         self.count, self.seed, self.batch_size, self.start_iter = count, cfg.seed, cfg.batch_size, start_iter
         self.micro = cfg.batch_size // parts
@@ -213,7 +219,7 @@ class TrainSet(Dataset):
                 rgb, numbers = self.sample(*key)
                 cv2.split(rgb, list(image.numpy()))        # written into `image`, in half the time of a transpose
                 label.copy_(torch.from_numpy(numbers))
-        except DataError as error:                         # handed over as a value: raised in a worker, it would reach
+        except UserError as error:                         # handed over as a value: raised in a worker, it would reach
             return error                                   # the user inside that worker's traceback
         return images, labels, [self.pairs.name(index) for index, _, _ in keys]
 
@@ -223,45 +229,43 @@ def train_loader(cfg: Config, pairs: PairSet | DrawnSet, rank: int = 0, world: i
     warnings.filterwarnings("ignore", message="This DataLoader will create")    # how many workers is the user's choice
     loader = DataLoader(
         TrainSet(pairs, cfg), batch_size=None, sampler=BatchOrder(len(pairs), cfg, rank, world, start_iter),
-        num_workers=cfg.workers, pin_memory=torch.cuda.is_available(), worker_init_fn=_start_worker,
+        num_workers=cfg.workers, pin_memory=torch.cuda.is_available(), worker_init_fn=start_worker,
         generator=torch.Generator())                       # its own: the run's random state must not depend on loaders
-    return _raise_faults(loader)
+    return watched(loader)
 
 
-def _raise_faults(loader: DataLoader):
-    handler = signal.getsignal(signal.SIGCHLD)
-    batches = iter(loader)
-    if loader.num_workers:                                 # torch's handler raises in whatever the main process is at
-        signal.signal(signal.SIGCHLD, handler)             # when a worker dies; without it, waiting for a batch does
-    while True:
-        try:
-            batch = next(batches)
-        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-            other = isinstance(error, RuntimeError) and "DataLoader worker (" not in str(error)
-            if loader.num_workers == 0 or other or str(error).startswith("Caught"):         # a bug keeps its traceback
-                raise
-            reason = " ".join(f"{type(error).__name__} {error}".split())
-            raise DataError("a loader process was ended by the system, usually for want of memory (or of shared "
-                            f"memory, /dev/shm): try fewer workers ({reason})") from None
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+# ----------------------------------------------------------------------------------------------------------------------
+# the check of a data set
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Check a data set before training on it.")
+    parser.add_argument("--cfg", help="a file of configs/; without it, the drawn data set")
+    parser.add_argument("--out", help="folder of the contact sheets; without it, <folder of the run>_data")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config")
+    args = parser.parse_intermixed_args(argv)
+    cfg = load_config(args.cfg, args.overrides)
+    return check(cfg, Path(args.out or f"{cfg.out or f'runs/{cfg.dataset}'}_data"))
 
 
-def _start_worker(_):
-    cv2.setNumThreads(0)                                   # the workers are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)           # both are sent to all processes: the main one decides
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)          # what is still done, and ends its workers
+def check(cfg: Config, out: Path) -> int:
+    """Look at every file of both splits, report, leave contact sheets in `out`; 1 if there is any fault."""
+    from files.check import report                         # and with it all that draws: training needs none of it
+
+    splits = [look_for(cfg, name) for name in ("train", "val")]
+    return report(cfg, label_set(cfg), splits, lambda source, i, slot: TrainSet(source, cfg).sample(i, 0, slot), out)
 
 
-@atexit.register
-def end_workers():
-    """End the loader processes that are left; Python's own way is SIGTERM, and it would wait for that to work."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+def look_for(cfg: Config, name: str) -> tuple[str, PairSet | DrawnSet | None, list[str]]:
+    """The name of a split, the split with all pairs that are there (None: it is not found), and the faults so far."""
+    if cfg.dataset == "synthetic":
+        return name, DrawnSet(cfg, name), []
+    try:
+        place = find_split(cfg, name)
+        pairs, faults = match_files(place)
+    except UserError as error:
+        return name, None, [str(error)]
+    return name, PairSet(place, pairs, len(label_set(cfg).classes)), faults
 
 
 if __name__ == "__main__":
-    import check_data                                      # imports this file in turn, so only when it is the program
-    sys.exit(check_data.main(sys.argv[1:]))
+    run_program(main, less_memory="workers=1")

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from weights import FILES, FileSpec, WeightsError, sha256
+from engine.errors import UserError
+from files.weights import FILES, FileSpec, sha256
 
 TRIES = 5                                                  # in a row without a mebibyte of progress
 TIMEOUT = 30                                               # seconds without a byte
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         try:
             print(f"{args.dir / spec.name}: {get(spec, args.dir, args.mirror, args.source)}", flush=True)
-        except WeightsError as error:
+        except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             code = 1
         except KeyboardInterrupt:
@@ -74,7 +75,7 @@ def get(spec: FileSpec, folder: Path, mirror: str | None = None, source: Path | 
     part = target.with_name(f"{spec.name}.part")
     try:
         if target.is_dir():
-            raise WeightsError(f"{target}: is a folder, the file cannot take its place")
+            raise UserError(f"{target}: is a folder, the file cannot take its place")
         if target.exists():
             fault = mismatch(target, spec)
             if fault is None:
@@ -88,8 +89,8 @@ def get(spec: FileSpec, folder: Path, mirror: str | None = None, source: Path | 
         os.replace(part, target)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise WeightsError(f"{part}: the disk is full; {spec.what} needs {spec.bytes:,} bytes") from None
-        raise WeightsError(f"{error.filename or target}: {error.strerror or error}") from None
+            raise UserError(f"{part}: the disk is full; {spec.what} needs {spec.bytes:,} bytes") from None
+        raise UserError(f"{error.filename or target}: {error.strerror or error}") from None
     return f"{spec.what}, {spec.bytes:,} bytes, SHA-256 checked"
 
 
@@ -107,7 +108,7 @@ def copy(source: Path, part: Path, spec: FileSpec) -> None:
     fault = mismatch(part, spec)
     if fault is not None:
         part.unlink()
-        raise WeightsError(f"{source}: is not the official file ({fault})")
+        raise UserError(f"{source}: is not the official file ({fault})")
     _sync(part)
 
 
@@ -123,7 +124,7 @@ def download(url: str, part: Path, spec: FileSpec) -> None:
         fault = mismatch(part, spec)
     if fault is not None:
         part.unlink()
-        raise WeightsError(f"{url}: serves something else than the official {spec.name} ({fault})")
+        raise UserError(f"{url}: serves something else than the official {spec.name} ({fault})")
     _sync(part)
 
 
@@ -132,13 +133,13 @@ def _fill(url: str, part: Path, spec: FileSpec) -> None:
     while (before := _size(part)) < spec.bytes:
         free = shutil.disk_usage(part.parent).free
         if free < spec.bytes - before:
-            raise WeightsError(f"{part.parent}: {spec.name} needs {spec.bytes - before:,} bytes more, {free:,} are free")
+            raise UserError(f"{part.parent}: {spec.name} needs {spec.bytes - before:,} bytes more, {free:,} are free")
         try:
             _receive(url, part, spec)
         except ConnectionFault as fault:
             failures = 1 if _size(part) - before >= CHUNK else failures + 1
             if failures == TRIES:
-                raise WeightsError(f"{url}: {fault} ({TRIES} tries); the same command resumes, "
+                raise UserError(f"{url}: {fault} ({TRIES} tries); the same command resumes, "
                                    "--mirror and --from are ways around a wall") from None
             print(f"{url}: {fault}; trying again in {2**failures} s", file=sys.stderr)
             time.sleep(2**failures)
@@ -156,7 +157,7 @@ def _receive(url: str, part: Path, spec: FileSpec) -> None:
             raise ConnectionFault("the server sent another range than asked for")
         length = response.headers.get("Content-Length", "")
         if length.isdigit() and start + int(length) != spec.bytes:
-            raise WeightsError(f"{url}: serves {start + int(length):,} bytes, the official {spec.name} has {spec.bytes:,}")
+            raise UserError(f"{url}: serves {start + int(length):,} bytes, the official {spec.name} has {spec.bytes:,}")
         with open(part, "wb" if whole else "ab") as file, \
                 tqdm(total=spec.bytes, initial=start, unit="B", unit_scale=True, desc=spec.name, disable=None) as bar:
             while file.tell() < spec.bytes and (chunk := _read(response, spec.bytes - file.tell())):
@@ -174,16 +175,16 @@ def _open(url: str, start: int) -> http.client.HTTPResponse:
         return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416:
-            raise WeightsError(f"{url}: serves {start:,} bytes or less, which is not the whole file") from None
+            raise UserError(f"{url}: serves {start:,} bytes or less, which is not the whole file") from None
         if error.code in (408, 429) or error.code >= 500:
             raise ConnectionFault(f"HTTP {error.code} {error.reason}") from None
-        raise WeightsError(f"{url}: HTTP {error.code} {error.reason}; --mirror and --from are other ways") from None
+        raise UserError(f"{url}: HTTP {error.code} {error.reason}; --mirror and --from are other ways") from None
     except urllib.error.URLError as error:
         raise ConnectionFault(f"no connection ({error.reason})") from None
     except (OSError, http.client.HTTPException) as error:
         raise ConnectionFault(f"no connection ({error})") from None
     except ValueError as error:
-        raise WeightsError(f"{url}: {error}") from None
+        raise UserError(f"{url}: {error}") from None
 
 
 def _read(response: http.client.HTTPResponse, most: int) -> bytes:

@@ -19,7 +19,6 @@ import json
 import logging
 import re
 import shutil
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -29,18 +28,16 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-import evaluate
-import synthetic
-import weights
+from augment import MEAN_COLOUR
 from datasets import LabelSet
+from engine.errors import UserError, run_program
+from files import weights
+from inference import load_run
+from synthetic.draw import draw
 
 MAX_DIFFERENCE = 1e-4                                      # of probabilities
 MIN_AGREEMENT = 0.999                                      # share of pixels with the same class
 ONE_FILE_BYTES = 1 << 30                                   # larger weights get a file of their own: ONNX ends at 2 GiB
-
-
-class ExportError(ValueError):
-    """An export that cannot be made or is not right; the message is one line for the user."""
 
 
 class Deployed(nn.Module):
@@ -68,7 +65,7 @@ def export(model: nn.Module, labels: LabelSet, source: Path, target: Path, size:
         program.save(part, external_data=apart)
         difference, agreement = check(model, part, size)
         if not (difference <= MAX_DIFFERENCE and agreement >= MIN_AGREEMENT):
-            raise ExportError(f"{target} was not written: probabilities differ from PyTorch's by {difference:.1e}, "
+            raise UserError(f"{target} was not written: probabilities differ from PyTorch's by {difference:.1e}, "
                               f"{agreement:.2%} of the pixels have the same class")
         for file in sorted(folder.iterdir(), key=lambda file: file == part):     # the weights first
             file.replace(target.parent / file.name)
@@ -94,7 +91,7 @@ def _translate(model: Deployed, size: tuple[int, int], opset: int):
                 output_names=["probabilities"], dynamic_shapes={"image": {0: batch}}, optimize=False, verbose=False)
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
-        raise ExportError(f"torch.onnx cannot translate the network: {str(cause).strip().splitlines()[0]}") from error
+        raise UserError(f"torch.onnx cannot translate the network: {str(cause).strip().splitlines()[0]}") from error
     optimizer.inline(program.model)
     optimizer.fold_constants(program.model)
     optimizer.remove_unused_nodes(program.model)
@@ -105,7 +102,7 @@ def metadata(cfg, labels: LabelSet, source: Path, size: tuple[int, int]) -> dict
     """What a program needs to use the file, as JSON values."""
     values = {"label_set": labels.name, "classes": labels.classes, "palette": labels.palette,
               "flip_pairs": labels.flip_pairs, "height": size[0], "width": size[1], "base_size": cfg.base_size,
-              "pad_colour": evaluate.MEAN_COLOUR, "normalisation": "inside the network: give RGB bytes",
+              "pad_colour": MEAN_COLOUR, "normalisation": "inside the network: give RGB bytes",
               "checkpoint_sha256": weights.sha256(source)}
     return {key: json.dumps(value) for key, value in values.items()}
 
@@ -116,7 +113,7 @@ def check(model: Deployed, path: Path, size: tuple[int, int]) -> tuple[float, fl
     import onnxruntime
 
     noise = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-    images = np.stack([synthetic.draw(0, 0, size)[0], noise])
+    images = np.stack([draw(0, 0, size)[0], noise])
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     difference, same = 0.0, []
     for batch in (images[:1], images):
@@ -156,8 +153,8 @@ def main(argv: list[str] | None = None):
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ExportError(f"{error.name} is missing: pip install onnx onnxruntime onnxscript") from None
-    model, labels, source = evaluate.load_run(args.run, [*args.overrides, "precision=fp32"], "cpu")
+        raise UserError(f"{error.name} is missing: pip install onnx onnxruntime onnxscript") from None
+    model, labels, source = load_run(args.run, [*args.overrides, "precision=fp32"], "cpu")
     sizes = args.size or [default_size(model.cfg)]
     target = args.out or source.parent / "model.onnx"
     print(f"{source}: {len(labels.classes)} classes of {labels.name}")
@@ -169,11 +166,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ExportError, *evaluate.ERRORS) as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {error.filename or 'export'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main)

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from engine.errors import UserError
 from adapter import ViTAdapter
 from clip_vit import CLIP, VisionTransformer, load_clip
-from config import Config, ConfigError
+from config import Config
 from linear import Linear, linear
 from sam_vit import SAMViT, load_sam
 from tokenizer import tokenize
@@ -216,7 +217,7 @@ def build_model(cfg: Config, classes: list[str] | tuple[str, ...], text: tuple[T
 def _text_features(cfg: Config, clip: CLIP, classes: list[str] | tuple[str, ...]) -> tuple[Tensor, Tensor]:
     """f_txt = Enc_ct(T) (§3.1), computed once. The template of the prompts is ours: the paper has "prompts from labels"."""
     if cfg.clip_weights and not cfg.vocab:
-        raise ConfigError("vocab: CLIP's weights need CLIP's vocabulary; `python download.py` fetches it")
+        raise UserError("vocab: CLIP's weights need CLIP's vocabulary; `python download.py` fetches it")
     prompts = [cfg.prompt.replace("{class}", name.lower().replace("-", " ")) for name in classes]
     f_txt = clip.encode_text(tokenize(prompts, cfg.vocab))
     return f_txt, clip.logit_scale.exp() if cfg.sim_scale is None else torch.tensor(cfg.sim_scale)
@@ -225,7 +226,7 @@ def _text_features(cfg: Config, clip: CLIP, classes: list[str] | tuple[str, ...]
 def _same_size(key: str, path: str, found: dict[str, int], cfg: Config):
     for name, value in found.items():
         if getattr(cfg, name) != value:
-            raise ConfigError(f"{key}: {path} has {name} {value}, the config says {getattr(cfg, name)}")
+            raise UserError(f"{key}: {path} has {name} {value}, the config says {getattr(cfg, name)}")
 
 
 def _resize(x: Tensor, size) -> Tensor:

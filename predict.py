@@ -33,10 +33,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import evaluate
-import pictures
-import video
-from files import PHOTO_ENDINGS, DataError, read_photo
+import inference
+from engine.errors import UserError
+from files.images import PHOTO_ENDINGS, read_photo
+from files.whole import whole
+from viz import pictures, video
 
 OTHER_PHOTO_ENDINGS = (".avif", ".gif", ".heic", ".heif", ".jfif", ".tif", ".tiff")  # tried: none is lost in silence
 VIDEO_ENDINGS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
@@ -50,7 +51,7 @@ class Parser:
 
     def __init__(self, run: str | Path | None = None, tta: bool = False, size: int | None = None, device: str = ""):
         overrides = [] if size is None else [f"base_size={size}"]
-        self.model, self.labels, self.path = evaluate.load_run(run, overrides, device)
+        self.model, self.labels, self.path = inference.load_run(run, overrides, device)
         self.classes, self.palette = self.labels.classes, self.labels.palette
         self.scales, self.flip_pairs = ((1.0,), None)
         if tta:
@@ -62,11 +63,11 @@ class Parser:
 
     def parse_batch(self, images: list[np.ndarray]) -> list[np.ndarray]:
         """The label maps of RGB photos (H, W, 3) uint8 of any sizes, in one go."""
-        return evaluate.predict_labels(self.model, images, self.scales, self.flip_pairs)
+        return inference.predict_labels(self.model, images, self.scales, self.flip_pairs)
 
     def probabilities(self, photo: str | Path | np.ndarray) -> np.ndarray:
         """Class probabilities (K, H, W) float32 of a photo."""
-        return evaluate.predict(self.model, _pixels(photo), self.scales, self.flip_pairs).cpu().numpy()
+        return inference.predict(self.model, _pixels(photo), self.scales, self.flip_pairs).cpu().numpy()
 
     def overlay(self, image: np.ndarray, label: np.ndarray, shown: Iterable[int] | None = None) -> np.ndarray:
         """The photo under its label map, with a legend of the classes that occur (or of those `shown`)."""
@@ -77,24 +78,14 @@ class Parser:
     def save_probabilities(self, path: Path, image: np.ndarray) -> np.ndarray:
         """Write the probabilities as .npy strip by strip, so that no photo is too large. Returns the label map."""
         height, width = image.shape[:2]
-        logits = evaluate.views(self.model, [image], self.scales, self.flip_pairs)[0]
+        logits = inference.views(self.model, [image], self.scales, self.flip_pairs)[0]
         label = np.empty((height, width), np.uint8)
-        part = path.with_name(f".{os.getpid()}.part")
-        try:
-            with open(part, "wb") as file:                 # not mapped into memory: a full disk would end the program
-                np.lib.format.write_array_header_1_0(file, {
-                    "descr": "<f2", "fortran_order": False, "shape": (len(self.classes), height, width)})
-                start = file.tell()
-                for top, probabilities, labels in evaluate.strips(logits, (height, width)):
-                    label[top:top + len(labels)] = labels.cpu().numpy()
-                    for k, channel in enumerate(probabilities.half().cpu().numpy()):
-                        file.seek(start + 2 * width * (k * height + top))
-                        file.write(channel)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with whole(path) as part:
+            file = np.lib.format.open_memmap(part, "w+", np.float16, (len(self.classes), height, width))
+            for top, probabilities, labels in inference.strips(logits, (height, width)):
+                label[top:top + len(labels)] = labels.cpu().numpy()
+                file[:, top:top + len(labels)] = probabilities.cpu().numpy()
+            file.flush()
         return label
 
 
@@ -102,7 +93,7 @@ def _pixels(photo: str | Path | np.ndarray) -> np.ndarray:
     if not isinstance(photo, np.ndarray):
         return read_photo(photo)
     if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
-        raise DataError(f"a photo must be RGB, (H, W, 3) uint8, not {photo.shape} {photo.dtype}")
+        raise UserError(f"a photo must be RGB, (H, W, 3) uint8, not {photo.shape} {photo.dtype}")
     return np.ascontiguousarray(photo)
 
 
@@ -147,7 +138,7 @@ def collect(inputs: list[str], out: Path, report: Report) -> tuple[list[Job], li
     results = [(out / kind).resolve() for kind in KINDS]
     for file, (path, _) in found.items():
         if any(folder in file.parents for folder in results):
-            raise DataError(f"{path}: lies where the results go and might be overwritten; choose another --out")
+            raise UserError(f"{path}: lies where the results go and might be overwritten; choose another --out")
     jobs = _name(list(found.values()))
     videos = [job for job in jobs if job.path.suffix.lower() in VIDEO_ENDINGS]
     return [job for job in jobs if job not in videos], videos, cameras
@@ -186,10 +177,10 @@ def _name(files: list[tuple[Path, str]]) -> list[Job]:
 def parse_photos(parser: Parser, jobs: list[Job], out: Path, batch: int, masks: bool, probs: bool, report: Report):
     """Parse and write; threads read ahead and write behind."""
     with ThreadPoolExecutor(THREADS) as pool, tqdm(total=len(jobs), unit="photo", disable=not jobs) as bar:
-        for chunk in _batches(_read(pool, jobs), batch):
+        for chunk in _batches(inference.read_ahead(_read, jobs, THREADS), batch):
             good = []
             for job, image in chunk:
-                if isinstance(image, DataError):
+                if isinstance(image, UserError):
                     report.failed.append(str(image))
                 else:
                     good.append((job, image))
@@ -205,29 +196,19 @@ def parse_photos(parser: Parser, jobs: list[Job], out: Path, batch: int, masks: 
             bar.update(len(chunk))
 
 
-def _read(pool: ThreadPoolExecutor, jobs: list[Job]) -> Iterator[tuple[Job, np.ndarray | DataError]]:
-    """Every job with its pixels or its fault, `THREADS` files ahead of their use."""
-    def read(job: Job):
-        try:
-            return read_photo(job.path)
-        except DataError as error:
-            return error
-
-    waiting = []
-    for job in jobs:
-        waiting.append((job, pool.submit(read, job)))
-        if len(waiting) > THREADS:
-            job, future = waiting.pop(0)
-            yield job, future.result()
-    for job, future in waiting:
-        yield job, future.result()
+def _read(job: Job) -> np.ndarray | UserError:
+    """The photo's pixels or its fault."""
+    try:
+        return read_photo(job.path)
+    except UserError as error:
+        return error
 
 
-def _batches(items: Iterable[tuple[Job, np.ndarray | DataError]], limit: int) -> Iterator[list]:
+def _batches(items: Iterable[tuple[Job, np.ndarray | UserError]], limit: int) -> Iterator[list]:
     """Groups of at most `limit` photos and `BATCH_PIXELS` pixels (one photo may have more)."""
     group, pixels = [], 0
     for job, image in items:
-        size = 0 if isinstance(image, DataError) else image.shape[0] * image.shape[1]
+        size = 0 if isinstance(image, UserError) else image.shape[0] * image.shape[1]
         if group and (len(group) == limit or pixels + size > BATCH_PIXELS):
             yield group
             group, pixels = [], 0
@@ -279,7 +260,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace, report: Report):
     photos, videos, cameras = collect(args.inputs, args.out, report)
     if not photos and not videos and not cameras:
-        raise DataError("; ".join(report.failed) or f"no photo or video in {', '.join(args.inputs)}")
+        raise UserError("; ".join(report.failed) or f"no photo or video in {', '.join(args.inputs)}")
     parser = Parser(args.run, args.tta, args.size, args.device)
     print(f"{parser.path}: {len(parser.classes)} classes of {parser.labels.name}" + (", with TTA" if args.tta else ""))
     for job in photos + videos:
@@ -293,7 +274,7 @@ def run(args: argparse.Namespace, report: Report):
         try:
             video.parse_video(parser, source, _place(args.out, "overlays", name, ".mp4"), labels, args.batch)
             report.parsed.append(name)
-        except video.VideoError as error:
+        except UserError as error:
             report.failed.append(str(error))
 
 
@@ -309,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         report.failed.append("out of GPU memory: try a smaller --batch or --size, or --device cpu")
     except OSError as error:
         report.failed.append(f"{error.filename or args.out}: {error.strerror or error}")
-    except evaluate.ERRORS as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     seconds = time.monotonic() - start

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import weights
+from files import weights
 from linear import Linear
 
 MEAN = (123.675, 116.28, 103.53)                           # SAM's preprocessing: ImageNet's, for values from 0 to 255

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import ConfigError
-from weights import VOCAB_FILE, WeightsError
+from engine.errors import UserError
+from files.weights import VOCAB_FILE
 
 CONTEXT = 77                                               # tokens the text tower takes
 START, END = 49406, 49407
@@ -44,7 +44,7 @@ def tokenize(texts: list[str], vocab_path: str) -> Tensor:
         encoded = [START, *(ids[symbol] for word in words for symbol in _merge(word, merges)), END]
         if len(encoded) > CONTEXT:
             hint = "" if vocab_path else "; without a vocab each byte is a token"
-            raise ConfigError(f"prompt, classes: {text[:60]!r} has {len(encoded)} tokens, CLIP takes {CONTEXT}{hint}")
+            raise UserError(f"prompt, classes: {text[:60]!r} has {len(encoded)} tokens, CLIP takes {CONTEXT}{hint}")
         row[:len(encoded)] = torch.tensor(encoded)
     return tokens
 
@@ -99,11 +99,11 @@ def _read(path: Path) -> str:
         data = path.read_bytes()
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
     except FileNotFoundError:
-        raise WeightsError(f"{path}: no such file; `python download.py` gets CLIP's vocabulary") from None
+        raise UserError(f"{path}: no such file; `python download.py` gets CLIP's vocabulary") from None
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise WeightsError(f"{path}: is damaged or cut off; get it again with `python download.py`") from None
+        raise UserError(f"{path}: is damaged or cut off; get it again with `python download.py`") from None
     except OSError as error:
-        raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     if hashlib.sha256(data).hexdigest() != TEXT_SHA256:
-        raise WeightsError(f"{path}: is not CLIP's vocabulary {VOCAB_FILE.name}; get it with `python download.py`")
+        raise UserError(f"{path}: is not CLIP's vocabulary {VOCAB_FILE.name}; get it with `python download.py`")
     return data.decode("utf-8")

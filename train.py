@@ -25,15 +25,17 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint
-from checkpoint import CheckpointError
 from config import Config, load_config
-from datasets import BatchOrder, end_workers, label_set, open_split, train_loader
-from evaluate import autocast, evaluate_split, predict_labels, scores, store_frozen
+from datasets import BatchOrder, label_set, open_split, train_loader
+from engine import checkpoint
+from engine.errors import UserError
+from engine.processes import StopSignal, World, memory, run_together
+from engine.run import Progress, Run, describe
+from engine.workers import end_workers
+from evaluate import evaluate_split, scores
+from inference import autocast, predict_labels, store_frozen
 from losses import parsing_loss
 from model import SCHNet, build_model
-from processes import StopSignal, TrainingError, World, end_with, memory
-from run import Progress, Run, describe
 
 NOT_DECAYED = ("tokens", "level_embed", "pos_embed", "positional_embedding", "rel_pos_h", "rel_pos_w")
 
@@ -140,7 +142,7 @@ class Trainer:
             if content:
                 checkpoint.load_state(self.model, content["model"], content, self.run.folder / checkpoint.LAST)
                 if content["official"] != self.official:
-                    raise CheckpointError(f"{self.run.folder} was trained on other official weights than "
+                    raise UserError(f"{self.run.folder} was trained on other official weights than "
                                           f"{', '.join(self.official) or 'none'} now name")
         self.network, self.optimizer, self.scaler = prepare(self.model, cfg, world)
         self.progress = Progress(images=len(self.train_pairs))
@@ -195,7 +197,7 @@ class Trainer:
                            world.rank * self.cfg.accum_steps)
         stopping, *sums = world.sum([float(self.stop.number > 0), *parts.values()])
         if not all(map(math.isfinite, sums)):
-            raise TrainingError(self.not_finite(it, parts, batches))
+            raise UserError(self.not_finite(it, parts, batches), everywhere=True)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
@@ -235,9 +237,9 @@ class Trainer:
         """Write; a disk that is full for a while is no reason to stop, unless it `must` be now."""
         try:
             write(*args)
-        except CheckpointError as error:
+        except UserError as error:
             if must:
-                raise CheckpointError(f"{error}; {self.kept()}") from None
+                raise UserError(f"{error}; {self.kept()}") from None
             self.world.say(f"warning: {error}; {self.kept()}; training goes on")
             return False
         return True
@@ -262,9 +264,9 @@ class Trainer:
         if world.size > 1:                                               # BatchNorm's differ where there is no SyncBN
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
-        matrix, _ = evaluate_split(
-            self.model, self.val_pairs, len(self.labels.classes), rank=world.rank, world=world.size,
-            group=world.control, progress=world.main and sys.stderr.isatty(), interrupted=lambda: self.stop.number > 0)
+        matrix, _ = evaluate_split(self.model, self.val_pairs, len(self.labels.classes), world=world,
+                                   progress=world.main and sys.stderr.isatty(),
+                                   interrupted=lambda: self.stop.number > 0)
         if world.sum([float(self.stop.number > 0)])[0]:                  # images may lack; a resumed run validates anew
             self.leave()
         result = scores(matrix)
@@ -280,7 +282,15 @@ class Trainer:
                 self.attempt(checkpoint.write, run.folder / checkpoint.BEST, checkpoint.pack(
                     self.model, self.labels, self.official, {"progress": dataclasses.asdict(now)}))
         self.save(must=now.iteration == self.cfg.iters)
-        run.draw_validation(self.model, self.val_pairs, self.labels, now.iteration)
+        if world.main:
+            run.draw_validation(self.look(), self.labels, now.iteration)
+
+    def look(self) -> list[tuple]:
+        """The first photos of the validation set, their labels, what the network makes of them."""
+        pairs = [self.val_pairs.read(i) for i in range(min(4, len(self.val_pairs)))]
+        found = [predict_labels(self.model.eval(), [image])[0] for image, _ in pairs]
+        self.model.train()
+        return [(image, label, pred) for (image, label), pred in zip(pairs, found)]
 
     def leave(self):
         """End as the signal asks, with its exit code; all processes together."""
@@ -332,22 +342,21 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)              # options may stand between overrides
-    world = None
-    try:
-        cfg = load_config(args.cfg, args.overrides)
-        world = World()
-        if cfg.iters:
-            Trainer(cfg, world, args.resume).fit()
-        else:
-            others = [item for item in args.overrides if not item.startswith("iters=")]
-            dry_run(load_config(args.cfg, others), world)
-    except (Exception, KeyboardInterrupt) as error:
-        end_with(error, world)
-        raise
-    finally:
-        end_workers()
-        if world is not None:
-            world.close()
+
+    def work(world: World):
+        try:
+            with world.together():
+                cfg = load_config(args.cfg, args.overrides)
+            if cfg.iters:
+                Trainer(cfg, world, args.resume).fit()
+            else:
+                others = [item for item in args.overrides if not item.startswith("iters=")]
+                dry_run(load_config(args.cfg, others), world)
+        finally:
+            end_workers()
+
+    run_together(work, less_memory="checkpointing=true (recomputes the encoder layers in the backward pass), "
+                                   "accum_steps=2 (the same batch in two halves), or fewer workers")
 
 
 if __name__ == "__main__":

@@ -28,12 +28,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from augment import flip_order  # noqa: E402
+import inference
 from config import load_config  # noqa: E402
 from datasets import LABEL_SETS  # noqa: E402
-from evaluate import predict, store_frozen  # noqa: E402
+from evaluate import store_frozen  # noqa: E402
+from inference import predict
 from model import SCHNet, build_model  # noqa: E402
-from pictures import save_png  # noqa: E402
-from plots import curves  # noqa: E402
+from viz.pictures import save_png  # noqa: E402
+from viz.plots import curves  # noqa: E402
 
 OURS, BASELINE = "SCHNet, this project", "ViT-Adapter-L + UperNet, official form"
 LIP = LABEL_SETS["lip"]

@@ -108,7 +108,7 @@ def kill_again_and_again(processes: int, wanted: int, dice: random.Random, root:
         if kills % 5 == 2:
             wait_in_the_start(process, dice.uniform(0.5, 1) * starting)
         else:
-            write = (".last.pt.part", "", ".*.part", "")[kills % 4]
+            write = (".last-*.part*", "", ".*.part*", "")[kills % 4]
             wait_for_moment(process, war, dice.uniform(1, 2 * 40 / wanted - 1), write)
         if process.poll() is not None:                     # it was done first: kill it some more in another folder
             finish(process)
@@ -117,7 +117,7 @@ def kill_again_and_again(processes: int, wanted: int, dice: random.Random, root:
             continue
         kill(process)
         kills += 1
-        parts = sorted(path.name for path in war.glob(".*.part"))
+        parts = sorted(path.name for path in war.glob(".*.part*"))
         writes += bool(parts)
         whole = next((name for name in ("last.pt", "previous.pt") if (war / name).exists()), None)
         at = torch.load(war / whole, weights_only=True)["progress"]["iteration"] if whole else 0

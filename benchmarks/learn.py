@@ -47,7 +47,8 @@ import pictures  # noqa: E402
 import plots  # noqa: E402
 from config import Config, load_config, to_yaml  # noqa: E402
 from datasets import label_set, open_split, train_loader  # noqa: E402
-from evaluate import ERRORS, confusion_matrix, evaluate_split, predict_labels, scores  # noqa: E402
+from evaluate import ERRORS, confusion_matrix, evaluate_split, scores  # noqa: E402
+from inference import predict_labels
 from model import build_model  # noqa: E402
 from train import param_groups, train_step  # noqa: E402
 

@@ -62,7 +62,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(dir=args.tmp) as folder:
             try:
                 found = export.export(model, labels, args.cfg, Path(folder) / "model.onnx", size, args.opset)
-            except export.ExportError as error:
+            except export.UserError as error:
                 print(f"{size[0]:4} x {size[1]:<4} {error}", flush=True)
                 bad += 1
                 continue

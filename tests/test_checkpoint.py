@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import evaluate
+from engine.errors import UserError
+from engine import checkpoint
+import inference
 import model as model_file
-import weights
-from checkpoint import CheckpointError
+from files import weights, whole
 from config import Config
 from datasets import LabelSet
 from model import build_model
@@ -48,7 +48,7 @@ def saved(tmp_path_factory) -> Path:
 
 def test_a_restored_network_is_the_one_that_was_saved(saved):
     model, content = packed()
-    again, labels = checkpoint.restore(checkpoint.read(saved), saved)
+    again, labels = inference.restore(checkpoint.read(saved), saved)
     assert labels == LABELS and not again.training and again.cfg == CFG
     state = again.state_dict()
     assert state.keys() == model.state_dict().keys()
@@ -60,18 +60,18 @@ def test_a_restored_network_is_the_one_that_was_saved(saved):
 
 
 def test_overrides_reach_the_restored_network(saved):
-    model, _ = checkpoint.restore(checkpoint.read(saved), saved, ["precision=bf16", "data_root=/else"])
+    model, _ = inference.restore(checkpoint.read(saved), saved, ["precision=bf16", "data_root=/else"])
     assert model.cfg.precision == "bf16" and model.cfg.data_root == "/else"
 
 
 def test_frozen_weights_in_half_precision_predict_the_same(saved):
     """As from fp32 weights under autocast, to the last bit; what was trained stays in fp32."""
-    model, _ = checkpoint.restore(checkpoint.read(saved), saved, ["precision=bf16"])
-    half, _, _ = evaluate.load_run(saved, ["precision=bf16"], "cpu")
+    model, _ = inference.restore(checkpoint.read(saved), saved, ["precision=bf16"])
+    half, _, _ = inference.load_run(saved, ["precision=bf16"], "cpu")
     stored = [name for name, p in half.named_parameters() if p.dtype == torch.bfloat16]
     assert len(stored) == 8 * 4 and all(name.startswith(("sam.blocks", "clip.transformer")) for name in stored)
     image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
-    assert torch.equal(*(evaluate.predict(network, image, (1.0, 1.5), ()) for network in (model, half)))
+    assert torch.equal(*(inference.predict(network, image, (1.0, 1.5), ()) for network in (model, half)))
 
 
 def test_the_newest_is_kept_and_the_one_before_it(tmp_path):
@@ -87,8 +87,9 @@ def test_a_write_that_fails_leaves_what_was_there(saved, tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     shutil.copy(saved, path)
     before = path.read_bytes()
-    (tmp_path / ".last.pt.part").symlink_to("/dev/full")
-    with pytest.raises(CheckpointError, match=r"last.pt could not be written \(No space left on device, .* GiB free"):
+    monkeypatch.setattr(whole.secrets, "token_hex", lambda _: "x")
+    (tmp_path / ".last-x.part.pt").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"last.pt could not be written \(No space left on device, .* GiB free"):
         checkpoint.write(path, packed()[1])
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
@@ -96,7 +97,7 @@ def test_a_write_that_fails_leaves_what_was_there(saved, tmp_path, monkeypatch):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(CheckpointError, match="Read-only file system"):
+    with pytest.raises(UserError, match="Read-only file system"):
         checkpoint.write(path, packed()[1])
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
@@ -107,7 +108,7 @@ def test_a_file_size_limit_is_told_by_its_own_name(saved, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        with pytest.raises(CheckpointError, match="File too large"):
+        with pytest.raises(UserError, match="File too large"):
             checkpoint.write(tmp_path / "last.pt", packed()[1])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -127,7 +128,7 @@ def test_no_damage_goes_unnoticed(saved, tmp_path):
         path.write_bytes(damaged)
         try:
             again = checkpoint.read(path)
-        except CheckpointError as error:
+        except UserError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             found += 1
         else:                                              # the bit was in the padding between the tensors
@@ -148,7 +149,7 @@ def test_no_damage_goes_unnoticed(saved, tmp_path):
 def test_what_is_no_checkpoint_is_one_line(tmp_path, make, words):
     path = tmp_path / "last.pt"
     make(path)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(UserError) as error:
         checkpoint.read(path)
     assert words in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
@@ -172,7 +173,7 @@ def test_a_checkpoint_with_a_call_in_it_is_not_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"format": 1, "model": {}, "call": Call()}, "last.pt")
     assert zipfile.is_zipfile("last.pt")
-    with pytest.raises(CheckpointError, match="last.pt"):
+    with pytest.raises(UserError, match="last.pt"):
         checkpoint.read(Path("last.pt"))
     assert not Path("executed").exists()
 
@@ -181,17 +182,17 @@ def test_a_checkpoint_of_another_network(saved):
     content = checkpoint.read(saved)
     lost = dict(content["model"])
     del lost["ftm.rho"]
-    with pytest.raises(CheckpointError, match=r"1 tensors missing, 0 unknown \(ftm.rho, ...\)"):
-        checkpoint.restore(content | {"model": lost}, saved)
-    with pytest.raises(CheckpointError, match="last.pt: size mismatch for ftm"):
-        checkpoint.restore(content | {"config": content["config"] | {"ftm_tokens": 5}}, saved)
+    with pytest.raises(UserError, match=r"1 tensors missing, 0 unknown \(ftm.rho, ...\)"):
+        inference.restore(content | {"model": lost}, saved)
+    with pytest.raises(UserError, match="last.pt: size mismatch for ftm"):
+        inference.restore(content | {"config": content["config"] | {"ftm_tokens": 5}}, saved)
 
 
 # ---- finding
 
 def test_which_checkpoint_a_run_means(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="holds no run yet"):
+    with pytest.raises(UserError, match="holds no run yet"):
         checkpoint.find(None)
     for n, name in enumerate(("runs/old/best.pt", "runs/old/last.pt", "runs/ablation/new/last.pt")):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -200,9 +201,9 @@ def test_which_checkpoint_a_run_means(tmp_path, monkeypatch):
     assert checkpoint.find(None) == Path("runs/ablation/new/last.pt")
     assert checkpoint.find("runs/old") == Path("runs/old/best.pt")
     assert checkpoint.find("runs/old/last.pt") == Path("runs/old/last.pt")
-    with pytest.raises(CheckpointError, match="runs/none: no such run or checkpoint"):
+    with pytest.raises(UserError, match="runs/none: no such run or checkpoint"):
         checkpoint.find("runs/none")
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="holds no checkpoint"):
         checkpoint.find("runs")
 
 
@@ -237,17 +238,17 @@ def test_frozen_official_tensors_are_left_out_and_named(official, tmp_path):
     assert content["official"] == {"sam_weights": weights.sha256(official.sam_weights)}
     path = tmp_path / "last.pt"
     checkpoint.write(path, content)
-    again, _ = checkpoint.restore(checkpoint.read(path), path)
+    again, _ = inference.restore(checkpoint.read(path), path)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
     moved = tmp_path / "moved.pth"
     Path(official.sam_weights).rename(moved)
-    with pytest.raises(CheckpointError, match="run `python download.py`, or say where it is with sam_weights=PATH"):
-        checkpoint.restore(checkpoint.read(path), path)
-    again, _ = checkpoint.restore(checkpoint.read(path), path, [f"sam_weights={moved}"])
+    with pytest.raises(UserError, match="run `python download.py`, or say where it is with sam_weights=PATH"):
+        inference.restore(checkpoint.read(path), path)
+    again, _ = inference.restore(checkpoint.read(path), path, [f"sam_weights={moved}"])
     assert torch.equal(again.sam.blocks[0].attn.qkv.weight, model.sam.blocks[0].attn.qkv.weight)
     torch.save(load_state(12), moved)
-    with pytest.raises(CheckpointError, match="was trained on another .*moved.pth"):
-        checkpoint.restore(checkpoint.read(path), path, [f"sam_weights={moved}"])
+    with pytest.raises(UserError, match="was trained on another .*moved.pth"):
+        inference.restore(checkpoint.read(path), path, [f"sam_weights={moved}"])
 
 
 def test_without_freezing_everything_is_in_the_checkpoint(official, tmp_path):
@@ -256,5 +257,5 @@ def test_without_freezing_everything_is_in_the_checkpoint(official, tmp_path):
     path = tmp_path / "last.pt"
     checkpoint.write(path, content)
     Path(official.sam_weights).unlink()                    # not needed any more
-    again, _ = checkpoint.restore(checkpoint.read(path), path)
+    again, _ = inference.restore(checkpoint.read(path), path)
     assert torch.equal(again.sam.pos_embed, model.sam.pos_embed)

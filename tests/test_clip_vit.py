@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import weights
+from files import weights
 from clip_vit import CLIP, attention, load_clip
 
 TOLERANCE = 1e-5
@@ -416,7 +416,7 @@ def test_other_file_formats_load_the_same(small, tmp_path):
 def test_loading_says_what_was_given(small, tmp_path):
     def fault(tensors, model=None):
         torch.save(tensors, tmp_path / "given.pth")
-        with pytest.raises(weights.WeightsError) as caught:
+        with pytest.raises(weights.UserError) as caught:
             load_clip(tmp_path / "given.pth", model or CLIP(**SMALL))
         message = str(caught.value)
         assert "\n" not in message and "given.pth" in message

@@ -19,11 +19,13 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-import check_data
+from engine.errors import UserError
+from engine.workers import end_workers
 import datasets
-from config import Config, ConfigError, from_dict
-from datasets import LABEL_SETS, BatchOrder, DataError, LabelSet, TrainSet, open_split, read_photo, train_loader
-from files import ORIENTATION
+from config import Config, from_dict
+from datasets import LABEL_SETS, BatchOrder, LabelSet, TrainSet, label_set, open_split, train_loader
+from files.images import read_photo
+from files.images import ORIENTATION
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT.parent / "shared/data/samples"
@@ -59,11 +61,24 @@ def custom(root, **more):
 
 
 def run_check(cfg, tmp_path, capsys):
-    code = check_data.check(cfg, tmp_path / "sheets")
+    code = datasets.check(cfg, tmp_path / "sheets")
     return code, capsys.readouterr().out
 
 
 # ---- label sets ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("values, words", [
+    ({}, "classes must be a list of names"),
+    ({"classes": ["a", "a"]}, "a name stands there twice"),
+    ({"classes": ["a", "b"], "palette": [[0, 0, 0]]}, "palette has 1 colours for 2 classes"),
+    ({"classes": ["a", "b"], "palette": [[0, 0, 0], [0, 0, 256]]}, "colours are 0 to 255"),
+    ({"classes": ["a", "b"], "flip_pairs": [[0, 2]]}, "a label outside the class list"),
+    ({"classes": ["a", "b"], "flip_pairs": [[0, 1], [1, 0]]}, "a label stands there twice"),
+])
+def test_custom_label_sets_are_checked(values, words):
+    with pytest.raises(UserError, match=words):
+        label_set(from_dict({"dataset": "custom", **values}, source="test"))
+
 
 def test_label_sets_are_the_official_ones():
     lip, cihp, ppp = (LABEL_SETS[name] for name in ("lip", "cihp", "ppp"))
@@ -79,11 +94,11 @@ def test_label_sets_are_the_official_ones():
 
 
 @pytest.mark.parametrize("broken, says", [
-    (dict(classes=("a", "a")), "different names"), (dict(palette=((0, 0, 0),)), "one colour"),
-    (dict(palette=((0, 0, 0), (0, 0, 0))), "each another"), (dict(palette=((0, 0, 0), (0, 0, 256))), "0 to 255"),
-    (dict(flip_pairs=((0, 1), (1, 0))), "twice"), (dict(flip_pairs=((0, 2),)), "no class")])
+    (dict(classes=("a", "a")), "stands there twice"), (dict(palette=((0, 0, 0),)), "colours for"),
+    (dict(palette=((0, 0, 0), (0, 0, 0))), "a colour stands there twice"), (dict(palette=((0, 0, 0), (0, 0, 256))), "0 to 255"),
+    (dict(flip_pairs=((0, 1), (1, 0))), "twice"), (dict(flip_pairs=((0, 2),)), "outside the class list")])
 def test_label_set_checks_itself(broken, says):
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(UserError, match=says):
         LabelSet(**{"name": "x", "classes": ("a", "b"), "palette": ((0, 0, 0), (9, 9, 9)), "flip_pairs": (), **broken})
 
 
@@ -172,7 +187,7 @@ def test_what_is_missing_is_told_with_all_places(tmp_path, name, missing, says):
     if name == "cihp":
         (tmp_path / "Training/Categories").mkdir()
         says = [*says, "Categories are colour pictures"]
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         open_split(Config(dataset=name, data_root=str(tmp_path)), "train")
     assert all(text in str(error.value) for text in [str(tmp_path), *says]) and "\n" not in str(error.value)
 
@@ -397,7 +412,7 @@ def test_planted_faults_are_named_and_stop_training_in_one_line(planted, capsys)
     cfg, says, tmp_path = planted
     with no_superuser():
         code, text = run_check(cfg, tmp_path, capsys)
-        with pytest.raises(DataError) as error:
+        with pytest.raises(UserError) as error:
             for _ in itertools.islice(train_loader(cfg, open_split(cfg, "train")), 3):     # more than one epoch
                 pass
     faults = [line for line in text.split("\nfaults: ")[1].splitlines() if all(word in line for word in says)]
@@ -431,10 +446,10 @@ def test_the_command(tmp_path, fault):
 
 
 def test_the_command_says_what_is_wrong_with_its_arguments(capsys):
-    assert check_data.main(["dataset=cihp", "data_root=/nowhere"]) == 1
+    assert datasets.main(["dataset=cihp", "data_root=/nowhere"]) == 1
     assert "no such file" in capsys.readouterr().out
-    assert check_data.main(["datset=cihp"]) == 1
-    assert "did you mean 'dataset'" in capsys.readouterr().err
+    with pytest.raises(UserError, match="did you mean 'dataset'"):
+        datasets.main(["datset=cihp"])
 
 
 # ---- the order of training -------------------------------------------------------------------------------------------
@@ -490,7 +505,7 @@ def test_epochs_are_shuffled_and_whole(count):
 
 def test_batch_must_divide_among_processes(tmp_path):
     cfg = custom(make_custom(tmp_path), batch_size=6)
-    with pytest.raises(ConfigError, match="batch_size"):
+    with pytest.raises(UserError, match="batch_size"):
         train_loader(cfg, open_split(cfg, "train"), 0, 4)
 
 
@@ -506,7 +521,7 @@ def test_a_fault_in_a_worker_is_one_line(tmp_path):
     root = make_custom(tmp_path)
     (root / PHOTO).write_bytes(b"")
     cfg = custom(root, workers=2)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         for _ in itertools.islice(train_loader(cfg, open_split(cfg, "train")), 3):
             pass
     assert str(error.value) == f"{root / PHOTO}: an empty file (0 bytes)"
@@ -520,7 +535,7 @@ def test_a_killed_worker_is_one_line(tmp_path):
     worker, = set(multiprocessing.active_children()) - others
     os.kill(worker.pid, signal.SIGKILL)
     time.sleep(0.5)                                        # the main process is busy: nothing may be raised here
-    with pytest.raises(DataError, match="fewer workers") as error:
+    with pytest.raises(UserError, match="fewer workers") as error:
         for _ in itertools.islice(loader, 100):
             pass
     assert "\n" not in str(error.value)
@@ -530,7 +545,8 @@ def test_ctrl_c_is_not_answered_by_the_workers(tmp_path):
     root = make_custom(tmp_path)
     script = ("import test_datasets, time\ncfg = test_datasets.custom({!r}, workers=2)\n"
               "loader = test_datasets.train_loader(cfg, test_datasets.open_split(cfg, 'train'))\n"
-              "next(loader)\nprint('ready', flush=True)\ntime.sleep(60)\n").format(str(root))
+              "try:\n    next(loader)\n    print('ready', flush=True)\n    time.sleep(60)\n"
+              "finally:\n    test_datasets.end_workers()\n").format(str(root))
     child = subprocess.Popen([sys.executable, "-c", script], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              start_new_session=True, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     assert child.stdout.readline() == "ready\n"

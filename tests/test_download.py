@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 import download
-import weights
-from weights import FileSpec
+from files import weights
+from files.weights import FileSpec
 
 CONTENT = bytes(range(256)) * 12_000 + b"the end"         # 3 MB
 NAMES = ["a.pt", "b.pth"]
@@ -257,7 +257,7 @@ def test_wrong_arguments(folder, arguments):
 
 def test_ctrl_c_leaves_a_part_to_resume(folder, server, specs):
     server.plan = ["stall"]
-    program = (f"import download, weights; download.FILES = [weights.{specs[0]}]; "
+    program = (f"import download; from files import weights; download.FILES = [weights.{specs[0]}]; "
                f"raise SystemExit(download.main(['--dir', {str(folder)!r}]))")
     process = subprocess.Popen([sys.executable, "-c", program], cwd=Path(download.__file__).parent,
                                stderr=subprocess.PIPE, text=True)

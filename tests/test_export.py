@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
-import evaluate
+from engine import checkpoint
+import inference
 import export
 from config import Config
 from datasets import LABEL_SETS
@@ -99,7 +99,7 @@ def test_example_gives_the_labels_of_predict(exported, tmp_path: Path):
         assert done.returncode == 0, done.stderr
         label = np.asarray(Image.open(tmp_path / "labels.png"))
         assert label.shape == (height, width)
-        assert (label == evaluate.predict_labels(model, [image])[0]).mean() >= share
+        assert (label == inference.predict_labels(model, [image])[0]).mean() >= share
 
 
 def test_a_wrong_file_never_gets_the_name(exported, tmp_path: Path, monkeypatch):
@@ -109,7 +109,7 @@ def test_a_wrong_file_never_gets_the_name(exported, tmp_path: Path, monkeypatch)
     with torch.no_grad():                                  # the translation is now of other weights
         model.head.conv_seg.bias.add_(torch.linspace(0, 5, 20))
     try:
-        with pytest.raises(export.ExportError, match="was not written"):
+        with pytest.raises(export.UserError, match="was not written"):
             export.export(model, LABEL_SETS["lip"], run / "best.pt", target, SIZE, 18)
     finally:
         with torch.no_grad():
@@ -130,7 +130,7 @@ def test_large_weights_lie_beside_the_file(exported, tmp_path: Path, monkeypatch
 def test_missing_packages_and_wrong_sizes_are_one_line(exported, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "onnxruntime", None)
-        with pytest.raises(export.ExportError, match="onnxruntime is missing: pip install onnx onnxruntime onnxscript"):
+        with pytest.raises(export.UserError, match="onnxruntime is missing: pip install onnx onnxruntime onnxscript"):
             export.main(["--run", str(exported[0])])
     for size in ("480", "100x100", "0x32", "axb"):
         with pytest.raises(SystemExit):

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from config import Config, ConfigError, load_config
+from engine.errors import UserError
+from config import Config, load_config
 from losses import parsing_loss
 from model import FTM, SRM, build_model, similarity
 from sam_vit import SAMViT
@@ -229,7 +230,7 @@ def test_text_features_are_kept_and_the_text_tower_is_not():
 def test_sizes_that_contradict_the_weights_are_refused(monkeypatch):
     import model as module
     monkeypatch.setattr(module, "load_sam", lambda path: SAMViT(64, 8, 2, 3, 4))
-    with pytest.raises(ConfigError, match="sam_dim 64, the config says 32"):
+    with pytest.raises(UserError, match="sam_dim 64, the config says 32"):
         small(sam_weights="sam.pth")
 
 
@@ -237,7 +238,7 @@ def test_clip_weights_need_the_vocabulary(monkeypatch):
     import model as module
     from clip_vit import CLIP
     monkeypatch.setattr(module, "load_clip", lambda path: CLIP(24, 4, 2, 3, taps=(0, 1, 2, 3), embed=16, text_dim=16, text_depth=1, text_heads=2))
-    with pytest.raises(ConfigError, match="vocab"):
+    with pytest.raises(UserError, match="vocab"):
         small(clip_weights="clip.pt")
 
 

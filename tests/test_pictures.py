@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import pictures
-import plots
+from viz import pictures
+from viz import plots
 
 CLASSES = ("Background", "Hat", "Hair", "Upper-clothes")
 PALETTE = ((0, 0, 0), (128, 0, 0), (255, 0, 0), (255, 85, 0))
@@ -223,7 +223,7 @@ def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(list(tmp_path.iterdir())) == 2
 
     def fail(self, file, **options):
-        file.write(b"half of it")
+        Path(file).write_bytes(b"half of it")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Image.Image, "save", fail)

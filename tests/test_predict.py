@@ -12,14 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
-import evaluate
-import files as image_files
-import pictures
+from engine import checkpoint
+import inference
+from files import images as image_files
+from viz import pictures
 import predict
-import video
+from viz import video
 from config import Config
 from datasets import LABEL_SETS
+from engine.errors import UserError
 from model import build_model
 from predict import Parser, Report, collect
 
@@ -131,7 +132,7 @@ def test_labels_are_the_argmax_of_the_networks_probabilities(run: Path, tmp_path
     expected = parser.probabilities(image)
     assert expected.shape == (20, *size)
     np.testing.assert_allclose(expected.sum(0), 1, atol=1e-5)
-    monkeypatch.setattr(evaluate, "CPU_STRIP", 4 * 20 * size[1] * 7)           # strips of 7 rows, as a huge photo has
+    monkeypatch.setattr(inference, "CPU_STRIP", 4 * 20 * size[1] * 7)           # strips of 7 rows, as a huge photo has
     arguments = [str(tmp_path / "x.png"), "--run", str(run), "--out", str(tmp_path / "out"), "--masks", "--probs"]
     assert predict.main(arguments + ["--tta"] * tta) == 0
     label = read(tmp_path / "out/labels/x.png")
@@ -187,7 +188,7 @@ def test_inputs_are_found_once_in_folders_globs_and_by_name(tmp_path: Path, monk
     assert names("gone.jpg", "gone*") == ["gone.jpg: no such file or folder", "gone*: matches no file"]
     shutil.copytree("p", "out/labels")
     assert names(".") == ["we[i]rd", "p/a", "p/deep/b", "q/a", "p/clip"]
-    with pytest.raises(ValueError, match="choose another --out"):
+    with pytest.raises(UserError, match="choose another --out"):
         names("out/labels/a.jpg")
 
 

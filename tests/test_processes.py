@@ -1,6 +1,7 @@
 """Several processes: the same numbers as one, and none of them left waiting when another stops, fails or is killed."""
 
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -8,18 +9,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-import processes
+from engine import processes
 import train
 from config import load_config
 from datasets import open_split
 from evaluate import evaluate_split
 from model import build_model
-from processes import World
+from engine.processes import World
 from tiny import Processes, assert_same_run, free_port, gradients, logged, make_config, wait_until, worst
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +60,12 @@ def test_two_processes_have_the_gradient_of_one(config, tmp_path):
         assert both.wait() == [0, 0], both.said(0) + both.said(1)
 
 
+def gather(group, value) -> list:
+    found = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
+
+
 def compare_evaluations(config: str):
     world, cfg = World(), load_config(config)
     torch.manual_seed(1)
@@ -68,7 +76,8 @@ def compare_evaluations(config: str):
     for size in (2, 3):
         group = dist.new_group(list(range(size)), backend="gloo")
         if world.rank < size:
-            shared = evaluate_split(model, pairs, 3, (1.0, 1.5), cfg.flip_pairs, 2, world.rank, size, group)
+            some = SimpleNamespace(rank=world.rank, size=size, gather=functools.partial(gather, group))
+            shared = evaluate_split(model, pairs, 3, (1.0, 1.5), cfg.flip_pairs, 2, some)
             assert torch.equal(shared[0], alone[0]) and shared[1] == alone[1]
     world.close()
 

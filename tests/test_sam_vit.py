@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from engine.errors import UserError
 import sam_vit
 from sam_vit import SAMViT, load_sam
-from weights import WeightsError
 
 TOLERANCE = 1e-5
 LARGE = dict(dim=1024, depth=24, heads=16, window=14, grid=64)
@@ -386,7 +386,7 @@ def hollow(dim=1024, depth=24, heads=16, prefix="image_encoder."):
 
 def fault(path, tensors):
     torch.save(tensors, path)
-    with pytest.raises(WeightsError) as caught:
+    with pytest.raises(UserError) as caught:
         load_sam(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
     return str(caught.value)

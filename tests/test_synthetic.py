@@ -10,21 +10,23 @@ import cv2
 import numpy as np
 import pytest
 
-import synthetic
-from skeleton import Dice, Figure
+from synthetic import canvas
+from synthetic import draw as drawing
+from synthetic.draw import draw
+from synthetic.skeleton import Dice, Figure
 
 SIZE = (160, 128)
 LEFT, RIGHT = (14, 16, 18), (15, 17, 19)
 
 
 def digest(seed: int, index: int, size: tuple[int, int]) -> str:
-    image, label = synthetic.draw(seed, index, size)
+    image, label = draw(seed, index, size)
     return hashlib.sha256(image.tobytes() + label.tobytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
 def drawn() -> list:
-    return [synthetic.draw(11, i, SIZE) for i in range(400)]
+    return [draw(11, i, SIZE) for i in range(400)]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def test_pictures_and_streams_are_all_different():
 @pytest.mark.parametrize("size", [(160, 128), (96, 96), (480, 480), (64, 200), (333, 121)])
 def test_sizes_types_and_values(size):
     for index in range(6):
-        image, label = synthetic.draw(1, index, size)
+        image, label = draw(1, index, size)
         assert image.shape == (*size, 3) and label.shape == size
         assert image.dtype == label.dtype == np.uint8
         assert image.flags.c_contiguous and label.flags.c_contiguous and image.flags.writeable and label.flags.writeable
@@ -73,16 +75,16 @@ def test_sizes_types_and_values(size):
 
 def test_the_label_is_what_is_painted(monkeypatch):
     """With one flat colour a class and no exposure, the picture is the label, but for smooth edges."""
-    fill = synthetic.Canvas.fill
+    fill = canvas.Canvas.fill
 
     def flat(self, sections, cls, cloth, shade=True):
         fill(self, sections, cls, ((cls * 12.0,) * 3, None), False)
-    monkeypatch.setattr(synthetic.Canvas, "fill", flat)
-    monkeypatch.setattr(synthetic, "backdrop", lambda d, rng, h, w: np.zeros((h, w, 3), np.uint8))
-    monkeypatch.setattr(synthetic, "out_of_focus", lambda image, d: image)
-    monkeypatch.setattr(synthetic, "expose", lambda image, pieces, d, rng: image)
+    monkeypatch.setattr(canvas.Canvas, "fill", flat)
+    monkeypatch.setattr(drawing, "backdrop", lambda d, rng, h, w: np.zeros((h, w, 3), np.uint8))
+    monkeypatch.setattr(drawing, "out_of_focus", lambda image, d: image)
+    monkeypatch.setattr(drawing, "expose", lambda image, pieces, d, rng: image)
     for index in range(40):
-        image, label = synthetic.draw(4, index, SIZE)
+        image, label = draw(4, index, SIZE)
         square = np.ones((3, 3), np.uint8)
         inside = cv2.dilate(label, square) == cv2.erode(label, square)
         assert inside.mean() > 0.5

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from config import Config, ConfigError
+from engine.errors import UserError
+from config import Config
 from datasets import LABEL_SETS
 from tokenizer import END, START, _vocabulary, tokenize
-from weights import WeightsError
 
 PACKAGE = find_spec("open_clip")                           # looked at, not imported
 VOCAB = str(Path(PACKAGE.origin).with_name("bpe_simple_vocab_16e6.txt.gz")) if PACKAGE else ""
@@ -104,9 +104,9 @@ def test_without_vocabulary_each_byte_is_a_token():
 @needs_vocab
 def test_too_long():
     assert tokenize(["hat " * 75], VOCAB)[0, 76] == 49407
-    with pytest.raises(ConfigError, match="78 tokens"):
+    with pytest.raises(UserError, match="78 tokens"):
         tokenize(["hat " * 76], VOCAB)
-    with pytest.raises(ConfigError, match="each byte is a token"):
+    with pytest.raises(UserError, match="each byte is a token"):
         tokenize(["a photo of a " + "very " * 20 + "long coat"], "")
 
 
@@ -119,13 +119,13 @@ def test_wrong_files(tmp_path):
              "short.txt": (text[:-9], "not CLIP's")}
     for name, (content, message) in cases.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(WeightsError, match=message) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             tokenize(["hat"], str(tmp_path / name))
         assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
         assert "python download.py" in str(caught.value)
-    with pytest.raises(WeightsError, match="no such file.*python download.py"):
+    with pytest.raises(UserError, match="no such file.*python download.py"):
         tokenize(["hat"], str(tmp_path / "missing.gz"))
-    with pytest.raises(WeightsError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         tokenize(["hat"], str(tmp_path))
     (tmp_path / "unpacked.txt").write_bytes(text)
     assert words(tokenize(["hat"], str(tmp_path / "unpacked.txt"))[0]) == [3801]

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+from engine import checkpoint
 import train
 from config import Config, load_config
 from datasets import BatchOrder
 from model import build_model
-from processes import in_one_line
+from engine.errors import in_one_line
+from files import whole as whole_files
 from tiny import assert_same_run, differences, gradients, logged, make_config, worst
 
 
@@ -397,10 +398,11 @@ def test_a_full_disk_is_reported_and_training_goes_on_while_it_can(config, whole
 
     def step(*args):
         if args[6] in full:
-            for name in (".last.pt.part", ".log.jsonl.part", ".best.pt.part"):
+            for name in (".last-x.part.pt", ".log-x.part.jsonl", ".best-x.part.pt"):
                 (folder / name).symlink_to("/dev/full")
         return real(*args)
 
+    monkeypatch.setattr(whole_files.secrets, "token_hex", lambda _: "x")
     full = {1}                                             # the save after iteration 2 fails, the others do not
     monkeypatch.setattr(train, "train_step", step)
     train.main(["--cfg", config, f"out={folder}"])
@@ -410,7 +412,7 @@ def test_a_full_disk_is_reported_and_training_goes_on_while_it_can(config, whole
     assert_same_run(folder, whole)
 
     full, folder = {3}, tmp_path / "other"                 # ... and at the end, where it matters
-    monkeypatch.setattr(checkpoint.Path, "unlink", lambda *_, **__: None)            # the disk stays full
+    monkeypatch.setattr(whole_files.Path, "unlink", lambda *_, **__: None)            # the disk stays full
     line = fails(capsys, "--cfg", config, f"out={folder}")
     assert "could not be written (No space left on device" in line
     assert f"the last good checkpoint is of iteration 3, in {folder}" in line
@@ -427,7 +429,7 @@ def test_a_folder_that_cannot_be_written(config, capsys):
 def test_out_of_memory_is_one_line(config, tmp_path, capsys, monkeypatch):
     with pytest.raises(RuntimeError) as error:
         torch.empty(2 ** 60, dtype=torch.uint8)
-    assert in_one_line(error.value).startswith("out of memory: try accum_steps=2")
+    assert in_one_line(error.value, "fewer workers") == "out of memory: try fewer workers"
 
     def step(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB ...")

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-import weights
-from weights import WeightsError, read_tensors
+from engine.errors import UserError
+from files import weights
+from files.weights import read_tensors
 
 TENSORS = {"a.weight": torch.arange(12.0).reshape(3, 4), "a.bias": torch.tensor([1.5, -2.0]).half(),
            "b": torch.tensor(7), "c": torch.randn(2, 5, generator=torch.Generator().manual_seed(0)).bfloat16(),
@@ -174,7 +175,7 @@ def test_a_legacy_file_cut_anywhere_is_damaged(tmp_path):
     legacy, path = formats()["legacy.pth"], tmp_path / "cut.pt"
     for size in range(20, len(legacy) - 1):
         path.write_bytes(legacy[:size])
-        with pytest.raises(WeightsError, match="is damaged or cut off"):
+        with pytest.raises(UserError, match="is damaged or cut off"):
             read_tensors(path)
 
 
@@ -185,7 +186,7 @@ def test_broken_files_end_in_one_line(tmp_path):
     for name, (content, message) in cases.items():
         path = tmp_path / f"{name}.pt"
         path.write_bytes(content)
-        with pytest.raises(WeightsError, match=message) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             read_tensors(path)
         text = str(caught.value)
         assert text.startswith(f"{path}: ") and "\n" not in text and len(text) < len(str(path)) + 250, text
@@ -195,11 +196,11 @@ def test_broken_files_end_in_one_line(tmp_path):
 
 
 def test_missing_folder_forbidden(tmp_path, monkeypatch):
-    with pytest.raises(WeightsError, match="no such file; `python download.py`"):
+    with pytest.raises(UserError, match="no such file; `python download.py`"):
         read_tensors(tmp_path / "missing.pt")
-    with pytest.raises(WeightsError, match="is a folder"):
+    with pytest.raises(UserError, match="is a folder"):
         read_tensors(tmp_path)
-    with pytest.raises(WeightsError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_tensors(tmp_path / ("long" * 100))
 
     def forbidden(path, mode):
@@ -207,7 +208,7 @@ def test_missing_folder_forbidden(tmp_path, monkeypatch):
 
     monkeypatch.setattr(weights, "open", forbidden, raising=False)      # root may read everything: no real file will do
     for function in (read_tensors, weights.sha256):
-        with pytest.raises(WeightsError, match="permission denied"):
+        with pytest.raises(UserError, match="permission denied"):
             function(tmp_path / "a.pt")
 
 
@@ -225,7 +226,7 @@ def test_random_damage(name, tmp_path):
         path.write_bytes(damaged)
         try:
             tensors = read_tensors(path)
-        except WeightsError as error:
+        except UserError as error:
             told += 1
             assert "\n" not in str(error) and str(path) in str(error)
         else:
@@ -236,14 +237,14 @@ def test_random_damage(name, tmp_path):
 
 def test_size_of_the_official_file_is_told(tmp_path):
     (tmp_path / "ViT-B-16.pt").write_bytes(scripted()[:-10])
-    with pytest.raises(WeightsError, match="the official file 350,837,078"):
+    with pytest.raises(UserError, match="the official file 350,837,078"):
         read_tensors(tmp_path / "ViT-B-16.pt")
 
 
 def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc" * 1_000_000)
     assert weights.sha256(tmp_path / "a") == hashlib.sha256(b"abc" * 1_000_000).hexdigest()
-    with pytest.raises(WeightsError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         weights.sha256(tmp_path / "b")
 
 

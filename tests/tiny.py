@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import train
 from config import Config
 from model import build_model
-from processes import World
+from engine.processes import World
 
 SIZE = 32
 CONFIG = {

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-import pictures
-import plots
+from viz import pictures
+from viz import plots
 from datasets import LabelSet
 
 # The paper's figures in percent: LIP Tables 1, 2, 6 (hat ... right shoe, background), CIHP Table 5, PPP Table 4.
-PAPER = {
+PUBLISHED = {
     ("lip", False): {"pixel_acc": 89.54, "mean_acc": 78.12, "miou": 62.98, "iou": (
         72.87, 75.26, 53.28, 43.56, 73.91, 47.60, 63.31, 56.20, 79.09, 37.21, 44.31, 39.38, 76.86, 72.59, 73.88, 71.15,
         71.50, 58.96, 59.48, 89.28)},
@@ -28,7 +28,7 @@ def table(result: dict, labels: LabelSet, tta: bool) -> str:
     For LIP beside both of the paper's rows, without and with test-time augmentation; the difference is to the one of
     the same kind.
     """
-    rows = [PAPER.get((labels.name, kind), {}) for kind in (False, True)]
+    rows = [PUBLISHED.get((labels.name, kind), {}) for kind in (False, True)]
     paper, beside = rows[tta], "iou" in rows[tta]
     width = max(map(len, (*labels.classes, "pixel accuracy"))) + 2
     lines = [f"{'class':<{width}}{'IoU':>8}{'acc.':>8}"
@@ -71,7 +71,7 @@ def best_and_worst(per_image: list[tuple[float, int]], count: int = 3) -> list[t
 def draw(folder: Path, title: str, labels: LabelSet, tta: bool, result: dict, matrix: np.ndarray,
          shown: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]) -> list[Path]:
     """PNGs: confusion matrix, bars per class, a sheet of the images `shown` (caption, photo, truth, prediction)."""
-    paper = PAPER.get((labels.name, tta), {}).get("iou")
+    paper = PUBLISHED.get((labels.name, tta), {}).get("iou")
     reference = None if paper is None else [paper[-1], *paper[:-1]]
     rows = [[photo, pictures.drawn_label(truth, labels.palette), pictures.drawn_label(found, labels.palette),
              pictures.errors(photo, truth, found)] for _, photo, truth, found in shown]

@@ -1,7 +1,7 @@
 """The embedded data set: drawn people with exact labels in LIP's 20 classes. The paper has no such thing; it is ours.
 
     image, label = draw(seed, index, size=(160, 128))      # uint8 RGB (160, 128, 3), uint8 (160, 128)
-    python synthetic.py --out figures --count 6            # some of them as PNG files, to look at or to parse
+    python -m synthetic.draw --out figures --count 6            # some of them as PNG files, to look at or to parse
 
 A picture is a pure function of (seed, index, size): nothing is stored, and no byte depends on the process or on threads
 (of OpenCV only polygons, and the resizing and blur of 8-bit pictures, which are exact). `skeleton.py` poses the people,
@@ -15,9 +15,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from canvas import BACKGROUND, SKINS, Canvas, any_cloth, any_colour, jitter
-from person import Person
-from skeleton import Dice, Figure
+from synthetic.canvas import BACKGROUND, SKINS, Canvas, any_cloth, any_colour, jitter
+from synthetic.person import Person
+from synthetic.skeleton import Dice, Figure
 
 
 def backdrop(d: Dice, rng: np.random.Generator, h: int, w: int) -> np.ndarray:

@@ -10,29 +10,21 @@ no random state to keep: every random number of training is a function of (seed,
     runs/cihp/best.pt       the best validation mIoU so far, without the optimiser
 """
 
-import contextlib
 import dataclasses
-import os
-import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-import config
-import weights
 from datasets import LabelSet
-from model import SCHNet, build_model
+from engine.errors import UserError
+from files import weights
+from files.whole import whole
+from model import SCHNet
 
 FORMAT = 1
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
-
-
-class CheckpointError(ValueError):
-    """A run or checkpoint that cannot be used; the message is one line for the user."""
 
 
 def model_state(model: SCHNet) -> dict[str, Tensor]:
@@ -64,11 +56,9 @@ def pack(model: SCHNet, labels: LabelSet, official: dict[str, str], training: di
 
 def write(path: Path, content: dict, keep: Path | None = None):
     """`content` under `path`, whole or not at all; with `keep`, the file that was there before goes by that name."""
-    _replace(path, lambda file: torch.save(content, file), keep)
-
-
-def write_text(path: Path, text: str):
-    _replace(path, lambda file: file.write(text.encode()))
+    with whole(path, keep) as part:
+        with open(part, "wb") as file:
+            torch.save(content, file)
 
 
 def write_last(folder: Path, content: dict):
@@ -76,50 +66,24 @@ def write_last(folder: Path, content: dict):
     write(folder / LAST, content, keep=folder / PREVIOUS)
 
 
-def _replace(path: Path, write_to: Callable[[BinaryIO], None], keep: Path | None = None):
-    """A temporary file in the same folder, forced to the disk, renamed."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with open(temporary, "wb") as file:
-            write_to(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                             # torch hides an OSError in a RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} could not be written ({_reason(path, error)})") from error
-
-
-def _reason(path: Path, error: BaseException) -> str:
-    while not isinstance(error, OSError) and error.__context__ is not None:
-        error = error.__context__
-    words = isinstance(error, OSError) and error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
-    with contextlib.suppress(OSError):
-        words += f", {shutil.disk_usage(path.parent).free / 2 ** 30:.1f} GiB free on that disk"
-    return words
-
-
 def read(path: Path) -> dict:
-    """A checkpoint, on the CPU. CheckpointError if it is missing, damaged or no checkpoint of SCHNet."""
+    """A checkpoint, on the CPU. UserError if it is missing, damaged or no checkpoint of SCHNet."""
     try:
         with zipfile.ZipFile(path) as archive:                           # torch.load does not look at the checksums
             damaged = archive.testzip()
         content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint") from None
+        raise UserError(f"{path}: no such checkpoint") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:                             # damage has many faces: BadZipFile, zlib, pickle, ...
         if isinstance(error, MemoryError) or "allocate memory" in str(error):            # ... and this is none
             raise MemoryError(f"{path}: not enough memory to read it") from None
-        raise CheckpointError(f"{path}: damaged or not a checkpoint ({type(error).__name__})") from None
+        raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__})") from None
     if content is None:
-        raise CheckpointError(f"{path}: damaged (the checksum of {damaged} is wrong)")
+        raise UserError(f"{path}: damaged (the checksum of {damaged} is wrong)")
     if not isinstance(content, dict) or content.get("format") != FORMAT or "model" not in content:
-        raise CheckpointError(f"{path}: not a checkpoint of this program (format {FORMAT})")
+        raise UserError(f"{path}: not a checkpoint of this program (format {FORMAT})")
     return content
 
 
@@ -130,9 +94,9 @@ def read_last(folder: Path) -> tuple[dict, Path, list[tuple[Path, str]]]:
         if (folder / name).exists():
             try:
                 return read(folder / name), folder / name, damaged
-            except CheckpointError as error:
+            except UserError as error:
                 damaged.append((folder / name, str(error)))
-    raise CheckpointError(f"{folder}: nothing to go on from ({'; '.join(why for _, why in damaged) or f'no {LAST}'}); "
+    raise UserError(f"{folder}: nothing to go on from ({'; '.join(why for _, why in damaged) or f'no {LAST}'}); "
                           "begin anew in another folder with out=FOLDER")
 
 
@@ -140,7 +104,7 @@ def newest_run(root: Path = Path("runs")) -> Path:
     """The folder below `root` whose checkpoint is the newest."""
     found = [path for name in (LAST, BEST) for path in root.glob(f"**/{name}")]
     if not found:
-        raise CheckpointError(f"{root}/ holds no run yet: train one (`python train.py`) or name one with --run")
+        raise UserError(f"{root}/ holds no run yet: train one (`python train.py`) or name one with --run")
     return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
@@ -148,33 +112,13 @@ def find(run: str | Path | None) -> Path:
     """The checkpoint file that `--run` means: a file, or a folder (its best.pt, else last.pt); None: the newest run."""
     path = Path(run) if run is not None else newest_run()
     if not path.exists():
-        raise CheckpointError(f"{path}: no such run or checkpoint")
+        raise UserError(f"{path}: no such run or checkpoint")
     if path.is_file():
         return path
     for name in (BEST, LAST, PREVIOUS):
         if (path / name).exists():
             return path / name
-    raise CheckpointError(f"{path}: holds no checkpoint ({BEST} or {LAST})")
-
-
-def restore(content: dict, path: Path, overrides: list[str] | tuple[str, ...] = ()) -> tuple[SCHNet, LabelSet]:
-    """The network of a checkpoint, in evaluation mode on the CPU. `overrides` (`key=value`): where files lie now."""
-    values = content["config"] | config.parse_overrides(overrides)
-    cfg = config.from_dict(values, source=str(path))
-    kept = content["labels"]
-    labels = LabelSet(kept["name"], *(tuple(map(_tuple, kept[key])) for key in ("classes", "palette", "flip_pairs")))
-    for key, expected in content["official"].items():
-        file = getattr(cfg, key)
-        if not Path(file).exists():
-            raise CheckpointError(f"{path} needs {file}: run `python download.py`, or say where it is with {key}=PATH")
-        if weights.sha256(file) != expected:
-            raise CheckpointError(f"{path} was trained on another {file} (its SHA-256 starts with {expected[:12]})")
-    state = content["model"]
-    random = {key: "" for key in ("sam_weights", "clip_weights") if key not in content["official"]}  # all is in here
-    text = (state["f_txt"], state["sim_scale"]) if cfg.srm else None
-    model = build_model(dataclasses.replace(cfg, **random), labels.classes, text)
-    load_state(model, state, content, path)
-    return model.eval(), labels
+    raise UserError(f"{path}: holds no checkpoint ({BEST} or {LAST})")
 
 
 def load_state(model: SCHNet, state: dict[str, Tensor], content: dict, path: Path):
@@ -182,13 +126,9 @@ def load_state(model: SCHNet, state: dict[str, Tensor], content: dict, path: Pat
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: {str(error).splitlines()[-1].strip()}") from None
+        raise UserError(f"{path}: {str(error).splitlines()[-1].strip()}") from None
     expected = tuple(key.removesuffix("weights").replace("_", ".") for key in content["official"])
     lost = [name for name in missing if not (expected and name.startswith(expected))]
     if lost or unexpected:
-        raise CheckpointError(f"{path} does not fit its network: {len(lost)} tensors missing, {len(unexpected)} "
+        raise UserError(f"{path} does not fit its network: {len(lost)} tensors missing, {len(unexpected)} "
                               f"unknown ({(lost + unexpected)[0]}, ...)")
-
-
-def _tuple(value):
-    return tuple(value) if isinstance(value, (list, tuple)) else value

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pictures import FAINT, INK, PAPER, Palette, paper, text_width, write
+from viz.pictures import FAINT, INK, WHITE, Palette, paper, text_width, write
 
 GRID = (228, 231, 234)
 SERIES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))    # Okabe and Ito
@@ -226,7 +226,7 @@ def confusion_picture(matrix: np.ndarray, classes: Sequence[str], title: str = "
             draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=GRID if math.isnan(share) else _shade(share))
             if share >= 0.0005:
                 text = f"{100 * share:.0f}" if share >= 0.0995 else f"{100 * share:.1f}"
-                write(draw, x + cell / 2 - 1, y + cell / 2, text, size, "mm", PAPER if share > 0.3 else INK)
+                write(draw, x + cell / 2 - 1, y + cell / 2, text, size, "mm", WHITE if share > 0.3 else INK)
     return np.array(canvas)
 
 
@@ -237,7 +237,7 @@ def _shade(share: float) -> tuple[int, int, int]:
 
 def _write_up(canvas: Image.Image, x: float, bottom: float, text: str, size: int, colour):
     """Text that reads upwards from (x, bottom)."""
-    strip = Image.new("RGB", (text_width(text, size) + 2, math.ceil(size * 1.4)), PAPER)
+    strip = Image.new("RGB", (text_width(text, size) + 2, math.ceil(size * 1.4)), WHITE)
     write(ImageDraw.Draw(strip), 1, strip.height / 2, text, size, colour=colour)
     strip = strip.transpose(Image.Transpose.ROTATE_90)
     canvas.paste(strip, (round(x - strip.width / 2), round(bottom - strip.height)))

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -17,41 +18,40 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-from config import ConfigError
-from evaluate import ERRORS, pick_device
+from engine.errors import UserError, in_one_line
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; raised on every process alike. The message is one line for the user."""
+def run_together(work: Callable[["World"], None], device: str = "", less_memory: str = ""):
+    """`work` in every process of a program. When one cannot go on it says why, in one line, and all end.
+
+    `device`: as for `pick_device`; `less_memory`: as for `in_one_line`.
+    """
+    world = None
+    try:
+        world = World(device)
+        work(world)
+    except (Exception, KeyboardInterrupt) as error:
+        end_with(error, world, less_memory)
+        raise
+    finally:
+        if world is not None:
+            world.close()
 
 
-def in_one_line(error: BaseException) -> str:
-    """What a user is told about an error that is no bug; "" for a bug, which keeps its traceback."""
-    text = " ".join(str(error).split())
-    if isinstance(error, (*ERRORS, TrainingError)):
-        return str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped before training had begun; nothing is lost"
-    if isinstance(error, torch.OutOfMemoryError):
-        return ("out of GPU memory: try checkpointing=true (recomputes the encoder layers in the backward pass), or "
-                "accum_steps=2 (the same batch in two halves)")
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "can't allocate memory" in text:
-        return "out of memory: try accum_steps=2 (the same batch in two halves), or fewer workers"
-    if _lost_another(error):
-        return ("another process of this run has ended; why, it said itself, above or in the log of its machine; "
-                "--resume goes on from the last checkpoint")
-    return ""
+LOST = ("another process of this run has ended; why, it said itself, above or in the log of its machine; "
+        "what is written is whole")
 
 
 def _lost_another(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo/transport" in str(error)
 
 
-def end_with(error: BaseException, world: "World | None"):
+def end_with(error: BaseException, world: "World | None", less_memory: str = ""):
     """Leave with one line, said once, and exit code 1 (Ctrl-C: 130). Returns for a bug in a process that is alone."""
-    line = in_one_line(error)
+    lost = _lost_another(error)
+    line = LOST if lost else in_one_line(error, less_memory)
     code = 130 if isinstance(error, KeyboardInterrupt) else 1
-    alike = world is None or isinstance(error, TrainingError | KeyboardInterrupt) or _lost_another(error)
+    alike = world is None or lost or isinstance(error, KeyboardInterrupt) or getattr(error, "everywhere", False)
     first = world.main if world else int(os.environ.get("LOCAL_RANK", 0)) == 0
     if line and (first or not alike):
         print("error" + ("" if first else f" in process {world.rank}") + f": {line}", file=sys.stderr, flush=True)
@@ -73,6 +73,18 @@ def memory(device: torch.device) -> float:
         return 0.0
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+def pick_device(name: str = "") -> torch.device:
+    """The device called `name`; "": this process's GPU, or the CPU where there is none."""
+    if name:
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
@@ -104,7 +116,7 @@ def meet(patience: timedelta) -> dist.Store:
                 store.set(f"name for process {store.get(f'process of rank {other}').decode()}", me)
         missing = {other for other in missing if not store.check([f"attempt {me} has rank {other}"])}
         if time.monotonic() > end:
-            raise TrainingError(f"{len(missing)} of {size} processes have not come within {patience}")
+            raise UserError(f"{len(missing)} of {size} processes have not come within {patience}")
         time.sleep(0.02)
     return dist.PrefixStore(f"attempt {me}", store)
 
@@ -112,13 +124,13 @@ def meet(patience: timedelta) -> dist.Store:
 class World:
     """This process among the others: torchrun's environment, or one process alone."""
 
-    def __init__(self):
+    def __init__(self, device: str = ""):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
-        self.device = pick_device()
+        self.device = pick_device(device)
         if self.device.type == "cuda":
             if self.device.index >= torch.cuda.device_count():
-                raise ConfigError(f"process {self.rank} finds {torch.cuda.device_count()} GPUs: --nproc_per_node must "
+                raise UserError(f"process {self.rank} finds {torch.cuda.device_count()} GPUs: --nproc_per_node must "
                                   "not be more")
             torch.cuda.set_device(self.device)
         self.control = None                                              # a CPU group for counts, scores and messages
@@ -166,7 +178,7 @@ class World:
         mine = None
         try:
             yield
-        except ERRORS as error:
+        except UserError as error:
             if self.size == 1:
                 raise
             mine = str(error)
@@ -174,7 +186,7 @@ class World:
         failed = [rank for rank, error in enumerate(errors) if error]
         if failed:
             everywhere = len(failed) == self.size
-            raise TrainingError(errors[failed[0]] + ("" if everywhere else f" (process {failed[0]})"))
+            raise UserError(errors[failed[0]] + ("" if everywhere else f" (process {failed[0]})"), everywhere=True)
 
     def _watch(self):
         """End this process some time after its neighbour has: NCCL would let it wait for the whole of its patience.

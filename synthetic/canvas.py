@@ -10,7 +10,7 @@ import math
 import cv2
 import numpy as np
 
-from skeleton import Dice
+from synthetic.skeleton import Dice
 
 (BACKGROUND, HAT, HAIR, GLOVE, SUNGLASSES, UPPER, DRESS, COAT, SOCKS, PANTS, JUMPSUITS, SCARF, SKIRT, FACE,
  LEFT_ARM, RIGHT_ARM, LEFT_LEG, RIGHT_LEG, LEFT_SHOE, RIGHT_SHOE) = range(20)

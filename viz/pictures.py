@@ -4,10 +4,7 @@ Pillow, NumPy and OpenCV only. A picture is an array (H, W, 3), uint8, RGB; a la
 Every picture grows to hold its text: nothing is ever cut off.
 """
 
-import contextlib
 import math
-import os
-import threading
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,8 +13,10 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-IGNORE = 255
-PAPER, INK, FAINT = (255, 255, 255), (33, 37, 41), (108, 117, 125)
+from config import IGNORE
+from files.whole import whole
+
+WHITE, INK, FAINT = (255, 255, 255), (33, 37, 41), (108, 117, 125)
 HATCH = ((158, 158, 158), (186, 186, 186))                 # diagonal stripes: a label without a colour
 WRONG = (214, 0, 28)
 
@@ -124,7 +123,7 @@ def wrap(text: str, size: int, width: int) -> list[str]:
 
 
 def paper(height: int, width: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    picture = Image.new("RGB", (width, height), PAPER)
+    picture = Image.new("RGB", (width, height), WHITE)
     return picture, ImageDraw.Draw(picture)
 
 
@@ -220,12 +219,12 @@ def _fit(picture: np.ndarray, height: int, width: int) -> np.ndarray:
 # files: a name appears only when the file is whole
 
 def save_png(path: str | Path, rgb: np.ndarray):
-    _save(Path(path), Image.fromarray(np.ascontiguousarray(rgb)), format="PNG")
+    _save(path, Image.fromarray(np.ascontiguousarray(rgb)), format="PNG")
 
 
 def save_jpeg(path: str | Path, rgb: np.ndarray):
     """For overlays of photos: a fifth of a PNG's size, a tenth of its time; no chroma subsampling, lines stay sharp."""
-    _save(Path(path), Image.fromarray(np.ascontiguousarray(rgb)), format="JPEG", quality=92, subsampling=0)
+    _save(path, Image.fromarray(np.ascontiguousarray(rgb)), format="JPEG", quality=92, subsampling=0)
 
 
 def save_palette_png(path: str | Path, label: np.ndarray, palette: Palette):
@@ -234,18 +233,9 @@ def save_palette_png(path: str | Path, label: np.ndarray, palette: Palette):
     table[:len(palette)] = palette
     picture = Image.fromarray(np.ascontiguousarray(label))
     picture.putpalette(table.tobytes())
-    _save(Path(path), picture, format="PNG")
+    _save(path, picture, format="PNG")
 
 
-def _save(path: Path, picture: Image.Image, **options):
-    part = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part")
-    try:
-        with open(part, "wb") as file:
-            picture.save(file, **options)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:                                  # Ctrl-C too: no litter
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
+def _save(path: str | Path, picture: Image.Image, **options):
+    with whole(path) as part:
+        picture.save(part, **options)

@@ -20,15 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-import checkpoint
-import pictures
-import plots
-from checkpoint import CheckpointError
-from config import Config, ConfigError, to_yaml
-from datasets import DrawnSet, LabelSet, PairSet
-from evaluate import predict_labels
+from config import Config, to_yaml
+from datasets import LabelSet
+from engine import checkpoint
+from engine.errors import UserError
+from engine.processes import World
+from files.whole import LITTER, write_text
 from model import SCHNet
-from processes import World
+from viz import pictures, plots
 
 # Keys that may change when a run goes on: where things lie, how often something is done, how the work is cut up.
 HARMLESS = {"data_root", "sam_weights", "clip_weights", "vocab", "workers", "log_every", "eval_every", "save_every",
@@ -66,20 +65,20 @@ class Run:
             return None
         taken = any((self.folder / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS))
         if taken and not resume and not self.world.restarted:
-            raise ConfigError(f"{self.folder} already holds a run: go on with --resume, or choose another folder "
+            raise UserError(f"{self.folder} already holds a run: go on with --resume, or choose another folder "
                               "with out=FOLDER")
         if resume and not taken and not self.world.restarted:
-            raise CheckpointError(f"{self.folder}: no checkpoint to go on from (no {checkpoint.LAST}); without "
+            raise UserError(f"{self.folder}: no checkpoint to go on from (no {checkpoint.LAST}); without "
                                   "--resume the run begins anew")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock()
-            for part in self.folder.glob(".*.part"):       # what a kill left half-written
+            for part in self.folder.glob(LITTER):       # what a kill left half-written
                 part.unlink()
         except OSError as error:
-            raise ConfigError(f"out: {self.folder} cannot be used ({error.strerror})") from None
+            raise UserError(f"out: {self.folder} cannot be used ({error.strerror})") from None
         content = self._go_on() if taken else None
-        checkpoint.write_text(self.folder / "config.yaml", to_yaml(self.cfg))
+        write_text(self.folder / "config.yaml", to_yaml(self.cfg))
         self.lock()                                        # it is a new file now
         self.write_log()                                   # cut back to the checkpoint; empty for a new run
         return content
@@ -94,7 +93,7 @@ class Run:
             fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:                           # anything else: a file system without locks
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise ConfigError(f"{self.folder}: another process is training in this folder; choose another with "
+                raise UserError(f"{self.folder}: another process is training in this folder; choose another with "
                                   "out=FOLDER") from None
 
     def _go_on(self) -> dict:
@@ -108,7 +107,7 @@ class Run:
                    if old.get(key) != value}
         refused = [text for key, text in changed.items() if key not in HARMLESS]
         if refused:
-            raise ConfigError(f"{path} was trained with another configuration ({', '.join(refused)}): restore it, or "
+            raise UserError(f"{path} was trained with another configuration ({', '.join(refused)}): restore it, or "
                               "start a new run with out=FOLDER")
         now = content["progress"]
         lines = self.log.read_text().splitlines() if self.log.exists() else []
@@ -126,7 +125,7 @@ class Run:
     def write_log(self):
         """log.jsonl as a whole, so that it never holds half a line."""
         if self.world.main:
-            checkpoint.write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in self.entries))
+            write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in self.entries))
 
     def draw_curves(self):
         """curves.png from the log: the loss and its parts, learning rate, gradient, validation scores."""
@@ -146,17 +145,12 @@ class Run:
             panels["length of the gradient"] = {"grad": series(train, "grad")}
         self._picture("curves.png", lambda: plots.curves(panels, smooth=["loss", "length of the gradient"]))
 
-    def draw_validation(self, model: SCHNet, pairs: PairSet | DrawnSet, labels: LabelSet, iteration: int):
-        """validation.png: the first photos of the validation set, their labels, what the network makes of them."""
+    def draw_validation(self, seen: list[tuple], labels: LabelSet, iteration: int):
+        """validation.png: photos, their labels, and what the network makes of them."""
         def draw() -> np.ndarray:
-            model.eval()
-            rows = []
-            for i in range(min(4, len(pairs))):
-                image, label = pairs.read(i)
-                pred = predict_labels(model, [image])[0]
-                rows.append([image] + [pictures.overlay(image, part, labels.palette) for part in (label, pred)])
-            model.train()
-            sheet = pictures.sheet(rows, titles=["photo", "truth", f"iteration {iteration}"])
+            rows = [[image] + [pictures.overlay(image, part, labels.palette) for part in (label, pred)]
+                    for image, label, pred in seen]
+            sheet = pictures.sheet(rows, titles=["photo", "ground truth", f"iteration {iteration}"])
             return pictures.with_legend(sheet, labels.classes, labels.palette, size=16)
 
         self._picture("validation.png", draw)
@@ -166,8 +160,8 @@ class Run:
         if self.world.main:
             try:
                 pictures.save_png(self.folder / name, draw())
-            except OSError as error:
-                self.world.say(f"warning: {self.folder / name} could not be written ({error.strerror or error})")
+            except UserError as error:
+                self.world.say(f"warning: {error}")
 
 
 def describe(model: SCHNet, cfg: Config, world: World, count: int) -> str:

@@ -2,7 +2,7 @@
 
 `read_tensors` takes OpenAI's CLIP archives (TorchScript), files of `torch.save` and safetensors. A pickle can call any
 function when it is read; the ones here are read with `weights_only=True` or by `_ArchiveReader`, which calls none.
-Every fault is a `WeightsError` of one line that names the file and says what to do.
+Every fault is a `UserError`.
 """
 
 import hashlib
@@ -19,9 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-
-class WeightsError(ValueError):
-    """A weight file that cannot be used; the message is one line for the user."""
+from engine.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -67,10 +65,10 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise _unreadable(path, error) from None
     try:
         values = _reader(path, head, size)(path)
-    except WeightsError:
+    except UserError:
         raise
     except MemoryError:
-        raise WeightsError(f"{path}: does not fit into the memory") from None
+        raise UserError(f"{path}: does not fit into the memory") from None
     except OSError as error:
         raise _unreadable(path, error) from None
     except Exception as error:                             # a damaged file can raise anything at all
@@ -82,14 +80,14 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         if isinstance(values, dict) and isinstance(values.get(key), dict):
             values = values[key]
     if not isinstance(values, dict):
-        raise WeightsError(f"{path}: holds a {type(values).__name__}, not tensors by name")
+        raise UserError(f"{path}: holds a {type(values).__name__}, not tensors by name")
     for key, value in values.items():
         if not isinstance(key, str):
-            raise WeightsError(f"{path}: {key!r} is no name of a tensor")
+            raise UserError(f"{path}: {key!r} is no name of a tensor")
         if not isinstance(value, Tensor):
-            raise WeightsError(f"{path}: {key!r} is not a tensor but a value of type {type(value).__name__}")
+            raise UserError(f"{path}: {key!r} is not a tensor but a value of type {type(value).__name__}")
     if not values:
-        raise WeightsError(f"{path}: holds no tensors")
+        raise UserError(f"{path}: holds no tensors")
     return dict(values)
 
 
@@ -119,19 +117,19 @@ def check_keys(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -
     state = model.state_dict()
     wanted, found = describe(state), describe(tensors)
     if found != wanted:
-        raise WeightsError(f"{path}: this is {found}, the model needs {wanted} ({_names(tensors)})")
+        raise UserError(f"{path}: this is {found}, the model needs {wanted} ({_names(tensors)})")
     faults = [f"{len(names)} {fault} ({_names(names)})" for fault, names in (
         ("missing", [name for name in state if name not in tensors]),
         ("left over", [name for name in tensors if name not in state])) if names]
     if faults:
-        raise WeightsError(f"{path}: the names are not those of {wanted}: {', '.join(faults)}")
+        raise UserError(f"{path}: the names are not those of {wanted}: {', '.join(faults)}")
     wrong = [f"{name} {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
              for name, tensor in state.items() if tensor.shape != tensors[name].shape]
     if wrong:
-        raise WeightsError(f"{path}: {len(wrong)} tensors of another size than the model's: {_names(wrong)}")
+        raise UserError(f"{path}: {len(wrong)} tensors of another size than the model's: {_names(wrong)}")
     wrong = [f"{name} {tensor.dtype}" for name, tensor in tensors.items() if not tensor.is_floating_point()]
     if wrong:
-        raise WeightsError(f"{path}: {len(wrong)} tensors are not floating-point numbers: {_names(wrong)}")
+        raise UserError(f"{path}: {len(wrong)} tensors are not floating-point numbers: {_names(wrong)}")
 
 
 def _names(names, shown: int = 3) -> str:
@@ -139,14 +137,14 @@ def _names(names, shown: int = 3) -> str:
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 
 
-def _unreadable(path: Path, error: OSError) -> WeightsError:
+def _unreadable(path: Path, error: OSError) -> UserError:
     if isinstance(error, FileNotFoundError):
-        return WeightsError(f"{path}: no such file; `python download.py` gets the official ones")
+        return UserError(f"{path}: no such file; `python download.py` gets the official ones")
     if isinstance(error, IsADirectoryError):
-        return WeightsError(f"{path}: is a folder, not a file of weights")
+        return UserError(f"{path}: is a folder, not a file of weights")
     if isinstance(error, PermissionError):
-        return WeightsError(f"{path}: may not be read (permission denied)")
-    return WeightsError(f"{path}: cannot be read ({error.strerror or error})")
+        return UserError(f"{path}: may not be read (permission denied)")
+    return UserError(f"{path}: cannot be read ({error.strerror or error})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,31 +154,31 @@ def _unreadable(path: Path, error: OSError) -> WeightsError:
 def _reader(path: Path, head: bytes, size: int):
     start = head.lstrip().lower()
     if size == 0:
-        raise WeightsError(f"{path}: is empty; {AGAIN}")
+        raise UserError(f"{path}: is empty; {AGAIN}")
     if start.startswith(b"version https://git-lfs"):
-        raise WeightsError(f"{path}: is a git-lfs pointer, not the file it points to; `git lfs pull`, or {AGAIN}")
+        raise UserError(f"{path}: is a git-lfs pointer, not the file it points to; `git lfs pull`, or {AGAIN}")
     if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        raise WeightsError(f"{path}: is a web page saved under this name; {AGAIN}")
+        raise UserError(f"{path}: is a web page saved under this name; {AGAIN}")
     if head.startswith(b"PK\x03\x04"):
         return _read_zip
     if head.startswith(_LEGACY):
         return _read_legacy
     if head.startswith(b"\x80"):
-        raise WeightsError(f"{path}: refused and not executed: it is a pickle that torch.save did not write")
+        raise UserError(f"{path}: refused and not executed: it is a pickle that torch.save did not write")
     if head[8:9] == b"{":
         return _read_safetensors
     if re.fullmatch(rb"[\t\n\r\x20-\x7e]*", head):
-        raise WeightsError(f"{path}: is a text file, not weights; {AGAIN}")
-    raise WeightsError(f"{path}: is of no known format (TorchScript archive, torch.save, safetensors); {AGAIN}")
+        raise UserError(f"{path}: is a text file, not weights; {AGAIN}")
+    raise UserError(f"{path}: is of no known format (TorchScript archive, torch.save, safetensors); {AGAIN}")
 
 
-def _damaged(path: Path, error: Exception) -> WeightsError:
+def _damaged(path: Path, error: Exception) -> UserError:
     reason = str(error).partition("\n")[0][:80] if isinstance(error, (zipfile.BadZipFile, ValueError)) else ""
     size = path.stat().st_size
     for spec in FILES:
         if spec.name == path.name and spec.bytes != size:
             reason = f"it has {size:,} bytes, the official file {spec.bytes:,}"
-    return WeightsError(f"{path}: is damaged or cut off ({reason or type(error).__name__}); {AGAIN}")
+    return UserError(f"{path}: is damaged or cut off ({reason or type(error).__name__}); {AGAIN}")
 
 
 def _breaks_off_in(path: Path, name: str) -> bool:
@@ -192,8 +190,8 @@ def _breaks_off_in(path: Path, name: str) -> bool:
     return name.endswith(".") or len(last) > 1 and name.endswith("." + last[:-1].decode("latin-1"))
 
 
-def _refused(path: Path, name: str) -> WeightsError:
-    return WeightsError(f"{path}: refused and not executed: it does not hold tensors alone but wants to call {name}")
+def _refused(path: Path, name: str) -> UserError:
+    return UserError(f"{path}: refused and not executed: it does not hold tensors alone but wants to call {name}")
 
 
 def _read_zip(path: Path):
@@ -201,7 +199,7 @@ def _read_zip(path: Path):
         names = archive.namelist()
         pickles = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
         if len(pickles) != 1:
-            raise WeightsError(f"{path}: is a zip archive, but not one of PyTorch's")
+            raise UserError(f"{path}: is a zip archive, but not one of PyTorch's")
         folder = pickles[0].removesuffix("data.pkl")
         if f"{folder}constants.pkl" in names:
             return _read_torchscript(path, archive, folder)

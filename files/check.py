@@ -1,17 +1,12 @@
-"""The check of a data set, before hours are spent on it.
-
-    python datasets.py --cfg configs/cihp.yaml [--out DIR] [key=value ...]
+"""The check of a data set, before hours are spent on it: `python datasets.py --cfg configs/cihp.yaml`.
 
 Reads every photo and label of both splits, in parallel. Says how many pairs there are (and what the paper has), their
 sizes and how often each class occurs, and names every fault by its file; notes are worth knowing but stop nothing.
 Leaves contact sheets for a person to judge: photos beside their labels, and samples as training sees them.
-The exit code is 1 if there is any fault.
 """
 
-import argparse
 import hashlib
 import signal
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,12 +17,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import pictures
-from config import Config, ConfigError, load_config
-from datasets import DataError, DrawnSet, LabelSet, PairSet, TrainSet, label_set, open_split
-from files import IGNORE, find_split, match_files, orientation, read_label, read_photo, read_photo_of
+from config import IGNORE, Config
+from engine.errors import UserError
+from files.images import orientation, read_label, read_photo, read_photo_of
+from viz import pictures
 
-PAPER = {"lip": {"train": 30_462, "val": 10_000},          # §4.1
+SIZES = {"lip": {"train": 30_462, "val": 10_000},          # §4.1: pairs of each split
          "cihp": {"train": 28_280, "val": 5_000},
          "ppp": {"train": 1_716, "val": 1_817}}
 DRAWN = 200                                                # figures of the synthetic set: the same code draws them all
@@ -50,7 +45,7 @@ class Pair:
 @dataclass
 class Split:
     name: str
-    source: PairSet | DrawnSet | None                      # None: not found
+    source: object                                         # PairSet or DrawnSet of datasets.py; None: not found
     faults: list[str]
     pairs: list[Pair] = field(default_factory=list)        # as in the source
 
@@ -58,30 +53,12 @@ class Split:
         return [i for i, pair in enumerate(self.pairs) if not pair.faults]
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="datasets.py", description="Check a data set before training on it.")
-    parser.add_argument("--cfg", help="a file of configs/; without it, the drawn data set")
-    parser.add_argument("--out", help="folder of the contact sheets; without it, <folder of the run>_data")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config")
-    args = parser.parse_intermixed_args(argv)
-    try:
-        cfg = load_config(args.cfg, args.overrides)
-        return check(cfg, Path(args.out or f"{cfg.out or f'runs/{cfg.dataset}'}_data"))
-    except (ConfigError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenProcessPool:
-        print("error: a process was ended by the system, usually for want of memory: try workers=1", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+def report(cfg: Config, labels, found: list[tuple], augmented: Callable, out: Path) -> int:
+    """Prints the report, writes the contact sheets into `out`; the exit code is 1 if there is any fault.
 
-
-def check(cfg: Config, out: Path) -> int:
-    """Prints the report, writes the contact sheets into `out`, returns the exit code."""
-    labels = label_set(cfg)
-    splits = [look(cfg, labels, name) for name in ("train", "val")]
+    `found`: name, pairs and faults of each split; `augmented(pairs, i, slot)`: pair i as training sees it.
+    """
+    splits = [Split(*parts) for parts in found]
     inspect(splits, cfg.workers)
     faults = [fault for split in splits for fault in split.faults + [f for pair in split.pairs for f in pair.faults]]
     notes = [note for split in splits for pair in split.pairs for note in pair.notes]
@@ -103,21 +80,10 @@ def check(cfg: Config, out: Path) -> int:
     faults = list(dict.fromkeys(faults))                   # a folder that both splits want is one fault
     if faults:
         print(f"\nfaults: {len(faults)}\n  " + "\n  ".join(faults))
-    for path in draw_sheets(cfg, labels, splits, out):
+    for path in draw_sheets(labels, splits, augmented, out):
         print(f"\nlook at {path}", end="")
     print(f"\n{cfg.dataset}: " + {0: "no faults", 1: "1 fault"}.get(len(faults), f"{len(faults)} faults"))
     return 1 if faults else 0
-
-
-def look(cfg: Config, labels: LabelSet, name: str) -> Split:
-    if cfg.dataset == "synthetic":
-        return Split(name, open_split(cfg, name), [])
-    try:
-        place = find_split(cfg, name)
-        pairs, faults = match_files(place)
-    except DataError as error:
-        return Split(name, None, [str(error)])
-    return Split(name, PairSet(place, pairs, len(labels.classes)), faults)
 
 
 # ---- every file, in parallel -----------------------------------------------------------------------------------------
@@ -126,18 +92,16 @@ def inspect(splits: list[Split], workers: int):
     """Fills in the pairs of all splits."""
     tasks, owners = [], []
     for split in splits:
-        if isinstance(split.source, DrawnSet):
-            found = [(inspect_drawn, (split.source, i)) for i in range(min(DRAWN, len(split.source)))]
-        elif split.source is not None:
-            place, classes = split.source.place, split.source.num_classes
-            found = [(inspect_files, (str(place.images / photo), str(place.labels / label), classes))
-                     for _, photo, label in split.source.pairs]
-        else:
+        source = split.source
+        if source is None:
             found = []
+        elif source.place is None:
+            found = [(inspect_drawn, (source, i)) for i in range(min(DRAWN, len(source)))]
+        else:
+            found = [(inspect_files, (*map(str, source.paths(i)), source.num_classes)) for i in range(len(source))]
         tasks += found
         owners += [split] * len(found)
-    bar = tqdm(total=len(tasks), desc="reading", unit="pair", disable=None)    # None: no bar where nobody looks
-    with bar:
+    with tqdm(total=len(tasks), desc="reading", unit="pair", disable=None) as bar:    # None: no bar where nobody looks
         for split, pair in zip(owners, _run(tasks, workers)):
             split.pairs.append(pair)
             bar.update()
@@ -147,8 +111,12 @@ def _run(tasks: list[tuple[Callable, tuple]], workers: int):
     if workers == 0:
         yield from map(_call, tasks)
         return
-    with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
-        yield from pool.map(_call, tasks, chunksize=8)
+    ignore = (signal.SIGINT, signal.SIG_IGN)               # Ctrl-C is answered by the main process alone
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore) as pool:
+        try:
+            yield from pool.map(_call, tasks, chunksize=8)
+        except BrokenProcessPool:
+            raise MemoryError from None                    # the system ended a process: usually for want of memory
 
 
 def _call(task: tuple[Callable, tuple]) -> Pair:
@@ -156,20 +124,16 @@ def _call(task: tuple[Callable, tuple]) -> Pair:
     return function(*arguments)
 
 
-def _start_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C is answered by the main process alone
-
-
 def inspect_files(photo: str, label_path: str, num_classes: int) -> Pair:
     pair = Pair(photo)
     label = rgb = None
     try:
         label = read_label(label_path, num_classes)
-    except DataError as error:
+    except UserError as error:
         pair.faults.append(str(error))
     try:
         rgb = read_photo(photo) if label is None else read_photo_of(label, photo, label_path)
-    except DataError as error:
+    except UserError as error:
         pair.faults.append(str(error))
     if pair.faults:
         return pair
@@ -182,7 +146,7 @@ def inspect_files(photo: str, label_path: str, num_classes: int) -> Pair:
     return _measured(pair, rgb, label)
 
 
-def inspect_drawn(source: DrawnSet, i: int) -> Pair:
+def inspect_drawn(source, i: int) -> Pair:
     return _measured(Pair(source.name(i)), *source.read(i))
 
 
@@ -198,7 +162,7 @@ def _measured(pair: Pair, rgb: np.ndarray, label: np.ndarray) -> Pair:
 # ---- what it means ---------------------------------------------------------------------------------------------------
 
 def count_faults(cfg: Config, split: Split) -> list[str]:
-    expected = PAPER.get(cfg.dataset, {}).get(split.name)
+    expected = SIZES.get(cfg.dataset, {}).get(split.name)
     if split.source is None or expected in (None, len(split.source)):
         return []
     where = split.source.place.listing or split.source.place.images
@@ -220,7 +184,7 @@ def duplicates(splits: list[Split]) -> tuple[list[tuple[str, str]], list[tuple[s
     return shared, repeated
 
 
-def side_notes(labels: LabelSet) -> list[Note]:
+def side_notes(labels) -> list[Note]:
     """Classes that are named as two sides of one thing, but do not change places in a mirror."""
     pairs = {frozenset(pair) for pair in labels.flip_pairs}
     lower = [name.lower() for name in labels.classes]
@@ -231,7 +195,7 @@ def side_notes(labels: LabelSet) -> list[Note]:
             for a, b in sides if frozenset((a, b)) not in pairs]
 
 
-def absent_notes(splits: list[Split], labels: LabelSet) -> list[Note]:
+def absent_notes(splits: list[Split], labels) -> list[Note]:
     notes = []
     for split in splits:
         shown = sum((split.pairs[i].counts for i in split.good()), np.zeros(256, int))
@@ -243,10 +207,10 @@ def absent_notes(splits: list[Split], labels: LabelSet) -> list[Note]:
 def summary(cfg: Config, split: Split) -> str:
     if split.source is None:
         return f"{split.name}: not found"
-    expected = PAPER.get(cfg.dataset, {}).get(split.name)
+    expected = SIZES.get(cfg.dataset, {}).get(split.name)
     lines = [f"{split.name}: {len(split.source):,} pairs" + (f" (the paper: {expected:,})" if expected else "")]
-    if isinstance(split.source, PairSet):
-        place = split.source.place
+    place = split.source.place
+    if place is not None:
         lines += [f"  photos {place.images}", f"  labels {place.labels}", f"  list   {place.listing or 'none'}"]
     else:
         lines += [f"  drawn when asked for; {len(split.pairs)} of them looked at"]
@@ -257,7 +221,7 @@ def summary(cfg: Config, split: Split) -> str:
     return "\n".join(lines)
 
 
-def frequencies(splits: list[Split], labels: LabelSet) -> str:
+def frequencies(splits: list[Split], labels) -> str:
     """The table of classes: their share of all pixels, and the number of photos they occur on."""
     columns, heads = [], []
     for split in splits:
@@ -274,7 +238,7 @@ def frequencies(splits: list[Split], labels: LabelSet) -> str:
 
 # ---- contact sheets --------------------------------------------------------------------------------------------------
 
-def draw_sheets(cfg: Config, labels: LabelSet, splits: list[Split], out: Path) -> list[Path]:
+def draw_sheets(labels, splits: list[Split], augmented: Callable, out: Path) -> list[Path]:
     written = []
     for split in splits:
         good = split.good()
@@ -282,13 +246,12 @@ def draw_sheets(cfg: Config, labels: LabelSet, splits: list[Split], out: Path) -
         samples = [(split.source.name(i), *split.source.read(i)) for i in chosen]
         written += _sheet(samples, labels, out / f"{split.name}.png")
         if split.name == "train" and chosen:
-            augmented = TrainSet(split.source, cfg)
-            samples = [(split.source.name(i), *augmented.sample(i, 0, slot)) for slot, i in enumerate(chosen)]
+            samples = [(split.source.name(i), *augmented(split.source, i, slot)) for slot, i in enumerate(chosen)]
             written += _sheet(samples, labels, out / "augmented.png")
     return written
 
 
-def _sheet(samples: list[tuple[str, np.ndarray, np.ndarray]], labels: LabelSet, path: Path) -> list[Path]:
+def _sheet(samples: list[tuple[str, np.ndarray, np.ndarray]], labels, path: Path) -> list[Path]:
     if not samples:
         return []
     cells = [(rgb, pictures.drawn_label(label, labels.palette)) for _, rgb, label in samples]

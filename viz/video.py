@@ -14,13 +14,11 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-import pictures
+from engine.errors import UserError
+from files.whole import whole
+from viz import pictures
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")      # what is wrong with a video is said here, once and in words
-
-
-class VideoError(ValueError):
-    """A video that cannot be used; the message is one line for the user."""
 
 
 def parse_video(parser, source: Path | int, target: Path, labels: Path | None = None, batch: int = 4) -> int:
@@ -31,23 +29,20 @@ def parse_video(parser, source: Path | int, target: Path, labels: Path | None = 
     live = isinstance(source, int)
     name = f"webcam {source}" if live else str(source)
     capture = cv2.VideoCapture(source if live else str(source))
-    part = target.with_name(f".{os.getpid()}.part.mp4")
     expected = 0 if live else max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
     pairs = _parse(parser, capture, 1 if live else batch)
     try:
         rate = capture.get(cv2.CAP_PROP_FPS)
         if live:
             pairs, rate = _measure(pairs)
-        with tqdm(pairs, total=expected or None, unit="frame", desc=Path(name).name) as bar:
+        with whole(target) as part, tqdm(pairs, total=expected or None, unit="frame", desc=Path(name).name) as bar:
             count = _write(bar, parser, part, rate if 1 <= rate <= 240 else 25.0, labels, live)
-        if not count:
-            raise VideoError(f"{name}: no frame could be read" + ("" if live else ", not a video or damaged"))
-        os.replace(part, target)
+            if not count:
+                raise UserError(f"{name}: no frame could be read" + ("" if live else ", not a video or damaged"))
     finally:
         capture.release()
-        part.unlink(missing_ok=True)
     if count < 0.95 * expected:                            # containers only estimate the number
-        raise VideoError(f"{name}: ends after {count} of {expected} frames, damaged or cut off; these were parsed")
+        raise UserError(f"{name}: ends after {count} of {expected} frames, damaged or cut off; these were parsed")
     return count
 
 
@@ -83,7 +78,7 @@ def _write(pairs, parser, path: Path, rate: float, labels: Path | None, live: bo
                 size = picture.shape[1], picture.shape[0]
                 writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
                 if not writer.isOpened():
-                    raise VideoError(f"{path.parent}: this OpenCV cannot write a {size[0]} x {size[1]} video there")
+                    raise UserError(f"{path.parent}: this OpenCV cannot write a {size[0]} x {size[1]} video there")
             bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
             writer.write(bgr)
             count += 1

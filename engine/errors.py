@@ -1,0 +1,47 @@
+"""The one exception that is no bug, and what is said when a program cannot go on."""
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+
+class UserError(Exception):
+    """What a user can mend: the message is one line that names the file or key at fault and what to do.
+
+    `everywhere`: every process of a run has raised it alike, so that it is told once.
+    """
+
+    def __init__(self, message: str, everywhere: bool = False):
+        super().__init__(message)
+        self.everywhere = everywhere
+
+
+def in_one_line(error: BaseException, less_memory: str) -> str:
+    """What a user is told about an error that is no bug; "" for a bug, which keeps its traceback.
+
+    `less_memory`: the options of the program that make it need less.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; what is written is whole"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of GPU memory: try {less_memory}"
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+        return f"out of memory: try {less_memory}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror or error}"
+    return ""
+
+
+def run_program(main: Callable[[], int | None], less_memory: str = "a smaller size"):
+    """Run a program to its exit code: 0 all well, 1 an error (one line on stderr), 130 Ctrl-C. A bug has a traceback."""
+    try:
+        sys.exit(main())
+    except (Exception, KeyboardInterrupt) as error:
+        line = in_one_line(error, less_memory)
+        if not line:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)

@@ -1,0 +1,1 @@
+"""What is drawn for people: overlays, legends, sheets, plots, tables, videos."""
