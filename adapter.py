@@ -16,7 +16,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from linear import Linear
+import fast
+from layers import init_linears, level_sizes, resize
 
 Shapes = list[tuple[int, int]]
 STAGES = 4
@@ -37,70 +38,12 @@ def cell_centres(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> to
     return torch.cat(maps)                                                        # (Q, 2)
 
 
-def level_sizes(shapes: Shapes, device: torch.device) -> torch.Tensor:
-    """Widths and heights, (2, L). Filled in on the device: copying a list there would wait for a GPU."""
-    sides = [w for _, w in shapes] + [h for h, _ in shapes]
-    return torch.stack([torch.full((), side, device=device) for side in sides]).view(2, -1)
-
-
-class TableGradient(torch.autograd.Function):
-    """Passes on `out`, rows of `table` weighed and added (bag by bag), and gives the table its gradient.
-
-    embedding_bag's own gradient for the table is most of the whole attention's time on a CPU. It is a weighted sum too,
-    of the bags that used each row: one sort brings these together, then embedding_bag does it.
-    """
-
-    @staticmethod
-    def forward(ctx, out: torch.Tensor, table: torch.Tensor, index: torch.Tensor, weights: torch.Tensor):
-        ctx.rows = table.shape[0]
-        ctx.save_for_backward(index, weights)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        index, weights = ctx.saved_tensors
-        rows, order = index.flatten().sort()
-        first = torch.searchsorted(rows, torch.arange(ctx.rows, device=rows.device, dtype=rows.dtype))
-        bags = order // index.shape[1]
-        weights = weights.flatten()[order]
-        grad_table = F.embedding_bag(bags, grad.contiguous(), first, per_sample_weights=weights, mode="sum")
-        return grad, grad_table, None, None
-
-
+@fast.replaced_by(fast.ms_deform_attn, in_onnx=False)      # ONNX has GridSample, but nothing like embedding_bag
 def ms_deform_attn(value: torch.Tensor, shapes: Shapes, locations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted sum of bilinear samples, zero outside the maps, in fp32 or better as the original kernel does it.
 
     value (B, S, M, D); locations (B, Q, M, L, P, 2), (x, y) in [0, 1]; weights (B, Q, M, L, P). Returns (B, Q, M * D).
-    A sample is four weighted cells, so a query's head is one weighted sum of 4LP rows of `value`: one embedding_bag.
     """
-    if torch.onnx.is_in_onnx_export():                                  # ONNX has GridSample, but no embedding_bag
-        return grid_sample_attn(value, shapes, locations, weights)
-    b, s, m, d = value.shape
-    dtype, device = torch.promote_types(value.dtype, torch.float32), value.device
-    size = level_sizes(shapes, device)                                                   # (2, L)
-    start = (size[0] * size[1]).cumsum(0) - size[0] * size[1]                            # (L,)
-    size, start = size.int().view(2, 1, 1, 1, -1, 1), start.int().view(-1, 1)
-    batch = torch.arange(0, b * s, s, device=device, dtype=torch.int32).view(b, 1, 1, 1, 1)
-    head = torch.arange(m, device=device, dtype=torch.int32).view(m, 1, 1)
-
-    position = locations.to(dtype).permute(5, 0, 1, 2, 3, 4) * size - 0.5                # cell i is centred at i + 0.5
-    low = position.detach().floor()
-    cells = torch.stack([low, low + 1])                                                  # (2, 2, B, Q, M, L, P)
-    shares = torch.stack([low + 1 - position, position - low]) * ((cells >= 0) & (cells < size))
-    column, row = cells.int().clamp(min=0).minimum(size - 1).unbind(1)                   # outside: any cell, share 0
-    index = ((batch + start) + row.unsqueeze(1) * size[0] + column) * m + head           # (2, 2, B, Q, M, L, P)
-    shares = shares[:, 1].unsqueeze(1) * (shares[:, 0] * weights.to(dtype))
-    index, shares = (x.permute(2, 3, 4, 0, 1, 5, 6).flatten(3).flatten(0, 2) for x in (index, shares))
-
-    table = value.to(dtype).reshape(b * s * m, d)
-    out = F.embedding_bag(index, table.detach(), per_sample_weights=shares, mode="sum")
-    out = TableGradient.apply(out, table, index, shares.detach())
-    return out.view(b, -1, m * d).to(value.dtype)
-
-
-def grid_sample_attn(value: torch.Tensor, shapes: Shapes, locations: torch.Tensor,
-                     weights: torch.Tensor) -> torch.Tensor:
-    """ms_deform_attn in the usual form, level by level: for export."""
     b, s, m, d = value.shape
     dtype = torch.promote_types(value.dtype, torch.float32)
     grids = (2 * locations.to(dtype) - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)        # (L, B*M, Q, P, 2)
@@ -123,10 +66,10 @@ class MSDeformAttn(nn.Module):
         if width % heads:
             raise ValueError(f"deformable attention: width {width} ({dim} * {ratio}) is no multiple of {heads} heads")
         self.heads, self.levels, self.points = heads, levels, points
-        self.sampling_offsets = Linear(dim, heads * levels * points * 2)
-        self.attention_weights = Linear(dim, heads * levels * points)
-        self.value_proj = Linear(dim, width)
-        self.output_proj = Linear(width, dim)
+        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * levels * points)
+        self.value_proj = nn.Linear(dim, width)
+        self.output_proj = nn.Linear(width, dim)
 
     def reset_parameters(self) -> None:
         """Head m looks along direction m, its point p at p + 1 cells; all samples weigh the same."""
@@ -148,7 +91,7 @@ class MSDeformAttn(nn.Module):
         """query (B, Q, C), reference (Q, 2), keys (B, S, C) of maps of the given sizes; returns (B, Q, C)."""
         b, q, _ = query.shape
         grid = (self.heads, self.levels, self.points)
-        size = level_sizes(shapes, query.device).T.unsqueeze(1)                          # (L, 1, 2)
+        size = level_sizes(shapes, query.device).unsqueeze(1)                            # (L, 1, 2)
         value = self.value_proj(keys).view(b, keys.shape[1], self.heads, -1)             # (B, S, M, D)
         offsets = self.sampling_offsets(query).view(b, q, *grid, 2)                      # (B, Q, M, L, P, 2)
         weights = self.attention_weights(query).view(b, q, self.heads, -1).softmax(-1).view(b, q, *grid)
@@ -178,9 +121,9 @@ class ConvFFN(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = Linear(dim, hidden)
+        self.fc1 = nn.Linear(dim, hidden)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.fc2 = Linear(hidden, dim)
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, c: torch.Tensor, shapes: Shapes) -> torch.Tensor:
         c = self.fc1(c)
@@ -254,10 +197,6 @@ def split_maps(c: torch.Tensor, shapes: Shapes) -> list[torch.Tensor]:
     return [part.transpose(1, 2).reshape(c.shape[0], c.shape[2], h, w) for part, (h, w) in zip(parts, shapes)]
 
 
-def resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-
-
 class ViTAdapter(nn.Module):
     """Four stages of injector and extractor around a transformer that the caller runs, then the fusion to f1..f4."""
 
@@ -276,11 +215,9 @@ class ViTAdapter(nn.Module):
     def reset_parameters(self) -> None:
         """ViT-Adapter's: trunc-normal linears, He-normal convolutions over the fan-out, deformable attention's own."""
         nn.init.normal_(self.level_embed)
+        init_linears(self)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
                 if module.bias is not None:
@@ -310,7 +247,6 @@ class ViTAdapter(nn.Module):
     def fuse(self, c1: torch.Tensor, c: torch.Tensor, outs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Pyramid plus the four stages' tokens (B, h, w, C), resized to strides 4 8 16 32: f1..f4."""
         c2, c3, c4 = split_maps(c, pyramid(*outs[0].shape[1:3]))
-        weight = self.up.weight.contiguous(memory_format=torch.channels_last)         # twice as fast
-        maps = [F.conv_transpose2d(c2, weight, self.up.bias, stride=2) + c1, c2, c3, c4]
+        maps = [self.up(c2) + c1, c2, c3, c4]
         outs = [x.permute(0, 3, 1, 2) for x in outs]
         return [norm(m + resize(x, m.shape[2:])) for norm, m, x in zip(self.norms, maps, outs)]

@@ -2,7 +2,7 @@
 
 Paper §3.1, §4.2. Reference: github.com/openai/CLIP (MIT). Modules are named as in the official file, so that it loads
 strictly; sizes other than B/16's serve the tests and the demo. Different from the reference: any image size (the
-position table is resampled), the raw outputs of the blocks `taps` are returned, attention is one fused call.
+position table is resampled), the raw outputs of the blocks `taps` are returned.
 
 Shapes: B images of H x W pixels, h = H/16, w = W/16, N tokens, D width, K texts, E the width both towers share.
 """
@@ -14,32 +14,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fast
+from engine.errors import UserError
 from files import weights
-from linear import Linear, linear
+from layers import resample_positions
 from tokenizer import CONTEXT, VOCAB_SIZE
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_TABLES = 16                                            # resampled position tables kept
+HEAD = 64                                                  # width of a head in every CLIP of OpenAI's; no file tells it
 
 
 class QuickGELU(nn.Module):
     """CLIP was trained with this; the exact GELU in its place loses accuracy without a word."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (1.702 * x).sigmoid_()                  # in place: half the time of this line, same gradient
+        return x * (1.702 * x).sigmoid()
 
 
+@fast.replaced_by(fast.clip_attention)
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of (B, heads, N, d).
-
-    In bf16 on a CPU in slices that stay in the cache: 901 tokens of 12 heads take 6 ms on two threads instead of the fused
-    call's 15, and the error of the tower's outputs against fp32 is the same.
-    """
-    if causal or q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    q, k, v = q * q.shape[-1] ** -0.5, k.contiguous().transpose(-1, -2), v.contiguous()
-    return torch.cat([(part @ k).softmax(-1) @ v for part in q.split(200, -2)], -2)
+    """softmax(q k^T / sqrt(d)) v of (B, heads, N, d)."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 class Attention(nn.Module):
@@ -48,10 +44,10 @@ class Attention(nn.Module):
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        qkv = linear(x, self.in_proj_weight, self.in_proj_bias)                        # (B, N, 3D)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                        # (B, N, 3D)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)         # (B, heads, N, D/heads)
         x = attention(q, k, v, causal)
         return self.out_proj(x.transpose(1, 2).flatten(2))                             # (B, N, D)
@@ -60,9 +56,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.c_fc = Linear(dim, 4 * dim)
+        self.c_fc = nn.Linear(dim, 4 * dim)
         self.gelu = QuickGELU()
-        self.c_proj = Linear(4 * dim, dim)
+        self.c_proj = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(self.gelu(self.c_fc(x)))
@@ -98,7 +94,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, dim: int, depth: int, heads: int, grid: int, patch: int, taps: tuple[int, ...], embed: int):
         super().__init__()
-        self.dim, self.grid, self.taps = dim, grid, tuple(taps)
+        self.dim, self.depth, self.heads, self.grid, self.taps = dim, depth, heads, grid, tuple(taps)
         scale = dim**-0.5
         self.conv1 = nn.Conv2d(3, dim, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(dim))
@@ -107,9 +103,8 @@ class VisionTransformer(nn.Module):
         self.transformer = Transformer(dim, depth, heads)
         self.ln_post = nn.LayerNorm(dim)
         self.proj = nn.Parameter(scale * torch.randn(dim, embed))
-        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
-        self._tables = {}
+        self.register_buffer("mean", torch.tensor(MEAN, device="cpu").view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD, device="cpu").view(3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         """`image` (B, 3, H, W) in [0, 1] -> class embedding (B, E) of unit length, taps [(B, h, w, D)]."""
@@ -131,32 +126,12 @@ class VisionTransformer(nn.Module):
     def embed(self, image: Tensor) -> Tensor:
         """Patch tokens as the first block sees them, without the class token: (B, 3, H, W) -> (B, h, w, D)."""
         x = self.conv1(self.normalize(image)).permute(0, 2, 3, 1)                      # (B, h, w, D)
-        return self.ln_pre(x + self.position_table(x.shape[1], x.shape[2]))
+        table = self.positional_embedding[1:].unflatten(0, (self.grid, self.grid))     # row 0: the class token's
+        return self.ln_pre(x + resample_positions(table, *x.shape[1:3]))
 
-    def position_table(self, h: int, w: int) -> Tensor:
-        """The position table resampled to h x w, (h, w, D); kept per grid while nothing trains it."""
-        table = self.positional_embedding
-        if (h, w) == (self.grid, self.grid):
-            return table[1:].unflatten(0, (h, w))
-        # Compilers cannot follow the bookkeeping below, and inference tensors have no version.
-        if table.requires_grad or torch.compiler.is_compiling() or table.is_inference():
-            return self._resample(h, w)
-        key = (h, w, table.device, table.dtype)
-        source, version, resampled = self._tables.get(key, (None, None, None))
-        if source is not table or version != table._version:       # the version counts the writes into a tensor
-            if len(self._tables) >= MAX_TABLES:
-                self._tables.clear()
-            resampled = self._resample(h, w)
-            self._tables[key] = (table, table._version, resampled)
-        return resampled
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_tables": {}}            # a copy's parameters count their versions anew
-
-    def _resample(self, h: int, w: int) -> Tensor:
-        table = self.positional_embedding[1:].T.unflatten(1, (self.grid, self.grid))   # (D, grid, grid)
-        table = F.interpolate(table[None], size=(h, w), mode="bicubic", align_corners=False)
-        return table[0].permute(1, 2, 0).contiguous()
+    def layer(self, i: int, x: Tensor) -> Tensor:
+        """Block i on patch tokens alone: (B, h, w, D) -> (B, h, w, D)."""
+        return self.transformer.resblocks[i](x.flatten(1, 2)).view_as(x)
 
 
 class CLIP(nn.Module):
@@ -164,6 +139,7 @@ class CLIP(nn.Module):
                  taps: tuple[int, ...] = (3, 5, 7, 11), embed: int = 512,
                  text_dim: int = 512, text_depth: int = 12, text_heads: int = 8):
         super().__init__()
+        self.embed, self.text_dim, self.text_depth, self.text_heads = embed, text_dim, text_depth, text_heads
         self.visual = VisionTransformer(dim, depth, heads, grid, patch, taps, embed)
         self.transformer = Transformer(text_dim, text_depth, text_heads)
         self.token_embedding = nn.Embedding(VOCAB_SIZE, text_dim)
@@ -188,17 +164,32 @@ class CLIP(nn.Module):
         return F.normalize(self.ln_final(x) @ self.text_projection, dim=-1)
 
 
-def load_clip(path: str | Path, clip: CLIP | None = None) -> CLIP:
-    """The weights of `path` in fp32, in a new ViT-B/16 or in `clip`, whose sizes must be the file's.
+def load_clip(path: str | Path, taps: tuple[int, ...] = (3, 5, 7, 11), heads: int | None = None,
+              text_heads: int | None = None) -> CLIP:
+    """CLIP in fp32 from OpenAI's archive (in part half precision, with three integers) or a state dict with its names.
 
-    Takes OpenAI's archive (in part half precision, 302 parameters and three integers) and state dicts with its names;
-    raises `weights.UserError`. No file tells which activation it was trained with: files from elsewhere must be
-    of QuickGELU models.
+    Its size is the file's; the number of heads, which no file tells, is OpenAI's (64 wide) unless given. Nor does a file
+    tell its activation: files from elsewhere must be of QuickGELU models. Raises `UserError`.
     """
     tensors = weights.read_tensors(path)
     for name in ("input_resolution", "context_length", "vocab_size"):
         tensors.pop(name, None)
-    clip = CLIP() if clip is None else clip
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    kind = weights.describe(tensors)
+    if not {"visual.conv1.weight", "visual.positional_embedding", "visual.proj", "token_embedding.weight"} <= shapes.keys():
+        raise UserError(f"{path}: this is {kind}, CLIP ViT-B/16 is needed")
+    dim, _, patch, _ = shapes["visual.conv1.weight"]
+    if patch != 16:
+        raise UserError(f"{path}: this is {kind}, its patches are not 16 x 16 as SAM's are; CLIP ViT-B/16 is needed")
+    text_dim = shapes["token_embedding.weight"][1]
+    heads, text_heads = heads or max(1, dim // HEAD), text_heads or max(1, text_dim // HEAD)
+    for key, width, count in (("clip_heads", dim, heads), ("text_heads", text_dim, text_heads)):
+        if width % count:
+            raise UserError(f"{key}: {path} has a width of {width}, which is no multiple of {count} heads")
+    with torch.device("meta"):                             # no time for random weights
+        clip = CLIP(dim, weights.count_blocks(tensors, "visual.transformer.resblocks."), heads,
+                    math.isqrt(len(tensors["visual.positional_embedding"])), patch, taps, shapes["visual.proj"][1],
+                    text_dim, weights.count_blocks(tensors, "transformer.resblocks."), text_heads)
     weights.check_keys(clip, tensors, path)
-    clip.load_state_dict(tensors)                          # copies into fp32
+    clip.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, assign=True)
     return clip

@@ -20,6 +20,8 @@ from engine.errors import UserError
 
 DATASETS = ("lip", "cihp", "ppp", "synthetic", "custom")
 IGNORE = 255                                               # label of pixels that neither loss nor score counts
+SIZES = ("sam_dim", "sam_depth", "sam_heads", "sam_window", "sam_grid", "clip_dim", "clip_depth", "clip_heads",
+         "clip_grid", "clip_embed", "text_dim", "text_depth", "text_heads")         # keys of the encoders' sizes
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,22 @@ class Config:
     clip_weights: str = "weights/ViT-B-16.pt"              # §4.2; "": random weights
     vocab: str = "weights/bpe_simple_vocab_16e6.txt.gz"    # CLIP's merges; "": bytes, for random weights only
     freeze: bool = True                                    # §4.3: SAM (but its patch embedding) and CLIP stay as they are
-    sam_dim: int = 1024                                    # §4.2: ViT-L
-    sam_depth: int = 24
-    sam_heads: int = 16
-    sam_window: int = 14
-    sam_grid: int = 64                                     # side of the absolute position table: a 1024 px image
-    clip_dim: int = 768                                    # §4.2: ViT-B/16
-    clip_depth: int = 12
-    clip_heads: int = 12
-    clip_grid: int = 14                                    # side of the position table: a 224 px image
+    # An encoder's size: null is what the weight file has (without a file ViT-L's and ViT-B/16's, §4.2); a number that
+    # the file has otherwise is refused. No file tells CLIP's number of heads: null is OpenAI's, a 64th of the width.
+    sam_dim: int | None = None                             # ViT-L: 1024
+    sam_depth: int | None = None                           # 24
+    sam_heads: int | None = None                           # 16
+    sam_window: int | None = None                          # 14
+    sam_grid: int | None = None                            # side of the absolute position table: 64, a 1024 px image
+    clip_dim: int | None = None                            # ViT-B/16: 768
+    clip_depth: int | None = None                          # 12
+    clip_heads: int | None = None                          # 12
+    clip_grid: int | None = None                           # side of the position table: 14, a 224 px image
+    clip_embed: int | None = None                          # width of f_cls and f_txt: 512
+    text_dim: int | None = None                            # 512
+    text_depth: int | None = None                          # 12
+    text_heads: int | None = None                          # 8
     clip_taps: tuple[int, ...] = (3, 5, 7, 11)             # §3.1, 0-based: DenseCLIP's indices, block 11 is the last
-    clip_embed: int = 512                                  # width of f_cls and f_txt
-    text_dim: int = 512
-    text_depth: int = 12
-    text_heads: int = 8
     prompt: str = "a photo of a {class}."                  # ours: the paper has "prompts from labels"
     sim_scale: float | None = None                         # Eq. 1; null: CLIP's learned scale (100); 1.0: as printed
     srm_sites: int = 5                                     # Eq. 2: i in 1..5; 4 leaves out the one after the last layer
@@ -233,10 +237,8 @@ def _check(cfg: Config):
     one_of("backbone", ("sam", "clip"))
     one_of("precision", ("bf16", "fp16", "fp32"))
     for key in ("batch_size", "accum_steps", "loss_group", "base_size", "log_every", "eval_every", "save_every",
-                "sam_dim", "sam_depth", "sam_heads", "sam_window", "sam_grid", "clip_dim", "clip_depth", "clip_heads",
-                "clip_grid", "clip_embed", "text_dim", "text_depth", "text_heads", "ftm_tokens", "prior_dim",
-                "deform_heads", "deform_points", "head_dim", "aux_dim", "synthetic_train", "synthetic_val"):
-        need(getattr(cfg, key) > 0, f"{key} must be at least 1, not {getattr(cfg, key)}")
+                *SIZES, "ftm_tokens", "prior_dim", "deform_heads", "deform_points", "head_dim", "aux_dim", "synthetic_train", "synthetic_val"):
+        need(getattr(cfg, key) is None or getattr(cfg, key) > 0, f"{key} must be at least 1, not {getattr(cfg, key)}")
     for key in ("iters", "warmup_iters", "workers", "weight_decay", "lovasz_weight", "aux_weight", "seed",
                 "patch_embed_lr_mult", "warmup_ratio", "poly_power", "rho_init"):
         need(getattr(cfg, key) >= 0, f"{key} must not be negative, it is {getattr(cfg, key)}")
@@ -252,9 +254,11 @@ def _check(cfg: Config):
     need(cfg.batch_size % cfg.accum_steps == 0,
          f"batch_size ({cfg.batch_size}) must be a multiple of accum_steps ({cfg.accum_steps})")
     need(cfg.srm_sites in (4, 5), f"srm_sites must be 4 or 5, not {cfg.srm_sites}")
-    need(cfg.sam_depth % 4 == 0, f"sam_depth must be a multiple of 4 (four stages), not {cfg.sam_depth}")
-    need(len(cfg.clip_taps) == 4 and sorted(set(cfg.clip_taps)) == list(cfg.clip_taps)
-         and 0 <= cfg.clip_taps[0] and cfg.clip_taps[-1] == cfg.clip_depth - 1,
-         f"clip_taps must be four rising block numbers that end with the last, {cfg.clip_depth - 1}, not {cfg.clip_taps}")
+    need((cfg.sam_depth or 4) % 4 == 0, f"sam_depth must be a multiple of 4 (four stages), not {cfg.sam_depth}")
+    for dim, heads in (("sam_dim", "sam_heads"), ("clip_dim", "clip_heads"), ("text_dim", "text_heads")):
+        width, count = getattr(cfg, dim), getattr(cfg, heads)
+        need(not (width and count) or width % count == 0, f"{dim} ({width}) must be a multiple of {heads} ({count})")
+    need(len(cfg.clip_taps) == 4 and sorted(set(cfg.clip_taps)) == list(cfg.clip_taps) and cfg.clip_taps[0] >= 0,
+         f"clip_taps must be four rising block numbers, not {cfg.clip_taps}")
     need(cfg.backbone == "sam" or not cfg.srm, "srm needs backbone: sam (it adds CLIP's features to SAM's)")
     need("{class}" in cfg.prompt, f"prompt must contain {{class}}, it is {cfg.prompt!r}")

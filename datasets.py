@@ -29,7 +29,6 @@ from files.images import read_label, read_photo_of
 from files.layouts import Place, find_split, match_files
 from synthetic.draw import draw
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # label sets
 
@@ -249,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(cfg: Config, out: Path) -> int:
     """Look at every file of both splits, report, leave contact sheets in `out`; 1 if there is any fault."""
-    from files.check import report                         # and with it all that draws: training needs none of it
+    from files.check import report  # and with it all that draws: training needs none of it
 
     splits = [look_for(cfg, name) for name in ("train", "val")]
     return report(cfg, label_set(cfg), splits, lambda source, i, slot: TrainSet(source, cfg).sample(i, 0, slot), out)

@@ -1,6 +1,7 @@
-"""The official weights: CLIP ViT-B/16, SAM ViT-L and CLIP's vocabulary.
+"""The official weights: CLIP ViT-B/16, SAM ViT-L and CLIP's vocabulary; by name also SAM ViT-B and ViT-H.
 
-    python download.py                                  # all three into weights/, 1.6 GB
+    python download.py                                  # the first three into weights/, 1.6 GB
+    python download.py sam_vit_b_01ec64.pth             # SAM ViT-B, for small cards
     python download.py ViT-B-16.pt --dir /data/weights  # one of them, elsewhere
     python download.py --mirror https://example.org/w   # https://example.org/w/ViT-B-16.pt, ...
     python download.py --from /media/stick              # copied from a folder, checked in the same way
@@ -23,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine.errors import UserError
-from files.weights import FILES, FileSpec, sha256
+from files.weights import FILES, OTHER_FILES, FileSpec, sha256
 
 TRIES = 5                                                  # in a row without a mebibyte of progress
 TIMEOUT = 30                                               # seconds without a byte
@@ -37,8 +38,8 @@ class ConnectionFault(Exception):
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     code = 0
-    for spec in FILES:
-        if args.names and spec.name not in args.names:
+    for spec in (*FILES, *OTHER_FILES):
+        if spec.name not in (args.names or [spec.name for spec in FILES]):
             continue
         try:
             print(f"{args.dir / spec.name}: {get(spec, args.dir, args.mirror, args.source)}", flush=True)
@@ -52,9 +53,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    names = [spec.name for spec in FILES]
+    names = [spec.name for spec in (*FILES, *OTHER_FILES)]
     parser = argparse.ArgumentParser(description="Get the official weights, resumed and checked.")
-    parser.add_argument("names", nargs="*", metavar="name", help=f"files to get (all): {', '.join(names)}")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"files to get (the first three): {', '.join(names)}")
     parser.add_argument("--dir", type=Path, default=Path("weights"), help="folder to put them in (weights)")
     parser.add_argument("--mirror", metavar="URL", help="get URL/<name> instead of the official addresses")
     parser.add_argument("--from", dest="source", type=Path, metavar="DIR", help="copy DIR/<name>, use no network")

@@ -32,7 +32,6 @@ from inference import load_run, predict_labels, read_ahead
 from model import SCHNet
 from viz import reports
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # metrics
 

@@ -11,11 +11,13 @@
     T_i        tokens[i]  (m, C)         learnable tokens of layer i, m = 100
 
 h = H/16, w = W/16: one grid for CLIP and SAM, which is why their features can be added.
-"MLP" in the paper is one affine map (Eq. 3), so each is a `Linear` here.
+"MLP" in the paper is one affine map (Eq. 3), so each is an `nn.Linear` here.
 
 SAM and CLIP stay frozen, but for SAM's patch embedding (§4.3). Gradients still flow through SAM's blocks, because the patch
 embedding, SRM, FTM and the injectors lie before them; only CLIP runs without a graph.
 """
+
+import dataclasses
 
 import torch
 import torch.nn as nn
@@ -23,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from engine.errors import UserError
 from adapter import ViTAdapter
 from clip_vit import CLIP, VisionTransformer, load_clip
 from config import Config
-from linear import Linear, linear
+from engine.errors import UserError
+from layers import init_linears, resize
 from sam_vit import SAMViT, load_sam
 from tokenizer import tokenize
 from uperhead import FCNHead, UPerHead
@@ -50,11 +52,11 @@ class SRM(nn.Module):
     def __init__(self, num_classes: int, clip_dim: int, dim: int, ratio: float):
         super().__init__()
         hidden = max(1, int(dim * ratio))                                # width not in the paper; C/4 as ViT-Adapter's FFN
-        self.expand = Linear(num_classes, clip_dim)                      # "increase the dimension of f_sim"
-        self.to_sam = Linear(clip_dim, dim)
-        self.squeeze = Linear(dim, hidden)
-        self.unsqueeze = Linear(hidden, dim)
-        _init_linears(self)
+        self.expand = nn.Linear(num_classes, clip_dim)                   # "increase the dimension of f_sim"
+        self.to_sam = nn.Linear(clip_dim, dim)
+        self.squeeze = nn.Linear(dim, hidden)
+        self.unsqueeze = nn.Linear(hidden, dim)
+        init_linears(self)
         _zero(self.to_sam, self.unsqueeze)                               # at the start SAM's features pass unchanged
 
     def forward(self, f_sv: Tensor, f_cv: Tensor, f_sim: Tensor) -> Tensor:
@@ -75,25 +77,22 @@ class FTM(nn.Module):
         bound = (6 / (3 * 16 * 16 + dim)) ** 0.5                         # Rein's, with a 16 x 16 patch
         self.tokens = nn.Parameter(torch.empty(depth, tokens, dim).uniform_(-bound, bound))          # T of Eq. 5
         self.rho = nn.Parameter(torch.tensor(float(rho)))                # one for all layers: "a learnable parameter"
-        self.value = Linear(dim, dim)                                    # inner MLP of Eq. 5, shared by the layers
-        self.out = Linear(dim, dim)                                      # outer MLP of Eq. 5, shared by the layers
-        self.first = Linear(dim, hidden)                                 # Eq. 6: "the first and third MLPs are shared"
-        self.second = nn.ModuleList(Linear(hidden, hidden) for _ in range(depth))
-        self.third = Linear(hidden, dim)
+        self.value = nn.Linear(dim, dim)                                 # inner MLP of Eq. 5, shared by the layers
+        self.out = nn.Linear(dim, dim)                                   # outer MLP of Eq. 5, shared by the layers
+        self.first = nn.Linear(dim, hidden)                              # Eq. 6: "the first and third MLPs are shared"
+        self.second = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
+        self.third = nn.Linear(hidden, dim)
         self.logit_scale = dim ** -0.5 if scale_logits else 1.0          # Eq. 5 prints none; Rein has 1/sqrt(C)
-        _init_linears(self)
+        init_linears(self)
         for mlp in (self.value, self.out):                               # Rein leaves these two at torch's default
             mlp.reset_parameters()
         _zero(self.third)                                                # at the start SAM's features pass unchanged
 
-    def token_values(self) -> Tensor:
-        """MLP(MLP(T_i)) for all layers: (n, m, C). The rows of a softmax sum to 1, so Eq. 5's outer affine map may act on
-        the m token values instead of the h*w pixels: MLP(A V) = A MLP(V), the same numbers for a third of the arithmetic."""
-        return self.out(self.value(self.tokens))
-
-    def forward(self, f: Tensor, i: int, values: Tensor) -> Tensor:
-        attention = (self.logit_scale * linear(f, self.tokens[i])).softmax(-1)           # (B, h, w, m)
-        f_tokens = self.rho * (attention @ values[i]) + f                                # (B, h, w, C)  Eq. 5: f'_i
+    def forward(self, f: Tensor, i: int) -> Tensor:
+        # The rows of a softmax sum to 1, so Eq. 5's outer MLP may act on the m values instead of the h w pixels.
+        values = self.out(self.value(self.tokens[i]))                                    # (m, C)
+        attention = (self.logit_scale * (f @ self.tokens[i].T)).softmax(-1)              # (B, h, w, m)
+        f_tokens = self.rho * (attention @ values) + f                                   # (B, h, w, C)  Eq. 5: f'_i
         squeezed = F.gelu(self.second[i](F.gelu(self.first(f_tokens))))                  # (B, h, w, C/4)
         return self.third(squeezed) + f                                                  # Eq. 6: the residual is f_i, not f'_i
 
@@ -116,13 +115,13 @@ class SCHNet(nn.Module):
         if cfg.backbone == "clip":                                       # a plain backbone has no class token (ViT-Adapter)
             for unused in (clip.class_embedding, clip.proj, *clip.ln_post.parameters()):
                 unused.requires_grad_(False)
-        dim, depth = (cfg.sam_dim, cfg.sam_depth) if cfg.backbone == "sam" else (cfg.clip_dim, cfg.clip_depth)
+        dim, depth = self.encoder.dim, self.encoder.depth
         ends = [depth * s // 4 for s in range(1, 5)] if cfg.backbone == "sam" else [tap + 1 for tap in cfg.clip_taps]
         self.stages = [range(a, b) for a, b in zip([0, *ends], ends)]    # ViT-L: 0-5, 6-11, 12-17, 18-23
         if cfg.srm:
             self.register_buffer("f_txt", f_txt)
             self.register_buffer("sim_scale", torch.tensor(float(sim_scale)))
-            self.srm = SRM(num_classes, cfg.clip_dim, dim, cfg.srm_ratio)
+            self.srm = SRM(num_classes, clip.dim, dim, cfg.srm_ratio)
         if cfg.ftm:
             self.ftm = FTM(depth, dim, cfg.ftm_tokens, cfg.ftm_ratio, cfg.rho_init, cfg.ftm_scale_logits)
         self.adapter = ViTAdapter(dim, cfg.prior_dim, cfg.deform_heads, cfg.deform_points, cfg.deform_ratio,
@@ -130,58 +129,59 @@ class SCHNet(nn.Module):
         self.head = UPerHead(dim, cfg.head_dim, num_classes, cfg.head_dropout)
         self.aux = FCNHead(dim, cfg.aux_dim, num_classes, cfg.head_dropout) if cfg.aux_weight else None
 
+    @property
+    def encoder(self) -> SAMViT | VisionTransformer:
+        """The plain vision transformer that ViT-Adapter stands around."""
+        return self.sam if self.cfg.backbone == "sam" else self.clip
+
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         """image (B, 3, H, W) of any size -> logits (B, K, H, W); in training mode with those of the auxiliary head."""
         height, width = image.shape[-2:]
         image = self._pad(image)
         features = self.forward_features(image)
-        logits = _resize(self.head(features), image.shape[-2:])[..., :height, :width]
+        logits = resize(self.head(features), image.shape[-2:])[..., :height, :width]
         if not self.training:
             return logits
         aux = self.aux(features[2]) if self.aux else None
-        return logits, aux if aux is None else _resize(aux, image.shape[-2:])[..., :height, :width]
+        return logits, aux if aux is None else resize(aux, image.shape[-2:])[..., :height, :width]
 
     def forward_features(self, image: Tensor) -> list[Tensor]:
-        """image (B, 3, H, W), sides multiples of 32 -> four maps (B, C, ., .) at strides 4, 8, 16, 32. This is Fig. 2."""
-        refine = self._semantics(image) if self.cfg.srm else None
-        values = self.ftm.token_values() if self.cfg.ftm else None
-        encoder = self.sam if self.cfg.backbone == "sam" else self.clip
-        x = encoder.embed(image)                                         # (B, h, w, C)  f_sv^0
-        x = refine(x, 0) if refine else x                                #               Eqs. 2, 4
-        c1, c = self.adapter.prior(encoder.normalize(image))             # (B, C, H/4, W/4), (B, N, C)
+        """image (B, 3, H, W), sides multiples of 32 -> four maps (B, C, ., .) at strides 4, 8, 16, 32. This is Fig. 2.
+
+        Eq. 2 counts i = 1..5 but CLIP has four stages: the last two sites both take f_cv^4, the only 768-wide map there is.
+        """
+        if self.cfg.srm:
+            f_sim, f_cv = self._semantics(image)                         # (B, K), 4 x (B, h, w, D)     Eq. 1
+        x = self.encoder.embed(image)                                    # (B, h, w, C)  f_sv^0
+        if self.cfg.srm:
+            x = self.srm(x, f_cv[0], f_sim)                              #               Eqs. 2, 4
+        c1, c = self.adapter.prior(self.encoder.normalize(image))        # (B, C, H/4, W/4), (B, N, C)
         outs = []
         for stage, layers in enumerate(self.stages):
             x = self.adapter.inject(stage, x, c)
             for i in layers:
-                x = self._layer(x, i, values)                            #               Eqs. 5, 6
-            if refine and stage + 1 < self.cfg.srm_sites:
-                x = refine(x, stage + 1)                                 # f_sv^(s+1)    Eqs. 2, 4
+                x = self._layer(x, i)                                    # f''_i         Eqs. 5, 6
+            if self.cfg.srm and stage + 1 < self.cfg.srm_sites:
+                x = self.srm(x, f_cv[min(stage + 1, 3)], f_sim)          # f''_sv^1..4   Eqs. 2, 4
             c = self.adapter.extract(stage, x, c)
             outs.append(x)
         return self.adapter.fuse(c1, c, outs)
 
-    def _semantics(self, image: Tensor):
-        """CLIP's view of the image, as a function that refines SAM's features at site 0..4.
-
-        Eq. 2 counts i = 1..5 but CLIP has four stages: the last two sites both take f_cv^4, the only 768-wide map there is.
-        """
+    def _semantics(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """CLIP's view of the image: f_sim (B, K) and f_cv^1..4, each (B, h, w, D)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.cfg.freeze):
             f_cls, f_cv = self.clip(image)                               # (B, E), 4 x (B, h, w, D)
-        f_sim = similarity(f_cls, self.f_txt, self.sim_scale)            # (B, K)        Eq. 1
-        return lambda x, site: self.srm(x, f_cv[min(site, 3)], f_sim)
+        return similarity(f_cls, self.f_txt, self.sim_scale), f_cv
 
-    def _layer(self, x: Tensor, i: int, values: Tensor | None) -> Tensor:
+    def _layer(self, x: Tensor, i: int) -> Tensor:
         """Encoder layer i and its FTM; with `checkpointing`, recomputed in the backward pass."""
-        def run(x: Tensor, values: Tensor | None) -> Tensor:
-            if self.cfg.backbone == "sam":
-                x = self.sam.blocks[i](x)
-            else:
-                x = self.clip.transformer.resblocks[i](x.flatten(1, 2)).view_as(x)
-            return x if values is None else self.ftm(x, i, values)
+        def run(x: Tensor) -> Tensor:
+            x = self.encoder.layer(i, x)
+            return self.ftm(x, i) if self.cfg.ftm else x
 
         if self.cfg.checkpointing and self.training:
-            return checkpoint(run, x, values, use_reentrant=False)
-        return run(x, values)
+            return checkpoint(run, x, use_reentrant=False)
+        return run(x)
 
     def _pad(self, image: Tensor) -> Tensor:
         """The sides up to multiples of 32 (the adapter's coarsest map), with the mean colour, at the bottom and right."""
@@ -189,28 +189,46 @@ class SCHNet(nn.Module):
         below, right = -height % 32, -width % 32
         if not below and not right:
             return image
-        mean = (self.sam if self.cfg.backbone == "sam" else self.clip).mean
+        mean = self.encoder.mean
         return F.pad(image - mean, (0, right, 0, below)) + mean
 
 
 def build_model(cfg: Config, classes: list[str] | tuple[str, ...], text: tuple[Tensor, Tensor] | None = None) -> SCHNet:
     """SCHNet for these class names. Weight files named in `cfg` are loaded; an empty name means random weights.
 
+    An encoder's size is its file's, or without a file what `cfg` says (null: ViT-L, ViT-B/16); `model.cfg` has the sizes.
     `text`: the pair (f_txt, sim_scale) of a checkpoint; then neither the text tower nor the vocabulary is needed.
     """
     sam = clip = f_txt = scale = None
     if cfg.backbone == "sam":
         sam = load_sam(cfg.sam_weights) if cfg.sam_weights else SAMViT(
-            cfg.sam_dim, cfg.sam_depth, cfg.sam_heads, cfg.sam_window, cfg.sam_grid)
-        _same_size("sam_weights", cfg.sam_weights, {"sam_dim": sam.pos_embed.shape[-1], "sam_depth": len(sam.blocks)}, cfg)
+            **_given(dim=cfg.sam_dim, depth=cfg.sam_depth, heads=cfg.sam_heads, window=cfg.sam_window, grid=cfg.sam_grid))
+        cfg = _with_sizes(cfg, "sam_weights", sam_dim=sam.dim, sam_depth=sam.depth, sam_heads=sam.heads,
+                          sam_window=sam.window, sam_grid=sam.grid)
     if cfg.backbone == "clip" or cfg.srm:
-        clip = load_clip(cfg.clip_weights) if cfg.clip_weights else CLIP(
-            cfg.clip_dim, cfg.clip_depth, cfg.clip_heads, cfg.clip_grid, taps=cfg.clip_taps, embed=cfg.clip_embed,
-            text_dim=cfg.text_dim, text_depth=cfg.text_depth, text_heads=cfg.text_heads)
-        _same_size("clip_weights", cfg.clip_weights, {"clip_dim": clip.visual.dim}, cfg)
+        clip = load_clip(cfg.clip_weights, cfg.clip_taps, cfg.clip_heads, cfg.text_heads) if cfg.clip_weights else CLIP(
+            **_given(dim=cfg.clip_dim, depth=cfg.clip_depth, heads=cfg.clip_heads, grid=cfg.clip_grid, taps=cfg.clip_taps,
+                     embed=cfg.clip_embed, text_dim=cfg.text_dim, text_depth=cfg.text_depth, text_heads=cfg.text_heads))
+        cfg = _with_sizes(cfg, "clip_weights", clip_dim=clip.visual.dim, clip_depth=clip.visual.depth,
+                          clip_heads=clip.visual.heads, clip_grid=clip.visual.grid, clip_embed=clip.embed,
+                          text_dim=clip.text_dim, text_depth=clip.text_depth, text_heads=clip.text_heads)
+        if cfg.clip_taps[-1] != clip.visual.depth - 1:
+            raise UserError(f"clip_taps must end with CLIP's last block, {clip.visual.depth - 1}, not {cfg.clip_taps}")
     if cfg.srm:
         f_txt, scale = text if text is not None else _text_features(cfg, clip, classes)
     return SCHNet(cfg, len(classes), sam, clip.visual if clip else None, f_txt, scale)
+
+
+def _given(**sizes) -> dict:
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def _with_sizes(cfg: Config, key: str, **sizes: int) -> Config:
+    """`cfg` with an encoder's sizes; one that it asks for and the weight file has otherwise is refused."""
+    for name, size in sizes.items():
+        if getattr(cfg, name) not in (None, size):
+            raise UserError(f"{name}: {getattr(cfg, key)} has {size}, the config says {getattr(cfg, name)}")
+    return dataclasses.replace(cfg, **sizes)
 
 
 @torch.no_grad()
@@ -221,24 +239,6 @@ def _text_features(cfg: Config, clip: CLIP, classes: list[str] | tuple[str, ...]
     prompts = [cfg.prompt.replace("{class}", name.lower().replace("-", " ")) for name in classes]
     f_txt = clip.encode_text(tokenize(prompts, cfg.vocab))
     return f_txt, clip.logit_scale.exp() if cfg.sim_scale is None else torch.tensor(cfg.sim_scale)
-
-
-def _same_size(key: str, path: str, found: dict[str, int], cfg: Config):
-    for name, value in found.items():
-        if getattr(cfg, name) != value:
-            raise UserError(f"{key}: {path} has {name} {value}, the config says {getattr(cfg, name)}")
-
-
-def _resize(x: Tensor, size) -> Tensor:
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
-
-
-def _init_linears(module: nn.Module):
-    """ViT-Adapter's initialisation of new Linears: truncated normal of 0.02, no bias."""
-    for m in module.modules():
-        if isinstance(m, nn.Linear):
-            nn.init.trunc_normal_(m.weight, std=0.02)
-            nn.init.zeros_(m.bias)
 
 
 def _zero(*layers: nn.Linear):

@@ -9,10 +9,10 @@ attention is the fused call, not an explicit softmax. Parameters have SCHNet's n
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import UperNetConfig
 from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
 from transformers.models.upernet.modeling_upernet import UperNetHead
-from torch import Tensor, nn
 
 DIM, DEPTH, HEADS, WINDOW = 1024, 24, 16, 14
 

@@ -26,7 +26,7 @@ import transformers  # noqa: E402
 from test_clip_vit import MEAN, STD, error, hugging_face_names, random_state, resized  # noqa: E402
 
 from clip_vit import CLIP  # noqa: E402
-from evaluate import store_frozen  # noqa: E402
+from inference import store_frozen  # noqa: E402
 
 OURS = "this project"
 TAPS = (3, 5, 7, 11)

@@ -22,14 +22,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 warnings.filterwarnings("ignore", message="Error fetching version info")
 
-import albumentations as A                                 # noqa: E402
-from albumentations.pytorch import ToTensorV2              # noqa: E402
+import albumentations as A  # noqa: E402
+from albumentations.pytorch import ToTensorV2  # noqa: E402
 
 from augment import BRIGHTNESS, HUE, MEAN_COLOUR, augment  # noqa: E402
-from config import Config                                  # noqa: E402
-from datasets import LABEL_SETS, random_numbers            # noqa: E402
-from config import IGNORE
-from files.images import read_label, read_photo_of        # noqa: E402
+from config import (
+    IGNORE,
+    Config,  # noqa: E402
+)
+from datasets import LABEL_SETS, random_numbers  # noqa: E402
+from files.images import read_label, read_photo_of  # noqa: E402
 
 
 def peer(cfg: Config) -> A.Compose:

@@ -28,8 +28,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import conftest  # noqa: E402, F401                        torchvision beside a CPU-only torch, for the peers
 from test_sam_vit import LARGE, MEAN, STD, build, error, hugging_face, official, random_state  # noqa: E402
 
-from evaluate import store_frozen  # noqa: E402
-from sam_vit import SAMViT, expand_relative  # noqa: E402
+from inference import store_frozen  # noqa: E402
+from layers import relative_positions  # noqa: E402
+from sam_vit import SAMViT  # noqa: E402
 
 NAMES = ("this project", "segment-anything", "transformers")
 
@@ -50,7 +51,7 @@ def encoder(name: str, state: dict[str, torch.Tensor], size: int, mode: str, kep
     fitted = dict(state)
     for key, table in state.items():                       # row i, column 0 of the expanded table is distance i, ...
         if "rel_pos" in key and len(table) != 27:
-            full = expand_relative(table, grid)
+            full = relative_positions(table, grid)
             fitted[key] = torch.cat([full[0].flip(0), full[1:, 0]])
     make = official if name == "segment-anything" else hugging_face
     model, blocks = make(fitted, grid, grid, **{**LARGE, "grid": grid})

@@ -22,10 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import train  # noqa: E402
-import inference
 from config import Config, load_config  # noqa: E402
-from evaluate import store_frozen  # noqa: E402
-from inference import autocast
+from inference import autocast, store_frozen  # noqa: E402
 from model import SCHNet, build_model  # noqa: E402
 
 CLASSES = [f"class {n}" for n in range(20)]

@@ -28,11 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from augment import flip_order  # noqa: E402
-import inference
 from config import load_config  # noqa: E402
 from datasets import LABEL_SETS  # noqa: E402
-from evaluate import store_frozen  # noqa: E402
-from inference import predict
+from inference import predict, store_frozen  # noqa: E402
 from model import SCHNet, build_model  # noqa: E402
 from viz.pictures import save_png  # noqa: E402
 from viz.plots import curves  # noqa: E402
@@ -65,13 +63,12 @@ def error(found, wanted) -> float:
 
 def parts(model: SCHNet, image: torch.Tensor) -> dict:
     """name -> (function of nothing, whose outputs must be those of this function in fp32)."""
-    import conftest  # noqa: F401                          torchvision beside a CPU-only torch, for the peers
     import baseline
+    import conftest  # noqa: F401                          torchvision beside a CPU-only torch, for the peers
     import open_clip
     import transformers
     from test_clip_vit import MEAN, STD, hugging_face_names, resized
-    from test_sam_vit import LARGE, hugging_face, official
-    from test_sam_vit import MEAN as SAM_MEAN, STD as SAM_STD
+    from test_sam_vit import LARGE, MEAN as SAM_MEAN, STD as SAM_STD, hugging_face, official
     from test_uperhead import transformers_names
     size = image.shape[-1]
     grid, sam_image, clip_image = size // 16, (image - SAM_MEAN) / SAM_STD, (image - MEAN) / STD

@@ -39,16 +39,17 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from engine import checkpoint  # noqa: E402
 import conftest  # noqa: E402, F401                        torchvision beside a CPU-only torch, for the peer
+from viz import pictures  # noqa: E402
+from viz import plots  # noqa: E402
 from transformers import SegformerConfig, SegformerForSemanticSegmentation  # noqa: E402
 
-import checkpoint  # noqa: E402
-import pictures  # noqa: E402
-import plots  # noqa: E402
 from config import Config, load_config, to_yaml  # noqa: E402
 from datasets import label_set, open_split, train_loader  # noqa: E402
-from evaluate import ERRORS, confusion_matrix, evaluate_split, scores  # noqa: E402
-from inference import predict_labels
+from engine.errors import UserError  # noqa: E402
+from evaluate import confusion_matrix, evaluate_split, scores  # noqa: E402
+from inference import predict_labels  # noqa: E402
 from model import build_model  # noqa: E402
 from train import param_groups, train_step  # noqa: E402
 
@@ -327,7 +328,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except ERRORS as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -22,11 +22,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import export                                              # noqa: E402
-import synthetic                                           # noqa: E402
-from config import Config, load_config                     # noqa: E402
-from datasets import label_set                             # noqa: E402
-from model import SCHNet, build_model                      # noqa: E402
+import export  # noqa: E402
+import synthetic  # noqa: E402
+from config import Config, load_config  # noqa: E402
+from datasets import label_set  # noqa: E402
+from model import SCHNet, build_model  # noqa: E402
 
 SIZES = [(480, 480), (480, 320), (256, 352)]
 LOGITS = 4.0                                               # their standard deviation

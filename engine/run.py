@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import Config, to_yaml
+from config import SIZES, Config, to_yaml
 from datasets import LabelSet
 from engine import checkpoint
 from engine.errors import UserError
@@ -104,7 +104,7 @@ class Run:
             self.world.say(f"warning: {why}; {path} is used")
         old = dataclasses.asdict(Config()) | content["config"]           # a knob that is newer than the checkpoint
         changed = {key: f"{key} {old.get(key)!r} -> {value!r}" for key, value in vars(self.cfg).items()
-                   if old.get(key) != value}
+                   if old.get(key) != value and not (key in SIZES and value is None)}
         refused = [text for key, text in changed.items() if key not in HARMLESS]
         if refused:
             raise UserError(f"{path} was trained with another configuration ({', '.join(refused)}): restore it, or "

@@ -11,6 +11,7 @@ from config import Config
 from engine.errors import UserError
 from files.images import PHOTO_ENDINGS
 
+
 def _below(folders: str, *names: str) -> tuple[str, ...]:
     """Every name below every one of the folders, "." for the data root itself."""
     return tuple(f"{folder}/{name}".removeprefix("./") for name in names for folder in folders.split())

@@ -41,7 +41,14 @@ SAM_FILE = FileSpec(
 VOCAB_FILE = FileSpec(
     "bpe_simple_vocab_16e6.txt.gz", "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
     1_356_917, "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a", "CLIP's vocabulary")
-FILES = (CLIP_FILE, SAM_FILE, VOCAB_FILE)
+SAM_B_FILE = FileSpec(
+    "sam_vit_b_01ec64.pth", "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth",
+    375_042_383, "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912", "SAM ViT-B")
+SAM_H_FILE = FileSpec(
+    "sam_vit_h_4b8939.pth", "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth",
+    2_564_550_879, "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e", "SAM ViT-H")
+FILES = (CLIP_FILE, SAM_FILE, VOCAB_FILE)                  # what the paper's network needs
+OTHER_FILES = (SAM_B_FILE, SAM_H_FILE)                     # smaller and larger encoders, for who asks for them by name
 AGAIN = "get it again with `python download.py`"
 
 
@@ -112,6 +119,12 @@ def describe(tensors: dict[str, Tensor]) -> str:
     return "an unknown kind of file"
 
 
+def count_blocks(tensors: dict[str, Tensor], prefix: str) -> int:
+    """How many blocks, numbered behind `prefix`, the names are of."""
+    numbers = {name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)}
+    return len(numbers)
+
+
 def check_keys(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
     """`tensors` must have exactly the names and shapes of `model`'s state dict, as floating-point numbers."""
     state = model.state_dict()
@@ -175,7 +188,7 @@ def _reader(path: Path, head: bytes, size: int):
 def _damaged(path: Path, error: Exception) -> UserError:
     reason = str(error).partition("\n")[0][:80] if isinstance(error, (zipfile.BadZipFile, ValueError)) else ""
     size = path.stat().st_size
-    for spec in FILES:
+    for spec in FILES + OTHER_FILES:
         if spec.name == path.name and spec.bytes != size:
             reason = f"it has {size:,} bytes, the official file {spec.bytes:,}"
     return UserError(f"{path}: is damaged or cut off ({reason or type(error).__name__}); {AGAIN}")

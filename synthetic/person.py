@@ -7,8 +7,33 @@ import functools
 
 import numpy as np
 
-from synthetic.canvas import (BACKGROUND, CIRCLE, COAT, DRESS, FACE, GLOVE, HAIR, HAT, JUMPSUITS, LEFT_ARM, LEFT_LEG, LEFT_SHOE,
-                    PANTS, PRINTS, SCARF, SKINS, SKIRT, SOCKS, SUNGLASSES, UPPER, Canvas, any_cloth, any_colour, jitter, tone)
+from synthetic.canvas import (
+    BACKGROUND,
+    CIRCLE,
+    COAT,
+    DRESS,
+    FACE,
+    GLOVE,
+    HAIR,
+    HAT,
+    JUMPSUITS,
+    LEFT_ARM,
+    LEFT_LEG,
+    LEFT_SHOE,
+    PANTS,
+    PRINTS,
+    SCARF,
+    SKINS,
+    SKIRT,
+    SOCKS,
+    SUNGLASSES,
+    UPPER,
+    Canvas,
+    any_cloth,
+    any_colour,
+    jitter,
+    tone,
+)
 from synthetic.skeleton import Dice, Figure, cut
 
 HAIRS = ((28, 22, 20), (48, 32, 24), (84, 54, 32), (126, 84, 46), (186, 142, 78), (224, 196, 136), (150, 62, 30),

@@ -3,7 +3,10 @@
 import os
 import signal
 
+import pytest
 import torch
+
+import fast
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:      # run in the background: the programs under test would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -17,3 +20,9 @@ except RuntimeError:                                       # a torchvision built
 
 def pytest_configure():                                    # the benchmarks, which import this file too, may use a GPU
     os.environ["CUDA_VISIBLE_DEVICES"] = ""                # results are compared bit by bit, which no GPU promises
+
+
+@pytest.fixture(params=("fast", "plain"))
+def both_forms(request, monkeypatch):
+    """The test with the faster forms of fast.py, and with the plain ones."""
+    monkeypatch.setattr(fast, "ENABLED", request.param == "fast")

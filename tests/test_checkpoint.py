@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from engine.errors import UserError
-from engine import checkpoint
 import inference
 import model as model_file
-from files import weights, whole
 from config import Config
 from datasets import LabelSet
+from engine import checkpoint
+from engine.errors import UserError
+from files import weights, whole
 from model import build_model
 from sam_vit import SAMViT
 

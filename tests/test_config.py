@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from config import Config, load_config, to_yaml
 from engine.errors import UserError
-from config import Config, from_dict, load_config, to_yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,7 +64,7 @@ def test_what_yaml_makes_of_numbers():
     ("drop_path=1.5", "drop_path must be between 0 and 1"),
     ("lr=-1", "lr must be positive"),
     ("prompt=a photo", "must contain {class}"),
-    ("clip_taps=[3, 5, 7, 10]", "end with the last, 11"),
+    ("clip_taps=[3, 5, 7, 7]", "clip_taps must be four rising block numbers"),
     ("backbone=clip", "srm needs backbone: sam"),
     ("accum_steps=3", "multiple of accum_steps"),
     ("seed", "not of the form key=value"),

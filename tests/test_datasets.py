@@ -19,13 +19,11 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from engine.errors import UserError
-from engine.workers import end_workers
 import datasets
 from config import Config, from_dict
 from datasets import LABEL_SETS, BatchOrder, LabelSet, TrainSet, label_set, open_split, train_loader
-from files.images import read_photo
-from files.images import ORIENTATION
+from engine.errors import UserError
+from files.images import ORIENTATION, read_photo
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT.parent / "shared/data/samples"
@@ -546,7 +544,7 @@ def test_ctrl_c_is_not_answered_by_the_workers(tmp_path):
     script = ("import test_datasets, time\ncfg = test_datasets.custom({!r}, workers=2)\n"
               "loader = test_datasets.train_loader(cfg, test_datasets.open_split(cfg, 'train'))\n"
               "try:\n    next(loader)\n    print('ready', flush=True)\n    time.sleep(60)\n"
-              "finally:\n    test_datasets.end_workers()\n").format(str(root))
+              "finally:\n    from engine.workers import end_workers; end_workers()\n").format(str(root))
     child = subprocess.Popen([sys.executable, "-c", script], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              start_new_session=True, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     assert child.stdout.readline() == "ready\n"

@@ -10,15 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.errors import UserError
 import evaluate
 import inference
-from viz import reports
 from augment import flip_order
 from config import Config
 from datasets import LABEL_SETS
+from engine.errors import UserError
 from evaluate import confusion_matrix, evaluate_split, scores
 from inference import canvas, predict, predict_labels, probabilities
+from viz import reports
 
 CFG = Config(crop_size=(64, 64), base_size=64, precision="fp32", workers=2)
 

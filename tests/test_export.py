@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import checkpoint
-import inference
 import export
+import inference
 from config import Config
 from datasets import LABEL_SETS
+from engine import checkpoint
 from model import build_model
 
 onnx = pytest.importorskip("onnx")

@@ -2,14 +2,16 @@
 
 import dataclasses
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from clip_vit import CLIP
+from config import SIZES, Config, load_config
 from engine.errors import UserError
-from config import Config, load_config
 from losses import parsing_loss
 from model import FTM, SRM, build_model, similarity
 from sam_vit import SAMViT
@@ -87,7 +89,7 @@ def test_eqs_5_and_6_ftm(scale_logits):
     shake(ftm)
     f = torch.randn(2, 1, 2, 8, dtype=torch.float64)
     for i in range(2):
-        out = ftm(f, i, ftm.token_values())
+        out = ftm(f, i)
         tokens = ftm.tokens[i].tolist()
         values = [mlp(ftm.value, token) for token in tokens]                             # MLP(T_i)
         for b in range(2):
@@ -227,19 +229,66 @@ def test_text_features_are_kept_and_the_text_tower_is_not():
     assert torch.equal(again.f_txt, model.f_txt)
 
 
-def test_sizes_that_contradict_the_weights_are_refused(monkeypatch):
-    import model as module
-    monkeypatch.setattr(module, "load_sam", lambda path: SAMViT(64, 8, 2, 3, 4))
-    with pytest.raises(UserError, match="sam_dim 64, the config says 32"):
-        small(sam_weights="sam.pth")
+# ---- weight files: what shapes an encoder is the file's, or takes effect, or is refused
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    """Weight files of the official formats, of encoders with other sizes than any default."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(5)
+    sam, clip = SAMViT(48, 8, 3, 3, 4), CLIP(24, 6, 2, 3, taps=(1, 2, 3, 5), embed=16, text_dim=20, text_depth=1, text_heads=2)
+    torch.save({f"image_encoder.{name}": tensor for name, tensor in sam.state_dict().items()}, folder / "sam.pth")
+    torch.save(clip.state_dict(), folder / "clip.pt")
+    return {"sam_weights": str(folder / "sam.pth"), "clip_weights": str(folder / "clip.pt")}
 
 
-def test_clip_weights_need_the_vocabulary(monkeypatch):
-    import model as module
-    from clip_vit import CLIP
-    monkeypatch.setattr(module, "load_clip", lambda path: CLIP(24, 4, 2, 3, taps=(0, 1, 2, 3), embed=16, text_dim=16, text_depth=1, text_heads=2))
-    with pytest.raises(UserError, match="vocab"):
-        small(clip_weights="clip.pt")
+def from_files(files, **changes):
+    """The text features are given: there is no vocabulary."""
+    values = dict.fromkeys(SIZES) | {"clip_taps": (1, 2, 3, 5), "clip_heads": 2, "text_heads": 2} | files | changes
+    return build_model(replace(SMALL, **values), CLASSES, (F.normalize(torch.ones(4, 16)), torch.tensor(100.0)))
+
+
+def test_sizes_are_the_files(files):
+    model = from_files(files)
+    assert (model.sam.dim, model.sam.depth, model.sam.heads, model.sam.window, model.sam.grid) == (48, 8, 3, 3, 4)
+    assert (model.clip.dim, model.clip.depth, model.clip.grid, model.cfg.clip_embed) == (24, 6, 3, 16)
+    assert (model.cfg.sam_dim, model.cfg.sam_heads, model.cfg.clip_depth, model.cfg.text_dim) == (48, 3, 6, 20)
+    assert from_files(files, sam_dim=48, clip_grid=3).cfg == model.cfg               # said, and said rightly
+
+
+def test_taps_and_heads_take_effect(files):
+    taps = (0, 1, 2, 5)
+    model, other = from_files(files, clip_taps=taps), from_files(files, clip_heads=3)
+    assert model.clip.taps == taps and other.clip.heads == 3
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        _, maps = model.clip(image)
+        _, usual = from_files(files).clip(image)
+        assert not torch.equal(maps[0], usual[0]) and torch.equal(maps[1], usual[0]) and torch.equal(maps[3], usual[3])
+        assert not torch.equal(other.clip(image)[1][0], usual[0])
+
+
+@pytest.mark.parametrize("key, value, found", [
+    ("sam_dim", 32, 48), ("sam_depth", 24, 8), ("sam_heads", 2, 3), ("sam_window", 14, 3), ("sam_grid", 64, 4),
+    ("clip_dim", 768, 24), ("clip_depth", 12, 6), ("clip_grid", 14, 3), ("clip_embed", 512, 16), ("text_dim", 512, 20),
+    ("text_depth", 12, 1)])
+def test_sizes_that_contradict_the_weights_are_refused(files, key, value, found):
+    path = files["sam_weights" if key.startswith("sam") else "clip_weights"]
+    with pytest.raises(UserError, match=f"^{key}: {path} has {found}, the config says {value}$"):
+        from_files(files, **{key: value})
+
+
+def test_heads_and_taps_that_do_not_fit_the_weights(files):
+    with pytest.raises(UserError, match="clip_heads: .*clip.pt has a width of 24, which is no multiple of 5 heads"):
+        from_files(files, clip_heads=5)
+    with pytest.raises(UserError, match=r"clip_taps must end with CLIP's last block, 5, not \(0, 1, 2, 3\)"):
+        from_files(files, clip_taps=(0, 1, 2, 3))
+
+
+def test_clip_weights_need_the_vocabulary(files):
+    with pytest.raises(UserError, match="vocab: CLIP's weights need CLIP's vocabulary"):
+        build_model(replace(SMALL, **dict.fromkeys(SIZES) | {"clip_heads": 2, "text_heads": 2}, clip_taps=(1, 2, 3, 5),
+                            sam_weights=files["sam_weights"], clip_weights=files["clip_weights"]), CLASSES)
 
 
 def test_full_size(full_size_model):

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from viz import pictures
-from viz import plots
+from viz import pictures, plots
 
 CLASSES = ("Background", "Hat", "Hair", "Upper-clothes")
 PALETTE = ((0, 0, 0), (128, 0, 0), (255, 0, 0), (255, 85, 0))

@@ -12,17 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import checkpoint
 import inference
-from files import images as image_files
-from viz import pictures
 import predict
-from viz import video
 from config import Config
 from datasets import LABEL_SETS
+from engine import checkpoint
 from engine.errors import UserError
+from files import images as image_files
 from model import build_model
 from predict import Parser, Report, collect
+from viz import pictures, video
 
 SMALL = dict(
     dataset="synthetic", crop_size=(64, 64), base_size=64, sam_weights="", clip_weights="", vocab="", sam_dim=32,

@@ -14,15 +14,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from tiny import Processes, assert_same_run, free_port, gradients, logged, make_config, wait_until, worst
 
-from engine import processes
 import train
 from config import load_config
 from datasets import open_split
+from engine import processes
+from engine.processes import World
 from evaluate import evaluate_split
 from model import build_model
-from engine.processes import World
-from tiny import Processes, assert_same_run, free_port, gradients, logged, make_config, wait_until, worst
 
 ROOT = Path(__file__).parent.parent
 ENDLESS = ("iters=3000", "save_every=2", "eval_every=3000", "log_every=3000")        # longer than anybody waits

@@ -1,6 +1,5 @@
 """SAM's image encoder against segment-anything and transformers with random weights, and the official file's format."""
 
-import copy
 from functools import partial
 
 import pytest
@@ -10,8 +9,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import fast
 from engine.errors import UserError
-import sam_vit
 from sam_vit import SAMViT, load_sam
 
 TOLERANCE = 1e-5
@@ -105,14 +104,27 @@ def large():
     return random_state(model)
 
 
+@torch.inference_mode()
 @pytest.mark.parametrize("h, w", [(480, 480), (320, 544), (1024, 1024)])
-def test_full_size_parity(large, h, w):
+def test_full_size_parity(large, monkeypatch, h, w):
     image = torch.rand(1, 3, h, w, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
+    wanted = [peer_outputs(peer, large, image, LARGE)[0] for peer in (official, hugging_face)]
+    for form in (True, False) if h == w == 480 else (True,):
+        monkeypatch.setattr(fast, "ENABLED", form)
         outs = build(large, **LARGE)(image)
         assert [out.shape for out in outs] == [(1, h // 16, w // 16, 1024)] * 4
-        for peer in (official, hugging_face):
-            assert error(outs, peer_outputs(peer, large, image, LARGE)[0]) <= TOLERANCE
+        assert all(error(outs, theirs) <= TOLERANCE for theirs in wanted)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sizes", [dict(dim=768, depth=12, heads=12), dict(dim=1280, depth=32, heads=16)], ids="BH")
+def test_full_size_parity_of_the_other_encoders(sizes):
+    sizes = {**LARGE, **sizes}
+    with torch.device("meta"):
+        model = SAMViT(**sizes)
+    state = random_state(model)
+    image = torch.rand(1, 3, 480, 480, generator=torch.Generator().manual_seed(1))
+    assert error(build(state, **sizes)(image), peer_outputs(official, state, image, sizes)[0]) <= TOLERANCE
 
 
 def test_official_file(large, tmp_path):
@@ -152,7 +164,7 @@ def picture(h=8, w=13, batch=2, dtype=torch.float32):
 @pytest.mark.parametrize("peer", [official, hugging_face])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, TOLERANCE), (torch.float64, 1e-13)])
 @pytest.mark.parametrize("h, w", [(8, 13), (10, 5), (12, 12), (2, 3), (16, 16)])
-def test_every_kind_of_grid(small, peer, dtype, tolerance, h, w):
+def test_every_kind_of_grid(small, peer, dtype, tolerance, h, w, both_forms):
     """Whole windows only, cut ones in one or both directions, less than a window; fp64 folds the positions, fp32 adds."""
     state = {name: tensor.to(dtype) for name, tensor in small.items()}
     with torch.no_grad():
@@ -160,7 +172,7 @@ def test_every_kind_of_grid(small, peer, dtype, tolerance, h, w):
         assert error(outs, peer_outputs(peer, state, picture(h, w, dtype=dtype), SMALL)[0]) <= tolerance
 
 
-def test_every_tensor_matters(small):
+def test_every_tensor_matters(small, both_forms):
     """Setting any one tensor to zero changes the last output by a hundred times what the parity tests allow, or more."""
     image = picture(batch=1)
     with torch.no_grad():
@@ -180,17 +192,17 @@ def test_fused_attention_is_the_same(small, monkeypatch):
 
     def fused(q, k, v):
         widths.append(q.shape[-1])
-        return sam_vit_fused(q, k, v)
+        return gpu_attention(q, k, v)
 
-    sam_vit_fused = sam_vit.fused_attention
-    monkeypatch.setattr(sam_vit, "softmax_attention", fused)
+    gpu_attention = fast._gpu_attention
+    monkeypatch.setattr(fast, "_cpu_attention", fused)
     fused_outs = build(state, **SMALL)(image)
     assert len(widths) > 8 and all(width % 32 == 0 for width in widths)
     assert error(fused_outs, outs) < 1e-13
     assert error(torch.autograd.grad(fused_outs[-1].square().sum(), image), gradient) < 1e-12
 
 
-def test_bf16_is_close(small):
+def test_bf16_is_close(small, both_forms):
     image = picture()
     with torch.no_grad():
         wanted = build(small, **SMALL)(image)
@@ -221,7 +233,7 @@ def test_no_array_over_all_pairs(small):
         assert largest.numbers < SMALL["heads"] * (h * w) ** 2 / 2
 
 
-def test_batch_is_a_loop(small):
+def test_batch_is_a_loop(small, both_forms):
     model = build(small, **SMALL)
     with torch.no_grad():
         single = [model(image[None]) for image in picture(batch=3)]
@@ -245,7 +257,7 @@ def test_parts_make_the_whole(small):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-11)])
-def test_gradients_are_the_officials(small, dtype, tolerance):
+def test_gradients_are_the_officials(small, dtype, tolerance, both_forms):
     """Of every tensor and of the image, trained from scratch; positions at another grid than their own."""
     state = {name: tensor.to(dtype) for name, tensor in small.items()}
     image = picture(dtype=dtype)
@@ -262,7 +274,7 @@ def test_gradients_are_the_officials(small, dtype, tolerance):
         assert error([p.grad], [wanted[name]]) < tolerance, name
 
 
-def test_frozen_blocks_pass_the_gradient(small):
+def test_frozen_blocks_pass_the_gradient(small, both_forms):
     """SCHNet's case: only the patch embedding is trained, its gradient comes through all blocks, recomputed or not."""
     model = build(small, **SMALL)
     model.patch_embed.requires_grad_(True)
@@ -296,82 +308,40 @@ def test_learns_from_scratch():
     assert losses[-1] < 0.7 * losses[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables kept per grid
+# Positions at other grids
 
 
-def test_kept_tables_come_from_the_originals(small):
-    model = build(small, **SMALL)
-    with torch.no_grad():
-        first = model(picture(8, 13))
-        model(picture(16, 9))
-        again, fresh = model(picture(8, 13)), build(small, **SMALL)(picture(8, 13))
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, again, fresh))
-    assert list(model.state_dict()) == list(small) and all(torch.equal(model.state_dict()[n], small[n]) for n in small)
-
-
-@pytest.mark.parametrize("name", ["pos_embed", "blocks.1.attn.rel_pos_h", "blocks.2.attn.rel_pos_w"])
-def test_kept_tables_follow_their_source(small, name):
-    changed = {**small, name: small[name] + 1}
-    own = {key: tensor.clone() for key, tensor in small.items()}
+def test_positions_come_from_the_originals(small):
+    """Whatever sizes came before, and after training, changing type or moving: nothing is kept that could be stale."""
+    own = {name: tensor.clone() for name, tensor in small.items()}
     model, image = build(own, **SMALL), picture()
-    with torch.no_grad():
-        wanted = build(changed, **SMALL)(image)
-        model(image)
-        other = copy.deepcopy(model)
-        other.get_parameter(name).add_(1)                  # in place
-        assert torch.equal(other(image)[-1], wanted[-1])
-        assert not torch.equal(model(image)[-1], wanted[-1])
-        model.load_state_dict(changed)
-        assert torch.equal(model(image)[-1], wanted[-1])
-        model.load_state_dict(small)
-        model(image)
-        model.bfloat16().float()                           # perhaps back at the same address, but rounded
-        assert torch.equal(model(image)[-1], build(small, **SMALL).bfloat16().float()(image)[-1])
-
-
-def test_kept_tables_and_training(small):
-    """An evaluation in inference mode, a training, an evaluation: the gradient arrives, and what was trained is used."""
-    model, image = build({name: tensor.clone() for name, tensor in small.items()}, **SMALL), picture()
     with torch.inference_mode():
-        model(image)
-    leaf = image.clone().requires_grad_()
-    model(leaf)[-1].square().sum().backward()
-    assert leaf.grad.abs().sum() > 0
+        first = model(image)
+        model(picture(16, 9))
+        assert torch.equal(model(image)[-1], first[-1])
     model.requires_grad_(True)
     tables = [p for name, p in model.named_parameters() if "pos" in name]
     assert len(tables) == 1 + 2 * SMALL["depth"]
-    for _ in range(2):
-        for table, grad in zip(tables, torch.autograd.grad(model(image)[-1].square().sum(), tables)):
-            assert grad.abs().sum() > 0
-            table.data -= 1e-3 * grad / grad.abs().max()
+    for table, grad in zip(tables, torch.autograd.grad(model(image)[-1].square().sum(), tables)):
+        assert grad.abs().sum() > 0
+        table.data -= 1e-3 * grad / grad.abs().max()
     trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.inference_mode():
         assert torch.equal(model(image)[-1], build(trained, **SMALL)(image)[-1])
+        assert not torch.equal(model(image)[-1], first[-1])
 
 
-def test_kept_tables_change_type_with_the_input(small):
-    model = build(small, **SMALL)
+def test_tables_of_windows_never_change(small, both_forms):
+    """A grid smaller than a window is padded to one: the window's tables are used as they are, not resampled."""
+    image = picture(2, 3)
     with torch.no_grad():
-        wanted = model(picture())
-        with torch.autocast("cpu", torch.bfloat16):
-            assert error(model(picture()), wanted) < 2e-2
-        assert torch.equal(model(picture())[-1], wanted[-1])
-        assert error(model.double()(picture().double()), wanted) < TOLERANCE
-
-
-def test_windowed_tables_never_change(small):
-    """A grid smaller than a window is padded to one: the tables of windows keep their length at any size."""
-    state = {name: tensor for name, tensor in small.items()}
-    model = build(state, **SMALL)
-    with torch.no_grad():
-        for h, w in ((2, 3), (20, 20)):
-            model(picture(h, w))
-    for i in range(0, SMALL["depth"], 2):
-        (key, (rows, _, _)), = model.blocks[i].attn.relative_terms.results.items()
-        assert key[:2] == (5, 5)
-        assert torch.equal(rows[4, 0], state[f"blocks.{i}.attn.rel_pos_h"][8])
-        assert torch.equal(rows[0, 4], state[f"blocks.{i}.attn.rel_pos_h"][0])
+        wanted = build(small, **SMALL)(image)[-1]
+        beyond = {name: tensor.clone() for name, tensor in small.items()}
+        for i in range(0, SMALL["depth"], 2):              # distances that 2 x 3 tokens and their padding do not have
+            beyond[f"blocks.{i}.attn.rel_pos_h"][6:] += 1
+        assert torch.equal(build(beyond, **SMALL)(image)[-1], wanted)
+        beyond["blocks.0.attn.rel_pos_h"][5] += 1          # of tokens in the second row to those in the first
+        assert not torch.equal(build(beyond, **SMALL)(image)[-1], wanted)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,9 +372,16 @@ def test_encoder_alone(tmp_path, prefix):
     assert torch.equal(model.mean.flatten(), MEAN.flatten()) and model.std.device.type == "cpu"
 
 
+@pytest.mark.parametrize("dim, depth, heads", [(768, 12, 12), (1024, 24, 16), (1280, 32, 16)])      # B, L, H
+def test_the_size_is_the_files(tmp_path, dim, depth, heads):
+    torch.save(hollow(dim, depth, heads), tmp_path / "sam.pth")
+    model = load_sam(tmp_path / "sam.pth")
+    assert (model.dim, model.depth, model.heads, model.window, model.grid) == (dim, depth, heads, 14, 64)
+    assert [i for i, block in enumerate(model.blocks) if block.attn.window == 0] == [
+        depth // 4 - 1, depth // 2 - 1, 3 * depth // 4 - 1, depth - 1]
+
+
 def test_other_models_are_named(tmp_path):
-    assert "SAM ViT-B" in fault(tmp_path / "b.pth", hollow(768, 12, 12))
-    assert "SAM ViT-H" in fault(tmp_path / "h.pth", hollow(1280, 32, 16))
     assert "Hugging Face" in fault(tmp_path / "hf.pth", {"vision_encoder.pos_embed": torch.ones(1)})
 
 

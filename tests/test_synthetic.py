@@ -10,8 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from synthetic import canvas
-from synthetic import draw as drawing
+from synthetic import canvas, draw as drawing
 from synthetic.draw import draw
 from synthetic.skeleton import Dice, Figure
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.errors import UserError
 from config import Config
 from datasets import LABEL_SETS
+from engine.errors import UserError
 from tokenizer import END, START, _vocabulary, tokenize
 
 PACKAGE = find_spec("open_clip")                           # looked at, not imported

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import assert_same_run, differences, gradients, logged, make_config, worst
 
-from engine import checkpoint
 import train
 from config import Config, load_config
 from datasets import BatchOrder
-from model import build_model
+from engine import checkpoint
 from engine.errors import in_one_line
 from files import whole as whole_files
-from tiny import assert_same_run, differences, gradients, logged, make_config, worst
+from model import build_model
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,12 +1,11 @@
-"""uperhead.py against transformers' UperNet heads with the same weights, and the fusion convolution's plain form."""
+"""uperhead.py against transformers' UperNet heads with the same weights."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import UperNetConfig
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 
-from uperhead import FCNHead, UPerHead, conv_of_resized, resize
+from uperhead import FCNHead, UPerHead
 
 SIZES = [(24, 16), (12, 8), (6, 4), (3, 2)]
 
@@ -53,7 +52,7 @@ def heads(in_dim=8, dim=6, num_classes=5):
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("sizes", [SIZES, [(40, 24), (20, 12), (10, 6), (5, 3)], [(8, 8), (4, 4), (2, 2), (1, 1)]])
-def test_upernet_against_transformers(train, sizes):
+def test_upernet_against_transformers(train, sizes, both_forms):
     (ours, theirs), _ = heads()
     ours.train(train), theirs.train(train)
     f = features(sizes=sizes)
@@ -83,14 +82,6 @@ def test_fcn_against_transformers(train):
     mine = torch.autograd.grad(out, ours.parameters(), up)
     for a, b in zip(mine, torch.autograd.grad(expected, theirs.parameters(), up), strict=True):
         close(a, b)
-
-
-@pytest.mark.parametrize("sizes", [SIZES, [(7, 9), (5, 4), (3, 3), (1, 1)], [(4, 4), (9, 8)]])
-def test_convolution_before_resizing(sizes):
-    maps = features(sizes=sizes)
-    weight = torch.randn(4, 8 * len(sizes), 3, 3, dtype=torch.float64)
-    joined = torch.cat([resize(x, sizes[0]) for x in maps], dim=1)
-    close(conv_of_resized(maps, weight, sizes[0]), F.conv2d(joined, weight, padding=1))
 
 
 def test_parameter_counts_and_names():
@@ -140,7 +131,7 @@ def test_layout_of_the_input_does_not_matter():
     close(head.eval()([x.contiguous(memory_format=torch.channels_last) for x in f]), head(f))
 
 
-def test_half_precision_stays_close():
+def test_half_precision_stays_close(both_forms):
     torch.manual_seed(3)
     head = UPerHead(32, 24, 5).eval()
     f = features(32, dtype=torch.float32)

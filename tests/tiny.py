@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train
 from config import Config
-from model import build_model
 from engine.processes import World
+from model import build_model
 
 SIZE = 32
 CONFIG = {

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from viz import pictures
-from viz import plots
 from datasets import LabelSet
+from viz import pictures, plots
 
 # The paper's figures in percent: LIP Tables 1, 2, 6 (hat ... right shoe, background), CIHP Table 5, PPP Table 4.
 PUBLISHED = {

@@ -1,0 +1,255 @@
+"""The same functions, faster. Their plain forms stand in the files that are read beside the paper.
+
+    @fast.replaced_by(fast.ms_deform_attn)
+    def ms_deform_attn(value, shapes, locations, weights): ...
+
+calls the form of this file while `fast.ENABLED` is true; `SCHNET_FAST=0 python train.py ...` runs the plain ones.
+tests/test_fast.py compares each pair, values and gradients; `python benchmarks/bench_fast.py` says what each buys.
+"""
+
+import functools
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layers import level_sizes, relative_positions
+
+ENABLED = os.environ.get("SCHNET_FAST", "1") != "0"
+PIECE = 4 << 20                                            # bytes of attention logits at a time on a CPU
+
+
+def replaced_by(form, in_onnx: bool = True):
+    """Decorator of a plain function: `form` takes its place while ENABLED, in ONNX export only if `in_onnx`."""
+    def decorate(plain):
+        @functools.wraps(plain)
+        def chosen(*args, **kwargs):
+            fast = ENABLED and (in_onnx or not torch.onnx.is_in_onnx_export())
+            return (form if fast else plain)(*args, **kwargs)
+
+        chosen.plain, chosen.fast = plain, form
+        return chosen
+    return decorate
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sam_vit.Attention.forward: the padding of windows is not projected, and no array over all pairs of tokens is kept
+
+def sam_attention(self, x: Tensor) -> Tensor:
+    """(B, h, w, C) -> (B, h, w, C). Whole windows make one piece, those that an edge cuts up to three more.
+
+    SAM pads with zeros before `qkv`, so that a padded position's key and value are the bias of `qkv`. Here they are
+    filled in, and there are no padded queries.
+    """
+    H, W = (self.window, self.window) if self.window else x.shape[1:3]
+    bands = self.qkv(x).split(_spans(x.shape[1], H), 1)
+    bands = [[_windows(self, piece, H, W) for piece in band.split(_spans(x.shape[2], W), 2)] for band in bands]
+    return self.proj(torch.cat([torch.cat(band, 2) for band in bands], 1))
+
+
+def _spans(size: int, window: int) -> list[int]:
+    """The lengths of what whole windows cover and of the rest."""
+    return [length for length in (size // window * window, size % window) if length]
+
+
+def _windows(self, qkv: Tensor, H: int, W: int) -> Tensor:
+    """y x windows of H x W keys, of which the first h x w are tokens: (B, y h, x w, 3C) -> (B, y h, x w, C)."""
+    h, w = min(H, qkv.shape[1]), min(W, qkv.shape[2])
+    q, k, v = qkv.unflatten(3, (3, self.heads, -1)).unflatten(2, (-1, w)).unflatten(1, (-1, h)).unbind(5)
+    bias = self.qkv.bias.to(q.dtype).view(3, self.heads, -1)
+    k, v = _fill(k, bias[1], H, W), _fill(v, bias[2], H, W)                     # (B, y, x, n, H W, d)
+    rows, columns, place = _relative_terms(self.rel_pos_h, self.rel_pos_w, H, W, q.dtype, q.device)
+    by_row = torch.einsum("byhxwnd,hkd->byxnhwk", q, rows[:h])                  # (B, y, x, n, h, w, H)
+    by_column = torch.einsum("byhxwnd,wkd->byxnhwk", q, columns[:w])
+    q = q.permute(0, 1, 3, 5, 2, 4, 6) * q.shape[-1] ** -0.5                    # (B, y, x, n, h, w, d)
+    if place is None:
+        x = _cpu_attention(q, k, v, by_row, by_column)
+    else:
+        q = torch.cat([q, by_row, by_column], -1)
+        k = torch.cat([k, place.expand(*k.shape[:-1], -1)], -1)
+        x = (_cpu_attention if q.device.type == "cpu" else _gpu_attention)(q, k, v)
+    return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+
+
+def _fill(x: Tensor, padding: Tensor, H: int, W: int) -> Tensor:
+    """Windows filled up to H x W with the padding's key or value: (B, y, h, x, w, n, d) -> (B, y, x, n, H W, d)."""
+    for dim, missing in ((2, H - x.shape[2]), (4, W - x.shape[4])):
+        if missing:
+            x = torch.cat([x, padding.expand(*x.shape[:dim], missing, *x.shape[dim + 1:])], dim)
+    return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5)
+
+
+def _relative_terms(rel_pos_h: Tensor, rel_pos_w: Tensor, H: int, W: int, dtype: torch.dtype,
+                    device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What H x W keys need: rows (H, H, d), columns (W, W', d), and place (H W, H + W') or None.
+
+    The logit of query (y, x) and key (y', x') is q.k / sqrt(d) + q.rows[y, y'] + q.columns[x, x']. That is q'.k' with
+        q' = [q / sqrt(d), q.rows[y, 0], q.rows[y, 1], ..., q.columns[x, 0], ...]
+        k' = [k, one-hot of y', one-hot of x'],
+    which needs no array over all pairs: a GPU's fused kernels run and memory is linear in the tokens. `place` holds the
+    one-hots; W' - W zeros make q' a multiple of 32 wide. On a CPU this is faster in bf16, but not in fp32: there the
+    terms are added to the logits.
+    """
+    rows, columns = (relative_positions(*p).to(device, dtype) for p in ((rel_pos_h, H), (rel_pos_w, W)))
+    if device.type == "cpu" and dtype == torch.float32:
+        return rows, columns, None
+    columns = F.pad(columns, (0, 0, 0, -(rows.shape[-1] + H + W) % 32))
+    places = torch.arange(H * W, device=device)
+    place = torch.cat([F.one_hot(places // W, H), F.one_hot(places % W, columns.shape[1])], 1)
+    return rows, columns, place.to(dtype)
+
+
+def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor | None = None,
+                   by_column: Tensor | None = None) -> Tensor:
+    """softmax(q.k + by_row + by_column) v: q (..., h, w, D), k and v (..., H W, D), by_row (..., h, w, H).
+
+    Some heads and at most a window's number of queries at a time, so that their logits stay in the cache.
+    """
+    *_, h, w, _ = shape = q.shape
+    q, k, v = q.flatten(0, -4), k.flatten(0, -3).transpose(-1, -2), v.flatten(0, -3)     # G windows times heads
+    if by_row is not None:
+        by_row, by_column = by_row.flatten(0, -4).unsqueeze(-1), by_column.flatten(0, -4).unsqueeze(-2)
+
+    def attend(heads: slice, rows: slice) -> Tensor:
+        logits = q[heads, rows].flatten(1, 2) @ k[heads]
+        if by_row is not None:
+            pairs = logits.view(*q[heads, rows].shape[:3], by_row.shape[3], by_column.shape[4])
+            pairs += by_row[heads, rows]
+            pairs += by_column[heads, rows]
+        return logits.softmax(-1) @ v[heads]
+
+    rows = max(1, 196 // w)
+    heads = max(1, PIECE // (min(rows, h) * w * k.shape[-1] * q.element_size()))
+    groups = [slice(None)] if torch.compiler.is_compiling() else _pieces(len(q), heads)  # any batch may follow
+    x = torch.cat([torch.cat([attend(some, part) for part in _pieces(h, rows)], 1) for some in groups])
+    return x.view(*shape[:-1], -1)
+
+
+def _pieces(size: int, step: int) -> list[slice]:
+    return [slice(start, start + step) for start in range(0, size, step)]
+
+
+def _gpu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q.k) v: q (..., h, w, D), k (..., H W, D), v (..., H W, d); one kernel, for equal widths."""
+    d, v = v.shape[-1], F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+    x = F.scaled_dot_product_attention(*(t.flatten(0, -4) for t in (q.flatten(-3, -2), k, v)), scale=1.0)
+    return x[..., :d].reshape(*q.shape[:-1], d)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# clip_vit.attention: in bf16 on a CPU in slices that stay in the cache; the fused call everywhere else
+
+def clip_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of (B, heads, N, d)."""
+    if causal or q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    q, k, v = q * q.shape[-1] ** -0.5, k.contiguous().transpose(-1, -2), v.contiguous()
+    return torch.cat([(part @ k).softmax(-1) @ v for part in q.split(200, -2)], -2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# adapter.ms_deform_attn: a sample is four weighted cells, so a query's head is one weighted sum of 4LP rows of `value`
+
+def ms_deform_attn(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """value (B, S, M, D), locations (B, Q, M, L, P, 2), weights (B, Q, M, L, P) -> (B, Q, M * D)."""
+    b, s, m, d = value.shape
+    dtype, device = torch.promote_types(value.dtype, torch.float32), value.device
+    size = level_sizes(shapes, device).T                                                 # (2, L): widths, heights
+    start = (size[0] * size[1]).cumsum(0) - size[0] * size[1]                            # (L,)
+    size, start = size.int().view(2, 1, 1, 1, -1, 1), start.int().view(-1, 1)
+    batch = torch.arange(0, b * s, s, device=device, dtype=torch.int32).view(b, 1, 1, 1, 1)
+    head = torch.arange(m, device=device, dtype=torch.int32).view(m, 1, 1)
+
+    position = locations.to(dtype).permute(5, 0, 1, 2, 3, 4) * size - 0.5                # cell i is centred at i + 0.5
+    low = position.detach().floor()
+    cells = torch.stack([low, low + 1])                                                  # (2, 2, B, Q, M, L, P)
+    shares = torch.stack([low + 1 - position, position - low]) * ((cells >= 0) & (cells < size))
+    column, row = cells.int().clamp(min=0).minimum(size - 1).unbind(1)                   # outside: any cell, share 0
+    index = ((batch + start) + row.unsqueeze(1) * size[0] + column) * m + head           # (2, 2, B, Q, M, L, P)
+    shares = shares[:, 1].unsqueeze(1) * (shares[:, 0] * weights.to(dtype))
+    index, shares = (x.permute(2, 3, 4, 0, 1, 5, 6).flatten(3).flatten(0, 2) for x in (index, shares))
+
+    table = value.to(dtype).reshape(b * s * m, d)
+    out = F.embedding_bag(index, table.detach(), per_sample_weights=shares, mode="sum")
+    out = _TableGradient.apply(out, table, index, shares.detach())
+    return out.view(b, -1, m * d).to(value.dtype)
+
+
+class _TableGradient(torch.autograd.Function):
+    """Passes on `out`, rows of `table` weighed and added (bag by bag), and gives the table its gradient.
+
+    embedding_bag's own gradient for the table is most of the whole attention's time on a CPU. It is a weighted sum too,
+    of the bags that used each row: one sort brings these together, then embedding_bag does it.
+    """
+
+    @staticmethod
+    def forward(ctx, out: Tensor, table: Tensor, index: Tensor, weights: Tensor):
+        ctx.rows = table.shape[0]
+        ctx.save_for_backward(index, weights)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        index, weights = ctx.saved_tensors
+        rows, order = index.flatten().sort()
+        first = torch.searchsorted(rows, torch.arange(ctx.rows, device=rows.device, dtype=rows.dtype))
+        bags = order // index.shape[1]
+        weights = weights.flatten()[order]
+        grad_table = F.embedding_bag(bags, grad.contiguous(), first, per_sample_weights=weights, mode="sum")
+        return grad, grad_table, None, None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# uperhead.conv_of_resized: resizing and mixing channels commute, so each tap mixes channels on the small map first
+
+def conv_of_resized(maps: list[Tensor], weight: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps (B, C, h, w), the first of the wanted `size`; weight (O, sum of C, 3, 3) -> (B, O, *size).
+
+    What is left after mixing, resizing the nine results, shifting and adding them, is linear along each axis: one matrix
+    across, then one down for all maps. It takes half of the arithmetic, and no map of all channels is made.
+    """
+    first, *others = weight.split([x.shape[1] for x in maps], dim=1)
+    rows, down = [], []
+    for x, taps in zip(maps[1:], others):
+        b, _, h, w = x.shape
+        across = _shifted_interpolation(w, size[1], x).permute(1, 2, 0).flatten(1)       # (W, 3w)
+        tokens = x.permute(0, 2, 3, 1).flatten(0, 2)                                     # (B*h*w, C)
+        for k, shifted in enumerate(_shifted_interpolation(h, size[0], x)):              # (H, h)
+            mixed = F.linear(tokens, taps[:, :, k].permute(2, 0, 1).flatten(0, 1))       # (B*h*w, 3*O)
+            rows.append(across @ mixed.view(b, h, 3 * w, -1))                            # (B, h, W, O)
+            down.append(shifted)
+    out = torch.cat(down, dim=1) @ torch.cat(rows, dim=1).flatten(2)                     # (B, H, W*O)
+    return F.conv2d(maps[0], first, padding=1) + out.unflatten(2, (size[1], -1)).permute(0, 3, 1, 2)
+
+
+def _shifted_interpolation(n: int, size: int, like: Tensor) -> Tensor:
+    """(3, size, n): n values interpolated at `size` places, as `resize` does, read one place before, at and after each
+    place, and zero outside: what the three taps of a zero-padded convolution see."""
+    eye = torch.eye(n, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+    places = F.interpolate(eye[None], size=size, mode="linear", align_corners=False)[0].T        # (size, n)
+    places = F.pad(places, (0, 0, 1, 1)).to(like.dtype)
+    return torch.stack([places[k:k + size] for k in range(3)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# losses.lovasz_weights: sorted as integers, in closed form
+
+def lovasz_weights(errors: Tensor, truth: Tensor) -> Tensor:
+    """errors (N,) in [0, 1], truth (N,) bool -> weight of each error, (N,).
+
+    Bits of floats >= 0 have the floats' order, and integers sort several times faster on a CPU. In closed form, as
+    differences of neighbouring fp32 values lose most of their digits: a pixel of the class takes 1 / union (it leaves
+    the intersection), any other intersection / (union * (union - 1)) (it joins the union), both after the step.
+    """
+    if truth.device.type == "cpu" and not truth.any():     # an absent class costs nothing; to ask a GPU would be to wait
+        return torch.zeros_like(errors)
+    integer = torch.int32 if errors.dtype == torch.float32 else torch.int64
+    one = torch.ones_like(errors[:1]).view(integer)
+    keys, order = ((one - errors.view(integer)) * 2 + truth).sort()                      # largest error first
+    hit = (keys & 1).bool()                                # the lowest bit says whose error it is and saves a look-up
+    intersection = truth.sum(dtype=torch.int32) - hit.cumsum(0, dtype=torch.int32)
+    union = intersection + torch.arange(1, len(keys) + 1, dtype=torch.int32, device=keys.device)
+    intersection = intersection.to(errors.dtype)
+    steps = torch.where(hit, 1, intersection / (union - 1).clamp(min=1)) / union
+    return torch.empty_like(errors).scatter_(0, order, steps)

@@ -1,0 +1,130 @@
+"""fast.py: each faster form beside its plain one, values and gradients, small and at the real size."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fast
+from adapter import ms_deform_attn
+from clip_vit import attention
+from losses import lovasz_weights
+from sam_vit import Attention
+from uperhead import conv_of_resized
+
+ROOT = Path(__file__).parents[1]
+BOUNDS = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 3e-2}          # relative, of values
+SLOPES = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 6e-2}          # ... and of gradients
+
+
+def sam(h, w, window, grid, dim, heads):
+    """A block's attention in windows (or over the grid: window 0) of h x w tokens."""
+    def make(random, dtype):
+        module = Attention(dim, heads, window, window or grid)
+        for p in module.parameters():
+            p.data = random(p.shape) * (0.2 if p.ndim < 2 or len(p) < dim else dim ** -0.5)
+        module.to(dtype)
+        x = random((2, h, w, dim)).to(dtype).requires_grad_()
+        return (module, x), [x, *module.parameters()]
+    return Attention.forward, make
+
+
+def clip(tokens, heads, width):
+    def make(random, dtype):
+        qkv = [random((2, heads, tokens, width)).to(dtype).requires_grad_() for _ in range(3)]
+        return (*qkv, False), qkv
+    return attention, make
+
+
+def deformable(shapes, queries, heads, points, width):
+    """Locations at least a hundredth of a cell from where the slope of bilinear reading jumps."""
+    def make(random, dtype):
+        value = random((2, sum(h * w for h, w in shapes), heads, width)).to(dtype).requires_grad_()
+        cells = torch.tensor([[w, h] for h, w in shapes], dtype=torch.float64).unsqueeze(1)
+        at = random((2, queries, heads, len(shapes), points, 2)).double() * cells / 2 + cells / 2 - 0.5
+        at = at.floor() + (at - at.floor()).clamp(0.01, 0.99) + 0.5
+        exact = dtype if dtype == torch.float64 else torch.float32                   # as the module hands them over
+        locations = (at / cells).to(exact).requires_grad_()
+        weights = random((2, queries, heads, len(shapes), points)).to(exact).requires_grad_()
+        return (value, shapes, locations, weights), [value, locations, weights]
+    return ms_deform_attn, make
+
+
+def fusion(sizes, dim):
+    def make(random, dtype):
+        maps = [random((2, dim, *size)).to(dtype).requires_grad_() for size in sizes]
+        weight = (random((dim, dim * len(sizes), 3, 3)) / (9 * dim * len(sizes)) ** 0.5).to(dtype).requires_grad_()
+        return (maps, weight, sizes[0]), [*maps, weight]
+    return conv_of_resized, make
+
+
+PAIRS = {
+    "SAM, windows": sam(8, 13, 5, 12, 48, 3),
+    "SAM, a grid smaller than a window": sam(2, 3, 5, 12, 48, 3),
+    "SAM, whole grid": sam(8, 13, 0, 12, 48, 3),
+    "SAM, windows, ViT-L at 480 px": sam(30, 30, 14, 64, 1024, 16),
+    "SAM, whole grid, ViT-L at 480 px": sam(30, 30, 0, 64, 1024, 16),
+    "CLIP": clip(450, 3, 16),
+    "CLIP, ViT-B/16 at 480 px": clip(901, 12, 64),
+    "deformable attention": deformable([(3, 5), (4, 2), (1, 1)], 4, 3, 2, 5),
+    "deformable attention, injector at 480 px": deformable([(60, 60), (30, 30), (15, 15)], 900, 16, 4, 32),
+    "deformable attention, extractor at 480 px": deformable([(30, 30)], 4725, 16, 4, 32),
+    "convolution of resized maps": fusion([(7, 9), (5, 4), (3, 3), (1, 1)], 6),
+    "convolution of resized maps, larger ones too": fusion([(4, 4), (9, 8)], 6),
+    "convolution of resized maps, UperNet at 480 px": fusion([(120, 120), (60, 60), (30, 30), (15, 15)], 512),
+}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape and a.dtype == b.dtype
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-12)).item()
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_pair_is_one_function(name, dtype):
+    real = "480" in name
+    if real and dtype == torch.float64:
+        pytest.skip("fp64 is for the small sizes")
+    pair, make = PAIRS[name]
+    generator = torch.Generator().manual_seed(0)
+    arguments, inputs = make(lambda shape: torch.randn(shape, generator=generator), dtype)
+    plain, quick = pair.plain(*arguments), pair.fast(*arguments)
+    assert relative(quick, plain) < BOUNDS[dtype]
+    if real and "UperNet" in name:                         # a gradient of the plain form takes gigabytes
+        return
+    up = torch.randn(plain.shape, generator=generator).to(plain.dtype)
+    slopes = (torch.autograd.grad(out, inputs, up) for out in (quick, plain))
+    for ours, theirs in zip(*slopes, strict=True):
+        assert relative(ours, theirs) < SLOPES[dtype]
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("count", (9, 4 * 480 * 480))
+def test_the_weights_of_errors_are_one_function(count, dtype):
+    """Between different errors; among equal ones each form has an order of its own."""
+    generator = torch.Generator().manual_seed(0)
+    errors = torch.rand(count, dtype=dtype, generator=generator)
+    truth = torch.rand(count, generator=generator) < 0.3
+    plain, quick = lovasz_weights.plain(errors, truth), lovasz_weights.fast(errors, truth)
+    assert relative((errors * quick).sum(), (errors * plain).sum()) < (1e-12 if dtype == torch.float64 else 1e-4)
+    once = errors.double().sort().values.diff().min() > 0  # fp32 has not so many numbers
+    bound = 1e-9 if dtype == torch.float64 else 1e-3       # the plain form's differences lose digits
+    assert not once or (quick - plain).abs().max() <= bound * plain.abs().max()
+
+
+def test_the_switch(monkeypatch):
+    calls = []
+    pair = fast.replaced_by(lambda: calls.append("fast"))(lambda: calls.append("plain"))
+    monkeypatch.setattr(fast, "ENABLED", True)
+    pair()
+    monkeypatch.setattr(fast, "ENABLED", False)
+    pair()
+    assert calls == ["fast", "plain"]
+    for value, enabled in (("0", False), ("1", True)):
+        run = subprocess.run([sys.executable, "-c", "import fast; print(fast.ENABLED)"], cwd=ROOT, capture_output=True,
+                             text=True, check=True, env={**os.environ, "SCHNET_FAST": value})
+        assert run.stdout.strip() == str(enabled)
