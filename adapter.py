@@ -38,7 +38,7 @@ def cell_centres(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> to
     return torch.cat(maps)                                                        # (Q, 2)
 
 
-@fast.replaced_by(fast.ms_deform_attn, in_onnx=False)      # ONNX has GridSample, but nothing like embedding_bag
+@fast.replaced_by(fast.ms_deform_attn, on=("cpu",), in_onnx=False)       # ONNX has GridSample, but no embedding_bag
 def ms_deform_attn(value: torch.Tensor, shapes: Shapes, locations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted sum of bilinear samples, zero outside the maps, in fp32 or better as the original kernel does it.
 

@@ -32,7 +32,7 @@ class QuickGELU(nn.Module):
         return x * (1.702 * x).sigmoid()
 
 
-@fast.replaced_by(fast.clip_attention)
+@fast.replaced_by(fast.clip_attention, on=("cpu",))
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """softmax(q k^T / sqrt(d)) v of (B, heads, N, d)."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)

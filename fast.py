@@ -14,27 +14,67 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config import IGNORE
 from layers import level_sizes, relative_positions
 
 ENABLED = os.environ.get("SCHNET_FAST", "1") != "0"
 PIECE = 4 << 20                                            # bytes of attention logits at a time on a CPU
 
 
-def replaced_by(form, in_onnx: bool = True):
-    """Decorator of a plain function: `form` takes its place while ENABLED, in ONNX export only if `in_onnx`."""
+def replaced_by(form, on: tuple[str, ...] = ("cpu", "cuda"), in_onnx: bool = True):
+    """Decorator of a plain function: `form` takes its place while ENABLED, `on` these devices, in ONNX export if `in_onnx`."""
     def decorate(plain):
         @functools.wraps(plain)
         def chosen(*args, **kwargs):
-            fast = ENABLED and (in_onnx or not torch.onnx.is_in_onnx_export())
+            fast = ENABLED and _device(args) in on and (in_onnx or not torch.onnx.is_in_onnx_export())
             return (form if fast else plain)(*args, **kwargs)
 
-        chosen.plain, chosen.fast = plain, form
+        chosen.plain, chosen.fast, chosen.on = plain, form, on
         return chosen
     return decorate
 
 
+def _device(args: tuple) -> str:
+    """Of the first tensor among the arguments, or in a list among them."""
+    first = next(arg for arg in args if isinstance(arg, (Tensor, list)))
+    return (first if isinstance(first, Tensor) else first[0]).device.type
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# sam_vit.Attention.forward: the padding of windows is not projected, and no array over all pairs of tokens is kept
+# sam_vit.Attention.attend, on a GPU: one fused kernel, and no array over all pairs of tokens
+
+def sam_attend(self, x: Tensor) -> Tensor:
+    """Every token with every one of the window or grid: (B, h, w, C) -> (B, h, w, C)."""
+    B, h, w, C = x.shape
+    q, k, v = self.qkv(x).view(B, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)       # (B, n, h w, d)
+    rows, columns, place = _folded_positions(self.rel_pos_h, self.rel_pos_w, h, w, q.dtype)
+    by_row = torch.einsum("bnhwd,hkd->bnhwk", q.unflatten(2, (h, w)), rows).flatten(2, 3)
+    by_column = torch.einsum("bnhwd,wkd->bnhwk", q.unflatten(2, (h, w)), columns).flatten(2, 3)
+    d = q.shape[-1]
+    q = torch.cat([q * d ** -0.5, by_row, by_column], -1)                                # (B, n, h w, D)
+    k = torch.cat([k, place.expand(B, self.heads, -1, -1)], -1)
+    x = F.scaled_dot_product_attention(q, k, F.pad(v, (0, q.shape[-1] - d)), scale=1.0)[..., :d]     # equal widths
+    return self.proj(x.transpose(1, 2).reshape(B, h, w, C))
+
+
+def _folded_positions(rel_pos_h: Tensor, rel_pos_w: Tensor, H: int, W: int,
+                      dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """What H x W keys need: rows (H, H, d), columns (W, W', d), and place (H W, H + W').
+
+    The logit of query (y, x) and key (y', x') is q.k / sqrt(d) + q.rows[y, y'] + q.columns[x, x']. That is q'.k' with
+        q' = [q / sqrt(d), q.rows[y, 0], q.rows[y, 1], ..., q.columns[x, 0], ...]
+        k' = [k, one-hot of y', one-hot of x'],
+    and memory stays linear in the tokens. `place` holds the one-hots; W' - W zeros make q' a multiple of 32 wide.
+    """
+    rows, columns = relative_positions(rel_pos_h, H).to(dtype), relative_positions(rel_pos_w, W).to(dtype)
+    columns = F.pad(columns, (0, 0, 0, -(rows.shape[-1] + H + W) % 32))
+    of_row = torch.eye(H, dtype=dtype, device=rows.device).repeat_interleave(W, 0)
+    of_column = torch.eye(W, columns.shape[1], dtype=dtype, device=rows.device).repeat(H, 1)
+    return rows, columns, torch.cat([of_row, of_column], 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sam_vit.Attention.forward, on a CPU: the padding of windows is not projected, and the logits stay in the cache
 
 def sam_attention(self, x: Tensor) -> Tensor:
     """(B, h, w, C) -> (B, h, w, C). Whole windows make one piece, those that an edge cuts up to three more.
@@ -59,16 +99,18 @@ def _windows(self, qkv: Tensor, H: int, W: int) -> Tensor:
     q, k, v = qkv.unflatten(3, (3, self.heads, -1)).unflatten(2, (-1, w)).unflatten(1, (-1, h)).unbind(5)
     bias = self.qkv.bias.to(q.dtype).view(3, self.heads, -1)
     k, v = _fill(k, bias[1], H, W), _fill(v, bias[2], H, W)                     # (B, y, x, n, H W, d)
-    rows, columns, place = _relative_terms(self.rel_pos_h, self.rel_pos_w, H, W, q.dtype, q.device)
+    rows, columns, place = _folded_positions(self.rel_pos_h, self.rel_pos_w, H, W, q.dtype)
+    fold = q.dtype != torch.float32                                             # faster in bf16, but not in fp32
+    columns = columns if fold else columns[:, :W]
     by_row = torch.einsum("byhxwnd,hkd->byxnhwk", q, rows[:h])                  # (B, y, x, n, h, w, H)
     by_column = torch.einsum("byhxwnd,wkd->byxnhwk", q, columns[:w])
     q = q.permute(0, 1, 3, 5, 2, 4, 6) * q.shape[-1] ** -0.5                    # (B, y, x, n, h, w, d)
-    if place is None:
-        x = _cpu_attention(q, k, v, by_row, by_column)
-    else:
+    if fold:
         q = torch.cat([q, by_row, by_column], -1)
         k = torch.cat([k, place.expand(*k.shape[:-1], -1)], -1)
-        x = (_cpu_attention if q.device.type == "cpu" else _gpu_attention)(q, k, v)
+        x = _in_pieces(q, k, v)
+    else:
+        x = _in_pieces(q, k, v, by_row, by_column)
     return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
 
 
@@ -80,28 +122,8 @@ def _fill(x: Tensor, padding: Tensor, H: int, W: int) -> Tensor:
     return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5)
 
 
-def _relative_terms(rel_pos_h: Tensor, rel_pos_w: Tensor, H: int, W: int, dtype: torch.dtype,
-                    device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What H x W keys need: rows (H, H, d), columns (W, W', d), and place (H W, H + W') or None.
-
-    The logit of query (y, x) and key (y', x') is q.k / sqrt(d) + q.rows[y, y'] + q.columns[x, x']. That is q'.k' with
-        q' = [q / sqrt(d), q.rows[y, 0], q.rows[y, 1], ..., q.columns[x, 0], ...]
-        k' = [k, one-hot of y', one-hot of x'],
-    which needs no array over all pairs: a GPU's fused kernels run and memory is linear in the tokens. `place` holds the
-    one-hots; W' - W zeros make q' a multiple of 32 wide. On a CPU this is faster in bf16, but not in fp32: there the
-    terms are added to the logits.
-    """
-    rows, columns = (relative_positions(*p).to(device, dtype) for p in ((rel_pos_h, H), (rel_pos_w, W)))
-    if device.type == "cpu" and dtype == torch.float32:
-        return rows, columns, None
-    columns = F.pad(columns, (0, 0, 0, -(rows.shape[-1] + H + W) % 32))
-    places = torch.arange(H * W, device=device)
-    place = torch.cat([F.one_hot(places // W, H), F.one_hot(places % W, columns.shape[1])], 1)
-    return rows, columns, place.to(dtype)
-
-
-def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor | None = None,
-                   by_column: Tensor | None = None) -> Tensor:
+def _in_pieces(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor | None = None,
+               by_column: Tensor | None = None) -> Tensor:
     """softmax(q.k + by_row + by_column) v: q (..., h, w, D), k and v (..., H W, D), by_row (..., h, w, H).
 
     Some heads and at most a window's number of queries at a time, so that their logits stay in the cache.
@@ -130,19 +152,12 @@ def _pieces(size: int, step: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, size, step)]
 
 
-def _gpu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q.k) v: q (..., h, w, D), k (..., H W, D), v (..., H W, d); one kernel, for equal widths."""
-    d, v = v.shape[-1], F.pad(v, (0, q.shape[-1] - v.shape[-1]))
-    x = F.scaled_dot_product_attention(*(t.flatten(0, -4) for t in (q.flatten(-3, -2), k, v)), scale=1.0)
-    return x[..., :d].reshape(*q.shape[:-1], d)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# clip_vit.attention: in bf16 on a CPU in slices that stay in the cache; the fused call everywhere else
+# clip_vit.attention, on a CPU: in bf16 in slices that stay in the cache
 
 def clip_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """softmax(q k^T / sqrt(d)) v of (B, heads, N, d)."""
-    if causal or q.device.type != "cpu" or q.dtype != torch.bfloat16:
+    if causal or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     q, k, v = q * q.shape[-1] ** -0.5, k.contiguous().transpose(-1, -2), v.contiguous()
     return torch.cat([(part @ k).softmax(-1) @ v for part in q.split(200, -2)], -2)
@@ -233,23 +248,44 @@ def _shifted_interpolation(n: int, size: int, like: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# losses.lovasz_softmax, on a CPU: class by class, so that what is computed stays in the cache, and without a graph
+
+def lovasz_softmax(logits: Tensor, labels: Tensor, ignore: int = IGNORE) -> Tensor:
+    """logits (B, K, H, W), labels (B, H, W) -> scalar. The weights of the errors are constants for the gradient, so the
+    cost is linear in the probabilities; absent classes need no sort."""
+    probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)       # (B, K, H, W)
+    valid, slopes, cost, present = labels != ignore, [], probs.new_zeros(()), 0
+    with torch.no_grad():
+        for c, p in enumerate(probs.unbind(1)):                                          # (B, H, W)
+            truth = labels == c
+            if not truth.any():
+                slopes.append(torch.zeros_like(p))
+                continue
+            errors = torch.where(truth, 1 - p, p) * valid
+            weights = lovasz_weights(errors.flatten(), truth.flatten()).view_as(p) * valid
+            slopes.append(torch.where(truth, -weights, weights))
+            cost, present = cost + (weights * errors).sum(), present + 1
+        slopes = torch.stack(slopes, dim=1)                                              # (B, K, H, W)
+    linear = (probs * slopes).sum()                                                      # the cost up to a constant
+    return (cost + (linear - linear.detach())) / max(1, present)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # losses.lovasz_weights: sorted as integers, in closed form
 
 def lovasz_weights(errors: Tensor, truth: Tensor) -> Tensor:
-    """errors (N,) in [0, 1], truth (N,) bool -> weight of each error, (N,).
+    """errors (..., N) in [0, 1], truth (..., N) bool -> weight of each error, (..., N).
 
     Bits of floats >= 0 have the floats' order, and integers sort several times faster on a CPU. In closed form, as
     differences of neighbouring fp32 values lose most of their digits: a pixel of the class takes 1 / union (it leaves
     the intersection), any other intersection / (union * (union - 1)) (it joins the union), both after the step.
     """
-    if truth.device.type == "cpu" and not truth.any():     # an absent class costs nothing; to ask a GPU would be to wait
-        return torch.zeros_like(errors)
     integer = torch.int32 if errors.dtype == torch.float32 else torch.int64
-    one = torch.ones_like(errors[:1]).view(integer)
-    keys, order = ((one - errors.view(integer)) * 2 + truth).sort()                      # largest error first
+    one = torch.ones_like(errors[..., :1]).view(integer)
+    keys, order = ((one - errors.view(integer)) * 2 + truth).sort(-1)                    # largest error first
     hit = (keys & 1).bool()                                # the lowest bit says whose error it is and saves a look-up
-    intersection = truth.sum(dtype=torch.int32) - hit.cumsum(0, dtype=torch.int32)
-    union = intersection + torch.arange(1, len(keys) + 1, dtype=torch.int32, device=keys.device)
+    intersection = truth.sum(-1, keepdim=True, dtype=torch.int32) - hit.cumsum(-1, dtype=torch.int32)
+    union = intersection + torch.arange(1, keys.shape[-1] + 1, dtype=torch.int32, device=keys.device)
     intersection = intersection.to(errors.dtype)
     steps = torch.where(hit, 1, intersection / (union - 1).clamp(min=1)) / union
-    return torch.empty_like(errors).scatter_(0, order, steps)
+    return torch.empty_like(errors).scatter_(-1, order, steps)

@@ -11,10 +11,15 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resample_positions(table: Tensor, h: int, w: int) -> Tensor:
-    """Absolute positions (H, W, C) at a grid of h x w: bicubic, as ViT-Adapter does (DenseCLIP and Rein: bilinear)."""
-    if table.shape[:2] == (h, w):
+    """Absolute positions (H, W, C) at a grid of h x w: bicubic, as ViT-Adapter does (DenseCLIP and Rein: bilinear).
+
+    One axis after the other: of a map with C channels a GPU would interpolate h w places at a time, and not h W C.
+    """
+    H, W, C = table.shape
+    if (H, W) == (h, w):
         return table
-    return F.interpolate(table.permute(2, 0, 1)[None], (h, w), mode="bicubic")[0].permute(1, 2, 0).contiguous()
+    table = F.interpolate(table.reshape(1, 1, H, W * C), (h, W * C), mode="bicubic")
+    return F.interpolate(table.view(1, h, W, C), (w, C), mode="bicubic")[0]
 
 
 def relative_positions(table: Tensor, size: int) -> Tensor:

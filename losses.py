@@ -34,35 +34,32 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore: int = IGNO
     return total / (labels != ignore).sum().clamp(min=1)
 
 
+@fast.replaced_by(fast.lovasz_softmax, on=("cpu",))
 def lovasz_softmax(logits: torch.Tensor, labels: torch.Tensor, ignore: int = IGNORE) -> torch.Tensor:
     """logits (B, K, H, W), labels (B, H, W) of any integer type -> scalar in fp32 or better.
 
     The cost of a class is the weighted sum of its errors, 1 - p where the class is, p elsewhere; the mean is over the
     classes present. Ignored pixels have no error: they come last in the order, where the weights no longer matter.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    valid = labels != ignore                                                             # (B, H, W)
-    costs, present = [], []
-    for c, p in enumerate(logits.softmax(1).unbind(1)):                                  # (B, H, W)
-        truth = labels == c
-        errors = torch.where(truth, 1 - p, p) * valid
-        weights = lovasz_weights(errors.detach().flatten(), truth.flatten())             # (N,), constants
-        costs.append((errors.flatten() * weights).sum())
-        present.append(truth.any())
-    present = torch.stack(present)
-    return (torch.stack(costs) * present).sum() / present.sum().clamp(min=1)
+    probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1).transpose(0, 1).flatten(1)
+    labels = labels.flatten()                                                            # (N,), probs (K, N)
+    truth = labels == torch.arange(len(probs), device=labels.device).unsqueeze(1)        # (K, N)
+    errors = torch.where(truth, 1 - probs, probs) * (labels != ignore)
+    costs = (errors * lovasz_weights(errors.detach(), truth)).sum(1)                     # (K,); the weights are constants
+    present = truth.any(1)
+    return (costs * present).sum() / present.sum().clamp(min=1)
 
 
 @fast.replaced_by(fast.lovasz_weights)
 def lovasz_weights(errors: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """errors (N,) in [0, 1], truth (N,) bool -> weight of each error, (N,); of no meaning where the class is absent.
+    """errors (K, N) in [0, 1], truth (K, N) bool -> weight of each error, (K, N); of no meaning where a class is absent.
 
-    Call the pixels wrong one after the other, largest error first: a weight is the step that the Jaccard loss
+    Call the pixels of a class wrong one after the other, largest error first: a weight is the step that the Jaccard loss
     1 - intersection / union takes at its pixel.
     """
-    order = errors.argsort(descending=True)
-    hit = truth[order].to(errors.dtype)
-    intersection, union = hit.sum() - hit.cumsum(0), hit.sum() + (1 - hit).cumsum(0)
-    jaccard = 1 - intersection / union
-    steps = torch.diff(jaccard, prepend=jaccard.new_zeros(1))
-    return torch.empty_like(errors).scatter_(0, order, steps)
+    order = errors.argsort(1, descending=True)
+    hit = truth.gather(1, order).to(errors.dtype)
+    total = hit.sum(1, keepdim=True)
+    jaccard = 1 - (total - hit.cumsum(1)) / (total + (1 - hit).cumsum(1))
+    steps = torch.diff(jaccard, prepend=torch.zeros_like(total), dim=1)
+    return torch.empty_like(errors).scatter_(1, order, steps)

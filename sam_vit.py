@@ -47,7 +47,7 @@ class Attention(nn.Module):
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * size - 1, dim // heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, dim // heads))
 
-    @fast.replaced_by(fast.sam_attention)
+    @fast.replaced_by(fast.sam_attention, on=("cpu",))
     def forward(self, x: torch.Tensor) -> torch.Tensor:                         # (B, h, w, C)
         # SAM does not mask the zeros that fill up a window: `qkv` makes its bias of them, so that the bias is the key
         # and the value of a padded position, which takes part in the softmax. The weights were trained that way.
@@ -55,6 +55,7 @@ class Attention(nn.Module):
             return window_unpartition(self.attend(window_partition(x, self.window)), *x.shape[1:3])
         return self.attend(x)
 
+    @fast.replaced_by(fast.sam_attend)
     def attend(self, x: torch.Tensor) -> torch.Tensor:
         """softmax(q.k / sqrt(d) + q.Rh[y - y'] + q.Rw[x - x']) v for tokens (B, h, w, C), every one with every one."""
         B, h, w, C = x.shape

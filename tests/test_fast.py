@@ -11,7 +11,7 @@ import torch
 import fast
 from adapter import ms_deform_attn
 from clip_vit import attention
-from losses import lovasz_weights
+from losses import lovasz_softmax, lovasz_weights
 from sam_vit import Attention
 from uperhead import conv_of_resized
 
@@ -20,7 +20,7 @@ BOUNDS = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 3e-2}      
 SLOPES = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 6e-2}          # ... and of gradients
 
 
-def sam(h, w, window, grid, dim, heads):
+def sam(h, w, window, grid, dim, heads, pair=Attention.forward):
     """A block's attention in windows (or over the grid: window 0) of h x w tokens."""
     def make(random, dtype):
         module = Attention(dim, heads, window, window or grid)
@@ -29,7 +29,7 @@ def sam(h, w, window, grid, dim, heads):
         module.to(dtype)
         x = random((2, h, w, dim)).to(dtype).requires_grad_()
         return (module, x), [x, *module.parameters()]
-    return Attention.forward, make
+    return pair, make
 
 
 def clip(tokens, heads, width):
@@ -65,8 +65,10 @@ PAIRS = {
     "SAM, windows": sam(8, 13, 5, 12, 48, 3),
     "SAM, a grid smaller than a window": sam(2, 3, 5, 12, 48, 3),
     "SAM, whole grid": sam(8, 13, 0, 12, 48, 3),
+    "SAM, fused": sam(5, 7, 0, 12, 48, 3, Attention.attend),
     "SAM, windows, ViT-L at 480 px": sam(30, 30, 14, 64, 1024, 16),
     "SAM, whole grid, ViT-L at 480 px": sam(30, 30, 0, 64, 1024, 16),
+    "SAM, fused, ViT-L at 480 px": sam(30, 30, 0, 64, 1024, 16, Attention.attend),
     "CLIP": clip(450, 3, 16),
     "CLIP, ViT-B/16 at 480 px": clip(901, 12, 64),
     "deformable attention": deformable([(3, 5), (4, 2), (1, 1)], 4, 3, 2, 5),
@@ -107,23 +109,38 @@ def test_a_pair_is_one_function(name, dtype):
 def test_the_weights_of_errors_are_one_function(count, dtype):
     """Between different errors; among equal ones each form has an order of its own."""
     generator = torch.Generator().manual_seed(0)
-    errors = torch.rand(count, dtype=dtype, generator=generator)
-    truth = torch.rand(count, generator=generator) < 0.3
+    errors = torch.rand(3, count, dtype=dtype, generator=generator)
+    truth = torch.rand(3, count, generator=generator) < 0.3
     plain, quick = lovasz_weights.plain(errors, truth), lovasz_weights.fast(errors, truth)
-    assert relative((errors * quick).sum(), (errors * plain).sum()) < (1e-12 if dtype == torch.float64 else 1e-4)
+    assert relative((errors * quick).sum(1), (errors * plain).sum(1)) < (1e-12 if dtype == torch.float64 else 1e-4)
     once = errors.double().sort().values.diff().min() > 0  # fp32 has not so many numbers
     bound = 1e-9 if dtype == torch.float64 else 1e-3       # the plain form's differences lose digits
     assert not once or (quick - plain).abs().max() <= bound * plain.abs().max()
 
 
+@pytest.mark.parametrize("size, dtype", (((2, 5, 12, 9), torch.float64), ((4, 20, 480, 480), torch.float32)), ids=str)
+def test_the_loss_class_by_class_is_one_function(size, dtype):
+    """As the weights, but for ties: the same errors in the same order."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(size, dtype=dtype, generator=generator).requires_grad_()
+    labels = torch.randint(size[1] - 1, (size[0], *size[2:]), generator=generator)       # the last class is absent
+    labels[:, :3] = 255
+    plain, quick = lovasz_softmax.plain(logits, labels), lovasz_softmax.fast(logits, labels)
+    assert relative(quick, plain) < (1e-12 if dtype == torch.float64 else 1e-5)
+    slopes = [torch.autograd.grad(loss, logits)[0] for loss in (quick, plain)]
+    assert relative(*slopes) < (1e-10 if dtype == torch.float64 else 1e-4)
+
+
 def test_the_switch(monkeypatch):
     calls = []
-    pair = fast.replaced_by(lambda: calls.append("fast"))(lambda: calls.append("plain"))
+    pair = fast.replaced_by(lambda x: calls.append("fast"))(lambda x: calls.append("plain"))
     monkeypatch.setattr(fast, "ENABLED", True)
-    pair()
+    pair(torch.zeros(1))
     monkeypatch.setattr(fast, "ENABLED", False)
-    pair()
-    assert calls == ["fast", "plain"]
+    pair(torch.zeros(1))
+    monkeypatch.setattr(fast, "ENABLED", True)
+    pair(torch.zeros(1, device="meta"))                    # neither a CPU nor CUDA
+    assert calls == ["fast", "plain", "plain"]
     for value, enabled in (("0", False), ("1", True)):
         run = subprocess.run([sys.executable, "-c", "import fast; print(fast.ENABLED)"], cwd=ROOT, capture_output=True,
                              text=True, check=True, env={**os.environ, "SCHNET_FAST": value})

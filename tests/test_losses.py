@@ -65,13 +65,13 @@ def test_weights_extend_the_jaccard_loss(both_forms):
             errors = torch.tensor(wrong, dtype=torch.float64)
             predicted = truth ^ errors.bool()
             jaccard = 1 - (predicted & truth).sum() / (predicted | truth).sum().double()
-            assert torch.isclose((errors * lovasz_weights(errors, truth)).sum(), jaccard)
+            assert torch.isclose((errors * lovasz_weights(errors[None], truth[None])).sum(), jaccard)
 
 
 def test_weights_are_steps_of_the_jaccard_loss(both_forms):
     torch.manual_seed(1)
     errors, truth = torch.rand(9, dtype=torch.float64), torch.rand(9) < 0.4
-    weights, before = lovasz_weights(errors, truth), 0
+    weights, before = lovasz_weights(errors[None], truth[None])[0], 0
     wrong = torch.zeros(9, dtype=torch.bool)
     for i in errors.argsort(descending=True):
         wrong[i] = True

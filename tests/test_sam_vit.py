@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fast
 from engine.errors import UserError
-from sam_vit import SAMViT, load_sam
+from sam_vit import Attention, SAMViT, load_sam
 
 TOLERANCE = 1e-5
 LARGE = dict(dim=1024, depth=24, heads=16, window=14, grid=64)
@@ -183,21 +183,17 @@ def test_every_tensor_matters(small, both_forms):
 
 
 def test_fused_attention_is_the_same(small, monkeypatch):
-    """The kernel of the GPU, here on a CPU: the folded positions make it exact."""
+    """The folded positions make the kernel exact."""
     state = {name: tensor.double() for name, tensor in small.items()}
     image = picture(dtype=torch.float64).requires_grad_()
     outs = build(state, **SMALL)(image)
     gradient = torch.autograd.grad(outs[-1].square().sum(), image)
-    widths = []
-
-    def fused(q, k, v):
-        widths.append(q.shape[-1])
-        return gpu_attention(q, k, v)
-
-    gpu_attention = fast._gpu_attention
-    monkeypatch.setattr(fast, "_cpu_attention", fused)
+    monkeypatch.setattr(Attention, "forward", Attention.forward.plain)
+    widths, kernel = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda q, k, v, **more: (widths.append((q.shape[-1], v.shape[-1])), kernel(q, k, v, **more))[1])
     fused_outs = build(state, **SMALL)(image)
-    assert len(widths) > 8 and all(width % 32 == 0 for width in widths)
+    assert len(widths) == SMALL["depth"] and all(q == v and q % 32 == 0 for q, v in widths)
     assert error(fused_outs, outs) < 1e-13
     assert error(torch.autograd.grad(fused_outs[-1].square().sum(), image), gradient) < 1e-12
 
@@ -213,7 +209,7 @@ def test_bf16_is_close(small, both_forms):
     assert error(outs, wanted) < 1.2 * error(theirs, wanted)
 
 
-def test_no_array_over_all_pairs(small):
+def test_no_array_over_all_pairs(small, monkeypatch):
     """Memory is linear in the tokens: nothing holds as much as one number per head, query and key of the grid."""
     h = w = 30
 
@@ -226,7 +222,9 @@ def test_no_array_over_all_pairs(small):
                 self.numbers = max(self.numbers, out.numel())
             return out
 
-    for dtype in (torch.float32, torch.float64):
+    forward = Attention.forward
+    for dtype, form in ((torch.float32, forward), (torch.float64, forward), (torch.float32, forward.plain)):
+        monkeypatch.setattr(Attention, "forward", form)    # the last with the form of a GPU for the attention itself
         model = build({name: tensor.to(dtype) for name, tensor in small.items()}, **SMALL)
         with torch.no_grad(), Largest() as largest:
             model(picture(h, w, 1, dtype))
