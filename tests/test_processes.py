@@ -1,6 +1,7 @@
 """Several processes: the same numbers as one, and none of them left waiting when another stops, fails or is killed."""
 
 import contextlib
+import dataclasses
 import functools
 import os
 import re
@@ -14,14 +15,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import Processes, assert_same_run, free_port, gradients, logged, make_config, wait_until, worst
+from tiny import Processes, assert_same_run, free_port, gradients, logged, make_config, wait_until, with_faults, worst
 
 import train
 from config import load_config
 from datasets import open_split
 from engine import processes
+from engine.errors import UserError
 from engine.processes import World
+from engine.run import Run
 from evaluate import evaluate_split
+from files.whole import LITTER
 from model import build_model
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +91,27 @@ def test_shared_evaluation_is_exact(config, tmp_path):
         assert three.wait() == [0, 0, 0], three.said(0) + three.said(1) + three.said(2)
 
 
+def train_with_a_fault(argv: list[str]):
+    """The loss of one process is not finite, in one step."""
+    if os.environ["RANK"] == "1":
+        train.train_step = with_faults(train.train_step, {1: "image"})
+    train.main(argv)
+
+
+def test_a_step_is_skipped_by_all_or_none(config, tmp_path):
+    """... and BatchNorm's statistics, which the processes have each of their own, stay clean; nothing else is said."""
+    folder = tmp_path / "run"
+    with Processes(tmp_path, train_with_a_fault, ["--cfg", config, f"out={folder}"], count=2) as both:
+        assert both.wait() == [0, 0], both.said(0) + both.said(1)
+        assert "Warning" not in both.said(0) + both.said(1)
+    content = torch.load(folder / "last.pt", weights_only=True)
+    assert content["progress"]["skipped"] == 1 and content["progress"]["iteration"] == 4
+    assert {int(state["step"]) for state in content["optimizer"]["state"].values()} == {3}
+    assert all(t.isfinite().all() for t in content["model"].values())
+    skipped, = [entry for entry in logged(folder) if "skipped" in entry]
+    assert skipped["iter"] == 2 and len(skipped["batch"]) == 4           # of both processes
+
+
 # ---- asked to stop
 
 def test_one_process_asked_to_stop_stops_both_and_one_alone_goes_on(config, tmp_path):
@@ -127,6 +152,35 @@ def test_one_run_at_a_time_in_a_folder(config, tmp_path):
         before = saved_iteration(folder)
         with Processes(tmp_path / "other", train.main, [*argv, "--resume"]) as other:    # the lock went with its owner
             wait_until(lambda: saved_iteration(folder) > before)
+
+
+def open_at_once(config: str, folder: str, begin: float, count: int):
+    """Be there at the same moments as another process that does the same, in one new folder after the other."""
+    cfg, world = load_config(config), World()
+    for n in range(count):
+        run = Run(dataclasses.replace(cfg, out=f"{folder}/{n}"), world)
+        while time.time() < begin + 0.1 * n:
+            pass
+        try:
+            run.open(False)
+            run.kept = (run.folder / f".last-{os.getpid():08x}.part.pt").open("w")     # being written
+            print("in", n, flush=True)
+        except UserError as error:
+            assert "another process is training in this folder" in str(error), error
+    time.sleep(max(0.0, begin + 0.1 * count + 1 - time.time()))          # the locks last as long as their process
+
+
+def test_of_two_that_begin_at_once_in_a_new_folder_one_gets_in(config, tmp_path):
+    outputs, count = [tmp_path / name for name in ("one", "other")], 60
+    for output in outputs:
+        output.mkdir()
+    args = (open_at_once, config, str(tmp_path / "runs"), time.time() + 4, count)
+    with Processes(outputs[0], *args) as one, Processes(outputs[1], *args) as other:
+        assert one.wait() == other.wait() == [0], one.said() + other.said()
+        found = [{int(n) for n in re.findall(r"in (\d+)", process.said())} for process in (one, other)]
+    assert found[0] | found[1] == set(range(count)) and not found[0] & found[1]
+    for n in range(count):                                 # nothing of it was taken for litter
+        assert len(list((tmp_path / "runs" / str(n)).glob(LITTER))) == 1
 
 
 def train_slowly(argv: list[str]):
