@@ -74,9 +74,22 @@ def seed_step(seed: int, it: int, micro_batch: int):
     torch.manual_seed((seed * 1_000_003 + it) * 4_096 + micro_batch)
 
 
+def shares_statistics(cfg: Config, world: World) -> bool:
+    """Whether BatchNorm sees the images of all processes."""
+    return world.size > 1 and world.device.type == "cuda" and cfg.sync_bn
+
+
+def check_batch(cfg: Config, world: World):
+    """Refuse, before anything is built, what BatchNorm cannot be trained on: the one value of one image's 1x1 pool."""
+    each = cfg.batch_size // (world.size * cfg.accum_steps)
+    if each == 1 and not shares_statistics(cfg, world):
+        raise UserError(f"batch_size ({cfg.batch_size}) is one image for each of {world.size} processes and {cfg.accum_steps} "
+                        "accumulation steps, and BatchNorm cannot be trained on one: have at least two")
+
+
 def prepare(model: SCHNet, cfg: Config, world: World) -> tuple[nn.Module, torch.optim.Optimizer, torch.amp.GradScaler]:
     """The model on its device: what is called in training, its optimiser, and the scaler that fp16 needs."""
-    if world.size > 1 and world.device.type == "cuda" and cfg.sync_bn:
+    if shares_statistics(cfg, world):
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     store_frozen(model, cfg.precision)
     model.to(world.device)
@@ -372,6 +385,7 @@ def main(argv: list[str] | None = None):
         try:
             with world.together():
                 cfg = load_config(args.cfg, args.overrides)
+                check_batch(cfg, world)
             if cfg.iters:
                 Trainer(cfg, world, args.resume).fit()
             else:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from config import user_path
 from datasets import LabelSet
 from engine.errors import UserError
 from files import weights
@@ -110,7 +111,7 @@ def newest_run(root: Path = Path("runs")) -> Path:
 
 def find(run: str | Path | None) -> Path:
     """The checkpoint file that `--run` means: a file, or a folder (its best.pt, else last.pt); None: the newest run."""
-    path = Path(run) if run is not None else newest_run()
+    path = user_path(run) if run is not None else newest_run()
     if not path.exists():
         raise UserError(f"{path}: no such run or checkpoint")
     if path.is_file():

@@ -8,15 +8,18 @@ import shutil
 import signal
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from tiny import assert_same_run, differences, gradients, logged, make_config, with_faults, worst
 
+import inference
 import train
-from config import Config, load_config
-from datasets import BatchOrder
+from config import RANGES, SIZES, Config, load_config
+from datasets import BatchOrder, TrainSet, open_split
 from engine import checkpoint
-from engine.errors import in_one_line
+from engine.errors import UserError, in_one_line
 from engine.processes import World
 from files import whole as whole_files
 from model import build_model
@@ -200,6 +203,27 @@ def test_every_split_of_the_work_sees_the_same_samples(config):
         found = [key for _ in range(9 - start) for order in orders for _ in range(accum) for key in next(order)]
         one = iter(BatchOrder(10, dataclasses.replace(cfg, accum_steps=1)))
         assert found == [key for batch in [next(one) for _ in range(9)][start:] for key in batch]
+
+
+ENDS = [(key, end) for low, high, keys in RANGES for key in keys.split() for end in (low, high)
+        if end == low or key not in (*SIZES, "base_size", "synthetic_size", "crop_size", "ftm_tokens", "prior_dim", "head_dim",
+                                     "aux_dim", "deform_points", "synthetic_train", "synthetic_val", "batch_size")]
+
+
+@pytest.mark.parametrize("key, end", ENDS, ids=[f"{key}={end}" for key, end in ENDS])
+def test_the_network_takes_a_step_with_every_number_that_the_config_takes(config, key, end):
+    """At the ends of its range; of the sizes only the least, as the greatest are beyond this machine's memory."""
+    number = len(getattr(Config(), key)) if isinstance(getattr(Config(), key), tuple) else 0
+    try:
+        cfg = load_config(config, [f"{key}={[end] * number if number else end}"])
+        network, optimizer, scaler = trainable(cfg)
+    except UserError as error:                             # does not go with the other numbers here
+        assert key in str(error) or key == "clip_depth" and "clip_taps" in str(error)
+        return
+    sample = TrainSet(open_split(cfg, "train"), cfg)[[(n, 0, n) for n in range(4)]]
+    assert not isinstance(sample, UserError)
+    train.step_together(network, optimizer, scaler, [sample], cfg, World(), 0)
+    inference.predict_labels(network.eval(), [np.zeros((20, 30, 3), np.uint8)], cfg.tta_scales, cfg.flip_pairs)
 
 
 # ---- stopped, killed, continued
@@ -578,6 +602,12 @@ def test_a_folder_that_cannot_be_written(config, capsys):
 def test_out_of_memory_is_one_line(config, tmp_path, capsys, monkeypatch):
     with pytest.raises(RuntimeError) as error:
         torch.empty(2 ** 60, dtype=torch.uint8)
+    assert in_one_line(error.value, "fewer workers") == "out of memory: try fewer workers"
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2 ** 40, 2 ** 40, 2 ** 40)
+    assert in_one_line(error.value, "fewer workers") == "out of memory: try fewer workers"
+    with pytest.raises(cv2.error) as error:
+        cv2.resize(np.zeros((1, 1, 3), np.uint8), (2 ** 30, 2 ** 30))
     assert in_one_line(error.value, "fewer workers") == "out of memory: try fewer workers"
 
     def step(*args):
