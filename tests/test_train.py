@@ -510,7 +510,7 @@ def test_skipped_steps_are_counted_in_the_bar(config, tmp_path, capsys, monkeypa
 
 def test_a_network_that_has_diverged_stops_after_20_skipped_steps(config, tmp_path, capsys):
     folder = tmp_path / "run"
-    argv = ["--cfg", config, "lr=1e30", "warmup_iters=0", "iters=100", "save_every=6", "eval_every=100", f"out={folder}"]
+    argv = ["--cfg", config, "lr=1e6", "warmup_iters=0", "iters=100", "save_every=6", "eval_every=100", f"out={folder}"]
     line = fails(capsys, *argv)
     assert "iteration 21: 20 steps in a row were skipped, the loss is not finite (loss nan" in line
     assert f"the batches are in {folder / 'log.jsonl'}; the last good checkpoint is of iteration 18, in {folder}" in line
