@@ -24,13 +24,13 @@ DATASETS = ("lip", "cihp", "ppp", "synthetic", "custom")
 IGNORE = 255                                               # label of pixels that neither loss nor score counts
 SIZES = ("sam_dim", "sam_depth", "sam_heads", "sam_window", "sam_grid", "clip_dim", "clip_depth", "clip_heads",
          "clip_grid", "clip_embed", "text_dim", "text_depth", "text_heads")         # keys of the encoders' sizes
-PATHS = ("data_root", "train_images", "train_labels", "val_images", "val_labels", "train_list", "val_list", "sam_weights",
-         "clip_weights", "vocab", "out")                   # keys in which ~ is the home folder
+PATHS = ("data_root", "train_images", "train_labels", "val_images", "val_labels", "train_list", "val_list",
+         "sam_weights", "clip_weights", "vocab", "out")    # keys in which ~ is the home folder
 
 # What each number may be, ends included; nobody needs more, and far beyond something gives way.
 RANGES = (
-    (1, 16_384, "base_size synthetic_size sam_dim sam_heads sam_window sam_grid clip_dim clip_heads clip_grid clip_embed "
-                "text_dim text_heads ftm_tokens prior_dim deform_heads deform_points head_dim aux_dim"),
+    (1, 16_384, "base_size synthetic_size sam_dim sam_heads sam_window sam_grid clip_dim clip_heads clip_grid "
+                "clip_embed text_dim text_heads ftm_tokens prior_dim deform_heads deform_points head_dim aux_dim"),
     (32, 16_384, "crop_size"),
     (1, 1_000, "sam_depth clip_depth text_depth"),
     (0, 999, "clip_taps workers"),
@@ -44,7 +44,8 @@ RANGES = (
     (0, 0.999, "drop_path head_dropout"),                  # what is left is divided by 1 - p
     (0, 0.999_999, "betas"),
     (1e-12, 1_000_000, "lr"),
-    (0, 1_000_000, "patch_embed_lr_mult warmup_ratio poly_power weight_decay lovasz_weight aux_weight rho_init sim_scale"),
+    (0, 1_000_000, "patch_embed_lr_mult warmup_ratio poly_power weight_decay lovasz_weight aux_weight rho_init "
+                   "sim_scale"),
 )
 
 
@@ -270,7 +271,8 @@ def _check(cfg: Config):
         for key in keys.split():
             value = getattr(cfg, key)
             numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-            need(all(low <= number <= high for number in numbers), f"{key} must be between {low:,} and {high:,}, not {value}")
+            need(all(low <= number <= high for number in numbers),
+                 f"{key} must be between {low:,} and {high:,}, not {value}")
     need(cfg.iters == 0 or cfg.iters > cfg.warmup_iters,
          f"iters ({cfg.iters}) must be more than warmup_iters ({cfg.warmup_iters})")
     for side in cfg.crop_size:
@@ -279,8 +281,8 @@ def _check(cfg: Config):
     need(cfg.tta_scales, "tta_scales must name at least one scale")
     need(cfg.batch_size % cfg.accum_steps == 0,
          f"batch_size ({cfg.batch_size}) must be a multiple of accum_steps ({cfg.accum_steps})")
-    need(cfg.batch_size >= 2 * cfg.accum_steps, f"batch_size ({cfg.batch_size}) must be at least 2 for each of accum_steps "
-         f"({cfg.accum_steps}): BatchNorm cannot be trained on one image")
+    need(cfg.batch_size >= 2 * cfg.accum_steps, f"batch_size ({cfg.batch_size}) must be at least 2 for each of "
+         f"accum_steps ({cfg.accum_steps}): BatchNorm cannot be trained on one image")
     need((cfg.sam_depth or 4) % 4 == 0, f"sam_depth must be a multiple of 4 (four stages), not {cfg.sam_depth}")
     for dim, heads in (("sam_dim", "sam_heads"), ("clip_dim", "clip_heads"), ("text_dim", "text_heads")):
         width, count = getattr(cfg, dim), getattr(cfg, heads)
@@ -288,8 +290,8 @@ def _check(cfg: Config):
     encoder = "sam_dim" if cfg.backbone == "sam" else "clip_dim"
     if width := getattr(cfg, encoder):                     # null: checked again when the weight file has told it
         deform = int(width * cfg.deform_ratio)
-        need(deform and deform % cfg.deform_heads == 0, f"deform_ratio ({cfg.deform_ratio}) of {encoder} ({width}) must be a "
-             f"multiple of deform_heads ({cfg.deform_heads}), it is {deform}")
+        need(deform and deform % cfg.deform_heads == 0, f"deform_ratio ({cfg.deform_ratio}) of {encoder} ({width}) must "
+             f"be a multiple of deform_heads ({cfg.deform_heads}), it is {deform}")
         need(int(width * cfg.cffn_ratio), f"cffn_ratio ({cfg.cffn_ratio}) of {encoder} ({width}) must be at least 1")
     need(len(cfg.clip_taps) == 4 and sorted(set(cfg.clip_taps)) == list(cfg.clip_taps),
          f"clip_taps must be four rising block numbers, not {cfg.clip_taps}")

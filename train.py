@@ -83,8 +83,8 @@ def check_batch(cfg: Config, world: World):
     """Refuse, before anything is built, what BatchNorm cannot be trained on: the one value of one image's 1x1 pool."""
     each = cfg.batch_size // (world.size * cfg.accum_steps)
     if each == 1 and not shares_statistics(cfg, world):
-        raise UserError(f"batch_size ({cfg.batch_size}) is one image for each of {world.size} processes and {cfg.accum_steps} "
-                        "accumulation steps, and BatchNorm cannot be trained on one: have at least two")
+        raise UserError(f"batch_size ({cfg.batch_size}) is one image for each of {world.size} processes and "
+                        f"{cfg.accum_steps} steps: BatchNorm needs two at least")
 
 
 def prepare(model: SCHNet, cfg: Config, world: World) -> tuple[nn.Module, torch.optim.Optimizer, torch.amp.GradScaler]:
@@ -140,7 +140,7 @@ def step_together(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: 
     """One optimiser step. Returns the values of `train_step`, averaged over the processes, whether the step was taken,
     and whether any process wants to `stop`.
 
-    Where a loss or gradient is not finite all processes skip the step: nothing of it is kept, but that fp16's scale falls.
+    Where a loss or gradient is not finite all processes skip the step: nothing of it is kept; fp16's scale is halved.
     """
     before = [buffer.clone() for buffer in network.buffers()]
     parts = train_step(network, optimizer, scaler, batches, cfg, world.device, it, world.rank * cfg.accum_steps)
@@ -216,7 +216,8 @@ class Trainer:
                 # every eval_every iterations: the validation set, all processes together
                 if self.due(cfg.eval_every):
                     self.validate()
-        world.say(f"done: best mIoU {100 * now.best_miou:.2f} at iteration {now.best_iteration}, "
+        skipped = f"{now.skipped} of {cfg.iters} steps were skipped: {self.run.log}\n" if now.skipped else ""
+        world.say(f"{skipped}done: best mIoU {100 * now.best_miou:.2f} at iteration {now.best_iteration}, "
                   f"{self.run.folder / checkpoint.BEST}; curves in {self.run.folder / 'curves.png'}\n"
                   f"next: python evaluate.py --run {self.run.folder} --tta")
 
@@ -226,8 +227,8 @@ class Trainer:
     def step(self, it: int, batches: list) -> bool:
         """One optimiser step; whether a process has been asked to stop."""
         now = self.progress
-        parts, finite, stopping = step_together(self.network, self.optimizer, self.scaler, batches, self.cfg, self.world,
-                                                it, self.stop.number > 0)
+        parts, finite, stopping = step_together(self.network, self.optimizer, self.scaler, batches, self.cfg,
+                                                self.world, it, self.stop.number > 0)
         now.iteration = it + 1
         if finite:
             now.sums = {name: now.sums.get(name, 0.0) + value for name, value in parts.items()}
@@ -355,8 +356,8 @@ def dry_run(cfg: Config, world: World, steps: int = 4):
     times = []
     for it in range(steps):
         begun = time.monotonic()
-        parts, finite, _ = step_together(network, optimizer, scaler, [next(batches) for _ in range(cfg.accum_steps)], cfg,
-                                         world, it)
+        parts, finite, _ = step_together(network, optimizer, scaler, [next(batches) for _ in range(cfg.accum_steps)],
+                                         cfg, world, it)
         times.append(time.monotonic() - begun)
         values = ", ".join(f"{name} {value:.3f}" for name, value in parts.items())
         world.say(f"step {it + 1}: {times[-1]:.2f} s, {values}" + ("" if finite else " (skipped: not finite)"))

@@ -4,8 +4,8 @@
 
 A small network is trained on drawn people, with loader processes, once in peace and once with SIGKILL for all of its
 processes: at random moments, in the middle of random writes (a temporary file has just appeared), and while it starts.
-After each kill it goes on with --resume. In 24 of the 80 steps an image, a loss or a gradient is not finite, so that they
-are skipped. Then weights, optimiser, best network and log of the two are compared bit by bit; only times may differ.
+After each kill it goes on with --resume. In 24 of the 80 steps an image, a loss or a gradient is not finite, so that
+they are skipped. Then weights, optimiser, best network and log of the two are compared bit by bit; only times may differ.
 """
 
 import argparse

@@ -106,8 +106,9 @@ def place() -> tuple[int, int]:
     wrong = [key for key, value in said.items() if not (value if key == "MASTER_ADDR" else value.isdecimal())]
     if not wrong and int(said["RANK"]) < int(said["WORLD_SIZE"]):
         return int(said["RANK"]), int(said["WORLD_SIZE"])
-    found = ", ".join(f"{key} is {said[key] or 'not set'}" for key in dict.fromkeys(("WORLD_SIZE", *(wrong or ["RANK"]))))
-    raise UserError(f"{found}: start several processes with torchrun, and one alone without WORLD_SIZE in its environment")
+    shown = dict.fromkeys(("WORLD_SIZE", *(wrong or ["RANK"])))
+    raise UserError(", ".join(f"{key} is {said[key] or 'not set'}" for key in shown) + ": start several processes with "
+                    "torchrun, and one alone without WORLD_SIZE in its environment")
 
 
 class Absent:

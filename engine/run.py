@@ -34,7 +34,7 @@ from viz import pictures, plots
 HARMLESS = {"data_root", "sam_weights", "clip_weights", "vocab", "workers", "log_every", "eval_every", "save_every",
             "out", "checkpointing", "compile", "tta_scales", "accum_steps"}
 
-LOSSES = {"loss": "in all", "ce": "cross-entropy", "lovasz": "Lovasz-softmax", "aux": "auxiliary head"}
+LOSSES = {"loss": "total", "ce": "cross-entropy", "lovasz": "Lovasz-softmax", "aux": "auxiliary head"}
 SCORES = {"miou": "mIoU", "mean_acc": "mean accuracy", "pixel_acc": "pixel accuracy"}
 
 
@@ -66,8 +66,8 @@ class Run:
         """Make the folder, or find the checkpoint to go on from; a run that is there is never overwritten."""
         if not self.world.main:
             return None
-        nothing = UserError(f"{self.folder}: no checkpoint to go on from (no {checkpoint.LAST}); without --resume the run "
-                            "begins anew")
+        nothing = UserError(f"{self.folder}: no checkpoint to go on from (no {checkpoint.LAST}); without --resume the "
+                            "run begins anew")
         if resume and not self.folder.exists():
             raise nothing
         try:
@@ -75,7 +75,8 @@ class Run:
             self.lock()                                    # of two that come at once, one must find what the other left
         except OSError as error:
             raise UserError(f"out: {self.folder} cannot be used ({error.strerror})") from None
-        held = [name for name in (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST) if (self.folder / name).exists()]
+        names = checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST
+        held = [name for name in names if (self.folder / name).exists()]
         if held == [checkpoint.BEST]:
             raise UserError(f"{self.folder} holds a {checkpoint.BEST} but no {checkpoint.LAST}, which alone has what "
                             "training needs to go on: choose another folder with out=FOLDER")
@@ -150,8 +151,8 @@ class Run:
                   "validation, %": {name: series(val, key, 100) for key, name in SCORES.items()},
                   "learning rate": {"lr": series(train, "lr")}}
         if "grad" in train[0]:
-            panels["length of the gradient"] = {"grad": series(train, "grad")}
-        self._picture("curves.png", lambda: plots.curves(panels, smooth=["loss", "length of the gradient"]))
+            panels["gradient norm"] = {"grad": series(train, "grad")}
+        self._picture("curves.png", lambda: plots.curves(panels, smooth=["loss", "gradient norm"]))
 
     def draw_validation(self, seen: list[tuple], labels: LabelSet, iteration: int):
         """validation.png: photos, their labels, and what the network makes of them."""

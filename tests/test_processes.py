@@ -268,7 +268,8 @@ def test_processes_that_come_say_nothing(tmp_path):
 @pytest.mark.parametrize("environment, words", (
     ({"WORLD_SIZE": "4"}, "error: WORLD_SIZE is 4, RANK is not set, LOCAL_RANK is not set, MASTER_ADDR is not set, "
                           "MASTER_PORT is not set: start several processes with torchrun, and one alone without"),
-    ({"WORLD_SIZE": "x", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "error: WORLD_SIZE is x: "),
+    ({"WORLD_SIZE": "x", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+     "error: WORLD_SIZE is x: "),
     ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
      "error in process 2: WORLD_SIZE is 2, RANK is 2: "),
     ({"WORLD_SIZE": "1"}, "rank 0 of 1\n"),
@@ -403,7 +404,7 @@ def test_one_image_for_each_process_and_step_is_refused_at_the_start(config, tmp
     with Processes(tmp_path, train.main, argv, count=2) as both:
         assert both.wait() == [1, 1]
         said = both.said(0) + both.said(1)
-        assert said.startswith("error: batch_size (4) is one image for each of 2 processes and 2 accumulation steps, and")
+        assert said.startswith("error: batch_size (4) is one image for each of 2 processes and 2 steps: ")
         assert said.count("\n") == 1 and not (tmp_path / "run").exists()
 
 

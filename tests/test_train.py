@@ -206,8 +206,9 @@ def test_every_split_of_the_work_sees_the_same_samples(config):
 
 
 ENDS = [(key, end) for low, high, keys in RANGES for key in keys.split() for end in (low, high)
-        if end == low or key not in (*SIZES, "base_size", "synthetic_size", "crop_size", "ftm_tokens", "prior_dim", "head_dim",
-                                     "aux_dim", "deform_points", "synthetic_train", "synthetic_val", "batch_size")]
+        if end == low or key not in (*SIZES, "base_size", "synthetic_size", "crop_size", "ftm_tokens", "prior_dim",
+                                     "head_dim", "aux_dim", "deform_points", "synthetic_train", "synthetic_val",
+                                     "batch_size")]
 
 
 @pytest.mark.parametrize("key, end", ENDS, ids=[f"{key}={end}" for key, end in ENDS])
@@ -383,7 +384,7 @@ def test_a_folder_with_a_run_is_not_overwritten(config, whole, capsys):
 
 @pytest.mark.parametrize("how", ((), ("--resume",), ("restarted",)))
 def test_a_folder_with_nothing_but_the_best_network_is_left_alone(config, whole, tmp_path, capsys, monkeypatch, how):
-    """As kept for prediction, or sent by somebody: there is no optimiser to go on with, and nothing may be overwritten."""
+    """As kept for prediction, or sent by somebody: no optimiser is there to go on with, nothing may be overwritten."""
     if how == ("restarted",):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
         how = ()
@@ -504,8 +505,9 @@ def test_a_stretch_of_the_log_may_have_nothing_but_skipped_steps(config, tmp_pat
 def test_skipped_steps_are_counted_in_the_bar(config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "train_step", with_faults(train.train_step, {1: "loss", 2: "gradient"}))
     train.main(["--cfg", config, f"out={tmp_path / 'run'}"])
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
     assert "GiB 2 skipped]" in err and "GiB 0 skipped" not in err
+    assert f"2 of 4 steps were skipped: {tmp_path / 'run' / 'log.jsonl'}\ndone: " in out
 
 
 def test_a_network_that_has_diverged_stops_after_20_skipped_steps(config, tmp_path, capsys):
@@ -513,7 +515,8 @@ def test_a_network_that_has_diverged_stops_after_20_skipped_steps(config, tmp_pa
     argv = ["--cfg", config, "lr=1e6", "warmup_iters=0", "iters=100", "save_every=6", "eval_every=100", f"out={folder}"]
     line = fails(capsys, *argv)
     assert "iteration 21: 20 steps in a row were skipped, the loss is not finite (loss nan" in line
-    assert f"the batches are in {folder / 'log.jsonl'}; the last good checkpoint is of iteration 18, in {folder}" in line
+    assert f"; the batches are in {folder / 'log.jsonl'}; " in line
+    assert f"; the last good checkpoint is of iteration 18, in {folder}" in line
     log = logged(folder)
     assert [entry["iter"] for entry in log if "skipped" in entry] == list(range(2, 22))
     content = torch.load(folder / "last.pt", weights_only=True)
