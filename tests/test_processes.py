@@ -224,7 +224,9 @@ def come_together(fails_at: str = ""):
             raise UserError("no GPU is left")
         return torch.device("cpu")
 
-    processes.SOON, processes.PATIENCE, processes.pick_device = 0.5, timedelta(seconds=3), pick_device
+    processes.pick_device = pick_device
+    if fails_at:
+        processes.SOON, processes.PATIENCE = 3.0, timedelta(seconds=8)
     processes.run_together(lambda world: print(f"rank {world.rank} of {world.size}"))
 
 
@@ -235,7 +237,7 @@ def test_a_process_that_cannot_even_begin_says_so_and_is_missed(tmp_path):
         assert three.said(2) == "error in process 2: no GPU is left\n"
         assert three.wait(60)[0] == 1
         assert "process 0 is waiting for process 2 of 3\n" in three.said(0)
-        assert "error: waited 0:00:03 for process 2 of 3, in vain\n" in three.said(0)
+        assert "error: waited 0:00:08 for process 2 of 3, in vain\n" in three.said(0)
         assert "Traceback" not in three.said(0) + three.said(1)
 
 
@@ -260,7 +262,7 @@ def test_a_port_that_is_taken_is_named(tmp_path):
 
 
 def test_processes_that_come_say_nothing(tmp_path):
-    with Processes(tmp_path, come_together, "none", count=3) as three:
+    with Processes(tmp_path, come_together, count=3) as three:
         assert three.wait(60) == [0, 0, 0]
         assert [three.said(rank) for rank in range(3)] == [f"rank {rank} of 3\n" for rank in range(3)]
 
@@ -277,7 +279,7 @@ def test_processes_that_come_say_nothing(tmp_path):
     ({"RANK": "3"}, "rank 0 of 1\n"),                      # it is the main process of a run, whatever else was meant
 ))
 def test_an_environment_that_is_not_torchruns(tmp_path, environment, words):
-    with Processes(tmp_path, come_together, "none", **environment) as one:
+    with Processes(tmp_path, come_together, **environment) as one:
         assert one.wait(60) == [int(words.startswith("error"))]
         assert one.said().startswith(words) and one.said().count("\n") == 1
 
