@@ -133,7 +133,6 @@ class Config:
     aux_weight: float = 0.4                                # UperNet's auxiliary loss; 0: no auxiliary head
     precision: str = "bf16"                                # bf16 | fp16 | fp32
     checkpointing: bool = False                            # recompute the encoder layers in the backward pass: less memory
-    compile: bool = False                                  # torch.compile
     sync_bn: bool = True                                   # ViT-Adapter: BatchNorm over all GPUs (no effect on a CPU)
     seed: int = 0
 
@@ -198,6 +197,11 @@ def to_yaml(cfg: Config) -> str:
     """The whole configuration as YAML, in the order of the dataclass; `load_config` reads it back."""
     plain = {key: _plain(value) for key, value in dataclasses.asdict(cfg).items()}
     return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=120)
+
+
+def to_overrides(cfg: Config) -> dict[str, str]:
+    """{key: text}, the whole configuration as it can be given on a command line."""
+    return {key: "null" if value is None else str(_plain(value)) for key, value in dataclasses.asdict(cfg).items()}
 
 
 def _plain(value):

@@ -4,7 +4,7 @@
     python evaluate.py --tta                             scales .75 1 1.25 1.5 and flips
     python evaluate.py --run runs/cihp data_root=/data/CIHP
     torchrun --nproc_per_node 4 evaluate.py --checkpoint runs/cihp --tta
-                                                         shared out over processes, the same numbers to the last digit
+                                                         sharded over processes, the same numbers to the last digit
 
 Prints per-class IoU in the order of the paper's Table 1 (beside the paper's figures, for LIP), pixel accuracy, mean
 accuracy and mIoU; leaves results.json, the confusion matrix, per-class bars and the best and worst images under
@@ -37,7 +37,7 @@ from viz import reports
 # metrics
 
 def confusion_matrix(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
-    """Counts (K, K) int64, rows truth, columns prediction; labels of K and above (255: ignore) are skipped."""
+    """Counts (K, K) int64, rows ground truth, columns prediction; labels of K and above (255: ignore) are skipped."""
     pred, label = pred.flatten().long(), label.flatten().long()
     kept = label < num_classes
     pairs = label[kept] * num_classes + pred[kept]
@@ -47,7 +47,7 @@ def confusion_matrix(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
 def scores(matrix: Tensor) -> dict:
     """Fractions from a confusion matrix: pixel_acc, mean_acc, miou, and per class iou and acc (nan: it occurs nowhere).
 
-    A class that is in neither truth nor prediction has no IoU and is left out of the means; on the validation sets of
+    A class that is in neither ground truth nor prediction has no IoU and is left out of the means; on the validation sets of
     LIP, CIHP and PPP all classes occur, so that this agrees with dividing by K.
     """
     matrix = matrix.double()

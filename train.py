@@ -93,8 +93,9 @@ def prepare(model: SCHNet, cfg: Config, world: World) -> tuple[nn.Module, torch.
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     store_frozen(model, cfg.precision)
     model.to(world.device)
-    network = torch.compile(model) if cfg.compile else model
-    if world.size > 1:                                                   # a size of 1 needs no matching stride
+    network: nn.Module = model
+    if world.size > 1:
+        # of dimensions of size 1, whose strides mean nothing
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         network = DistributedDataParallel(network)
         network.broadcast_buffers = False                                # from here on `validate` shares BatchNorm's

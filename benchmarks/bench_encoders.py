@@ -58,7 +58,7 @@ def step(run, image: torch.Tensor, mode: str, backward: bool) -> list[torch.Tens
 
 
 def peak_memory(name: str, args: argparse.Namespace, size: int, mode: str) -> tuple[float, float]:
-    """MiB at the peak of a run in a fresh process: in all, and above what it held before."""
+    """MiB at the peak of a run in a fresh process: the total, and above what it held before."""
     command = [sys.executable, __file__, "--memory-of", name, "--sizes", str(size), "--modes", mode, "--batch",
                str(args.batch), "--threads", str(args.threads), "--device", args.device]
     command += ["--backward"] * args.backward + ["--kept"] * args.kept

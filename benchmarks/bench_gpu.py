@@ -193,7 +193,7 @@ def main():
     for image in images:
         inference(runs, image, args.precision, args.rounds)
     forward_shares(model, images[-1], args.precision, args.rounds)
-    print(f"{time.perf_counter() - began:.0f} s in all")
+    print(f"{time.perf_counter() - began:.0f} s, the total")
 
 
 if __name__ == "__main__":

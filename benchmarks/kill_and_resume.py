@@ -98,7 +98,7 @@ def compare(peace: Path, war: Path) -> list[str]:
 
 
 def kill_again_and_again(processes: int, wanted: int, dice: random.Random, root: Path) -> list[str]:
-    """The places at which runs that were killed `wanted` times in all differ from one that was not."""
+    """The places at which runs that were killed a total of `wanted` times differ from one that was not."""
     peace, war = root / f"peace{processes}", root / f"war{processes}"
     begun = time.monotonic()
     finish(start(processes, peace))

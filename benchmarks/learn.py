@@ -14,7 +14,7 @@ pinned to a core of its own, so that what slows memory and caches slows both. On
 the wall's clock. Scores are those of evaluate.py, at the photos' own size; scoring does not count as time.
 
 A run that is finished is kept: the same command goes on with what is missing. It leaves in --out: results.json,
-curves.csv, table.txt, curves.png, overlays_*.png (photo | truth | both models), and two files for each run.
+curves.csv, table.txt, curves.png, overlays_*.png (photo | ground truth | both models), and two files for each run.
 """
 
 import argparse
@@ -286,7 +286,7 @@ def draw(runs: list[dict], args: argparse.Namespace):
         maps = [truth, *(file[f"arr_{n}"] for file in found)]
         rows.append([image, *(pictures.overlay(image, label, labels.palette) for label in maps)])
     for n in range(0, len(rows), 5):
-        picture = pictures.sheet(rows[n:n + 5], ("photo", "truth", *mine), names[n:n + 5], height=400)
+        picture = pictures.sheet(rows[n:n + 5], ("photo", "ground truth", *mine), names[n:n + 5], height=400)
         picture = pictures.with_legend(picture, labels.classes, labels.palette)
         pictures.save_png(folder / f"overlays_{n // 5 + 1}.png", picture)
 

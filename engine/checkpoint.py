@@ -25,6 +25,7 @@ from files.whole import whole
 from model import SCHNet
 
 FORMAT = 1
+RETIRED = ("compile",)                                     # keys that older checkpoints have; no result hangs on them
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 
 
@@ -85,6 +86,8 @@ def read(path: Path) -> dict:
         raise UserError(f"{path}: damaged (the checksum of {damaged} is wrong)")
     if not isinstance(content, dict) or content.get("format") != FORMAT or "model" not in content:
         raise UserError(f"{path}: not a checkpoint of this program (format {FORMAT})")
+    for key in RETIRED:
+        content["config"].pop(key, None)
     return content
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import SIZES, Config, to_yaml
+from config import SIZES, Config, to_overrides, to_yaml
 from datasets import LabelSet
 from engine import checkpoint
 from engine.errors import UserError
@@ -32,7 +32,7 @@ from viz import pictures, plots
 
 # Keys that may change when a run goes on: where things lie, how often something is done, how the work is cut up.
 HARMLESS = {"data_root", "sam_weights", "clip_weights", "vocab", "workers", "log_every", "eval_every", "save_every",
-            "out", "checkpointing", "compile", "tta_scales", "accum_steps"}
+            "out", "checkpointing", "tta_scales", "accum_steps"}
 
 LOSSES = {"loss": "total", "ce": "cross-entropy", "lovasz": "Lovasz-softmax", "aux": "auxiliary head"}
 SCORES = {"miou": "mIoU", "mean_acc": "mean accuracy", "pixel_acc": "pixel accuracy"}
@@ -178,7 +178,7 @@ def describe(model: SCHNet, cfg: Config, world: World, count: int) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     each = cfg.batch_size // (world.size * cfg.accum_steps)
-    knobs = " ".join(f"{key}={shlex.quote(_plain(value))}" for key, value in dataclasses.asdict(cfg).items())
+    knobs = " ".join(f"{key}={shlex.quote(text)}" for key, text in to_overrides(cfg).items())
     lines = [*textwrap.wrap(knobs, 120, break_long_words=False, break_on_hyphens=False),
              f"{trained / 1e6:.2f} M parameters trained, {(total - trained) / 1e6:.2f} M frozen; "
              f"{count} training images",
@@ -188,10 +188,3 @@ def describe(model: SCHNet, cfg: Config, world: World, count: int) -> str:
         lines.append(f"note: {each} images at a time, not a multiple of loss_group={cfg.loss_group}: the loss is "
                      "another than that of other ways to share the work out")
     return "\n".join(lines)
-
-
-def _plain(value) -> str:
-    """As it can be given on the command line."""
-    if isinstance(value, tuple):
-        return "[" + ",".join(map(_plain, value)) + "]"
-    return "null" if value is None else str(value)

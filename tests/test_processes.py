@@ -431,7 +431,7 @@ def test_a_killed_loader_is_one_line(config, tmp_path):
 # ---- torchrun itself
 
 class Agents:
-    """torchrun on `nodes` machines, as far as it can tell, with two workers in all; gone with the block."""
+    """torchrun on `nodes` machines, as far as it can tell, with a total of two workers; gone with the block."""
 
     def __init__(self, folder: Path, nodes: int, argv: list[str]):
         port, self.outputs = free_port(), [folder / f"agent{node}.txt" for node in range(nodes)]

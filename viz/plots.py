@@ -20,23 +20,22 @@ Series = dict[str, tuple[Sequence[float], Sequence[float]]]
 # ----------------------------------------------------------------------------------------------------------------------
 # curves
 
-def curves(panels: dict[str, Series], xlabel: str = "iteration", log: Sequence[str] = (),
-           smooth: Sequence[str] = (), size: tuple[int, int] = (300, 480)) -> np.ndarray:
+def curves(panels: dict[str, Series], xlabel: str = "iteration", smooth: Sequence[str] = (),
+           size: tuple[int, int] = (300, 480)) -> np.ndarray:
     """Line plots, two panels a row: {title: {series: (x values, y values)}}.
 
-    `log` names the panels with a logarithmic y axis, `smooth` those whose noisy series are drawn pale under their
-    running mean. Several rows of y values are runs of one kind, drawn pale under their mean. Values that are not finite
-    (on a log axis: not positive) leave a gap.
+    `smooth` names the panels whose noisy series are drawn pale under their running mean. Several rows of y values are
+    runs of one kind, drawn pale under their mean. Values that are not finite leave a gap.
     """
-    drawn = [_panel(title, series, xlabel, title in log, title in smooth, size) for title, series in panels.items()]
+    drawn = [_panel(title, series, xlabel, title in smooth, size) for title, series in panels.items()]
     blank = np.full((*size, 3), 255, np.uint8)
     if len(drawn) % 2 and len(drawn) > 1:
         drawn.append(blank)
     return np.vstack([np.hstack(drawn[n:n + 2]) for n in range(0, len(drawn), 2)] or [blank])
 
 
-def _panel(title: str, series: Series, xlabel: str, log: bool, smooth: bool, size: tuple[int, int]) -> np.ndarray:
-    data = {name: _usable(x, y, log) for name, (x, y) in series.items()}
+def _panel(title: str, series: Series, xlabel: str, smooth: bool, size: tuple[int, int]) -> np.ndarray:
+    data = {name: _usable(x, y) for name, (x, y) in series.items()}
     xs, ys = (np.concatenate([pair[n].ravel() for pair in data.values()] or [np.empty(0)]) for n in (0, 1))
     ys = ys[np.isfinite(ys)]
     if not len(ys):
@@ -44,9 +43,9 @@ def _panel(title: str, series: Series, xlabel: str, log: bool, smooth: bool, siz
         write(draw, size[1] / 2, size[0] / 2, f"{title}: nothing to show yet", 13, "mm", FAINT)
         return np.array(canvas)
     x_axis = _axis(xs.min(), xs.max(), 6)
-    y_axis = _log_axis(ys.min(), ys.max()) if log else _axis(ys.min(), ys.max(), 5)
+    y_axis = _axis(ys.min(), ys.max(), 5)
     legend = _legend_rows(list(data), size[1] - 40)
-    pixels, place = _frame(title, xlabel, x_axis, y_axis, log, legend, size)
+    pixels, place = _frame(title, xlabel, x_axis, y_axis, legend, size)
     for n, (x, y) in enumerate(data.values()):
         colour = SERIES[n % len(SERIES)]
         pale = [(c + 2 * 255) // 3 for c in colour]
@@ -61,10 +60,10 @@ def _panel(title: str, series: Series, xlabel: str, log: bool, smooth: bool, siz
     return pixels
 
 
-def _frame(title: str, xlabel: str, x_axis, y_axis, log: bool, legend: list[list[str]], size: tuple[int, int]):
+def _frame(title: str, xlabel: str, x_axis, y_axis, legend: list[list[str]], size: tuple[int, int]):
     """An empty panel, and the function from values to its pixels."""
     (x_low, x_high, x_ticks), (y_low, y_high, y_ticks) = x_axis, y_axis
-    names = [_number(10.0 ** tick if log else tick) for tick in y_ticks]
+    names = [_number(tick) for tick in y_ticks]
     left, right = 24 + max(text_width(name, 12) for name in names), size[1] - 22
     top, bottom = 40 + 18 * len(legend), size[0] - 48
 
@@ -104,10 +103,8 @@ def _legend_rows(names: list[str], width: int) -> list[list[str]]:
     return rows
 
 
-def _usable(x: Sequence[float], y: Sequence[float], log: bool) -> tuple[np.ndarray, np.ndarray]:
+def _usable(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.asarray(x, float), np.asarray(y, float)
-    if log:
-        y = np.log10(np.where(y > 0, y, np.nan))
     return x, np.where(np.isfinite(y), y, np.nan)
 
 
@@ -119,15 +116,6 @@ def _axis(low: float, high: float, count: int) -> tuple[float, float, list[float
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if (high - low) / (m * power) <= count + 1e-9)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return first * step, last * step, [n * step for n in range(first, last + 1)]
-
-
-def _log_axis(low: float, high: float) -> tuple[float, float, list[float]]:
-    """Limits and ticks at powers of ten, with 2 and 5 between them when the range is short; all as logarithms."""
-    marks = (1, 2, 5) if high - low < 2 else (1,)
-    ticks = [n + math.log10(mark) for n in range(math.floor(low), math.ceil(high) + 2) for mark in marks]
-    first = max(tick for tick in ticks if tick <= low + 1e-9)
-    last = min(tick for tick in ticks if tick >= high - 1e-9 and tick > first)
-    return first, last, [tick for tick in ticks if first <= tick <= last]
 
 
 def _number(value: float) -> str:
@@ -203,7 +191,7 @@ def bars(names: Sequence[str], values: Sequence[float], reference: Sequence[floa
 
 
 def confusion_picture(matrix: np.ndarray, classes: Sequence[str], title: str = "") -> np.ndarray:
-    """A confusion matrix (rows: truth, columns: prediction), each row in percent of its pixels; empty rows are grey."""
+    """A confusion matrix (rows: ground truth, columns: prediction), each row in percent of its pixels; empty rows are grey."""
     matrix = np.asarray(matrix, float)
     size, cell, gap, caption = 13, 36, 8, "% of the true class's pixels; grey: the class does not occur"
     names = max(text_width(name, size) for name in classes)

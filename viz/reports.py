@@ -69,12 +69,13 @@ def best_and_worst(per_image: list[tuple[float, int]], count: int = 3) -> list[t
 
 def draw(folder: Path, title: str, labels: LabelSet, tta: bool, result: dict, matrix: np.ndarray,
          shown: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]) -> list[Path]:
-    """PNGs: confusion matrix, bars per class, a sheet of the images `shown` (caption, photo, truth, prediction)."""
+    """PNGs: confusion matrix, bars per class, a sheet of the images `shown` (caption, photo, ground truth, prediction)."""
     paper = PUBLISHED.get((labels.name, tta), {}).get("iou")
     reference = None if paper is None else [paper[-1], *paper[:-1]]
     rows = [[photo, pictures.drawn_label(truth, labels.palette), pictures.drawn_label(found, labels.palette),
              pictures.errors(photo, truth, found)] for _, photo, truth, found in shown]
-    sheet = pictures.sheet(rows, titles=["photo", "truth", "prediction", "errors"], captions=[row[0] for row in shown])
+    titles = ["photo", "ground truth", "prediction", "errors"]
+    sheet = pictures.sheet(rows, titles=titles, captions=[row[0] for row in shown])
     drawn = {"confusion.png": plots.confusion_picture(matrix, labels.classes, title),
              "classes.png": plots.bars(labels.classes, [100 * v for v in result["iou"]], reference, labels.palette,
                                        f"IoU per class (%): {title}", ("this run", "the paper")),
