@@ -1,5 +1,6 @@
 # make demo    install, train a small SCHNet on drawn people, score it, parse a few figures: pictures under runs/demo/
 # make test    install, the whole test suite
+# make test-gpu  a GPU beside the CPU: three minutes on one card, nothing downloaded (without a GPU: skipped)
 # make lint    ruff over the code
 # make clean   remove the demo's run and what Python left behind (.venv, weights and other runs stay)
 
@@ -8,7 +9,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-gpu lint clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -36,6 +37,10 @@ demo: $(VENV)/run
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -q
+
+test-gpu: export SCHNET_TEST_DEVICE ?= cuda
+test-gpu: $(VENV)/dev
+	$(BIN)/python -m pytest -q -rPs tests/gpu
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -9,6 +9,8 @@ An unknown key, a wrong type or values that contradict each other raise `UserErr
 
 import dataclasses
 import difflib
+import math
+import os
 import types
 import typing
 from dataclasses import dataclass
@@ -22,6 +24,29 @@ DATASETS = ("lip", "cihp", "ppp", "synthetic", "custom")
 IGNORE = 255                                               # label of pixels that neither loss nor score counts
 SIZES = ("sam_dim", "sam_depth", "sam_heads", "sam_window", "sam_grid", "clip_dim", "clip_depth", "clip_heads",
          "clip_grid", "clip_embed", "text_dim", "text_depth", "text_heads")         # keys of the encoders' sizes
+PATHS = ("data_root", "train_images", "train_labels", "val_images", "val_labels", "train_list", "val_list",
+         "sam_weights", "clip_weights", "vocab", "out")    # keys in which ~ is the home folder
+
+# What each number may be, ends included; nobody needs more, and far beyond something gives way.
+RANGES = (
+    (1, 16_384, "base_size synthetic_size sam_dim sam_heads sam_window sam_grid clip_dim clip_heads clip_grid "
+                "clip_embed text_dim text_heads ftm_tokens prior_dim deform_heads deform_points head_dim aux_dim"),
+    (32, 16_384, "crop_size"),
+    (1, 1_000, "sam_depth clip_depth text_depth"),
+    (0, 999, "clip_taps workers"),
+    (4, 5, "srm_sites"),
+    (1, 1_000_000_000, "synthetic_train synthetic_val log_every eval_every save_every"),
+    (0, 1_000_000_000, "iters warmup_iters"),
+    (1, 4_096, "batch_size accum_steps loss_group"),
+    (0, 2**31 - 3, "seed"),                                # the next two draw the figures of validation and demo
+    (0.01, 16, "scale_range tta_scales srm_ratio ftm_ratio deform_ratio cffn_ratio"),
+    (0, 1, "flip_prob max_class_share"),
+    (0, 0.999, "drop_path head_dropout"),                  # what is left is divided by 1 - p
+    (0, 0.999_999, "betas"),
+    (1e-12, 1_000_000, "lr"),
+    (0, 1_000_000, "patch_embed_lr_mult warmup_ratio poly_power weight_decay lovasz_weight aux_weight rho_init "
+                   "sim_scale"),
+)
 
 
 @dataclass(frozen=True)
@@ -125,12 +150,18 @@ class Config:
         _check(self)
 
 
+def user_path(path: str | Path) -> Path:
+    """A path as people write it: a shell knows ~ at the start of a word, but not in `--out=~/x` or a config file."""
+    return Path(os.path.expanduser(path))
+
+
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The configuration of a YAML file with `key=value` overrides on top. `path` None: the defaults alone."""
     values = {}
     if path is not None:
-        values = _read_yaml(Path(path))
-        values.setdefault("out", f"runs/{Path(path).stem}")
+        path = user_path(path)
+        values = _read_yaml(path)
+        values.setdefault("out", f"runs/{path.stem}")
     values |= parse_overrides(overrides)
     return from_dict(values, source=str(path) if path is not None else "the command line")
 
@@ -158,6 +189,8 @@ def from_dict(values: dict, source: str) -> Config:
             near = difflib.get_close_matches(str(key), fields, n=1)
             raise UserError(f"{source}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
         checked[key] = _coerce(value, fields[key], f"{source}: {key}")
+        if key in PATHS:
+            checked[key] = os.path.expanduser(checked[key])
     return Config(**checked)
 
 
@@ -196,14 +229,12 @@ def _coerce(value, kind, where: str):
         return None if value is None else _coerce(value, typing.get_args(kind)[0], where)
     if typing.get_origin(kind) is tuple:
         return _coerce_tuple(value, typing.get_args(kind), where)
-    if kind is float and isinstance(value, str):
+    if kind is float and type(value) in (int, str):
         try:
-            return float(value)
-        except ValueError:
+            value = float(value)
+        except (ValueError, OverflowError):
             pass
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:                            # exact: True is no int
+    if type(value) is not kind or kind is float and not math.isfinite(value):        # exact: True is no int
         raise UserError(f"{where} must be {_article(kind.__name__)}, not {value!r}")
     return value
 
@@ -225,7 +256,7 @@ def _article(kind: str) -> str:
 
 
 def _check(cfg: Config):
-    """What single fields and their combinations must satisfy, said in words."""
+    """What single fields and their combinations must satisfy, said in words: nothing built later may fail for them."""
     def need(ok, message):
         if not ok:
             raise UserError(message)
@@ -236,29 +267,33 @@ def _check(cfg: Config):
     one_of("dataset", DATASETS)
     one_of("backbone", ("sam", "clip"))
     one_of("precision", ("bf16", "fp16", "fp32"))
-    for key in ("batch_size", "accum_steps", "loss_group", "base_size", "log_every", "eval_every", "save_every",
-                *SIZES, "ftm_tokens", "prior_dim", "deform_heads", "deform_points", "head_dim", "aux_dim", "synthetic_train", "synthetic_val"):
-        need(getattr(cfg, key) is None or getattr(cfg, key) > 0, f"{key} must be at least 1, not {getattr(cfg, key)}")
-    for key in ("iters", "warmup_iters", "workers", "weight_decay", "lovasz_weight", "aux_weight", "seed",
-                "patch_embed_lr_mult", "warmup_ratio", "poly_power", "rho_init"):
-        need(getattr(cfg, key) >= 0, f"{key} must not be negative, it is {getattr(cfg, key)}")
-    for key in ("drop_path", "head_dropout", "flip_prob", "max_class_share"):
-        need(0 <= getattr(cfg, key) <= 1, f"{key} must be between 0 and 1, not {getattr(cfg, key)}")
-    need(cfg.lr > 0, f"lr must be positive, not {cfg.lr}")
+    for low, high, keys in RANGES:
+        for key in keys.split():
+            value = getattr(cfg, key)
+            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+            need(all(low <= number <= high for number in numbers),
+                 f"{key} must be between {low:,} and {high:,}, not {value}")
     need(cfg.iters == 0 or cfg.iters > cfg.warmup_iters,
          f"iters ({cfg.iters}) must be more than warmup_iters ({cfg.warmup_iters})")
     for side in cfg.crop_size:
-        need(side > 0 and side % 32 == 0, f"crop_size must be multiples of 32 (the adapter's pyramid), not {cfg.crop_size}")
-    need(0 < cfg.scale_range[0] <= cfg.scale_range[1], f"scale_range must rise from above 0, not {cfg.scale_range}")
-    need(cfg.tta_scales and min(cfg.tta_scales) > 0, "tta_scales must be positive numbers")
+        need(side % 32 == 0, f"crop_size must be multiples of 32 (the adapter's pyramid), not {cfg.crop_size}")
+    need(cfg.scale_range[0] <= cfg.scale_range[1], f"scale_range must rise, not {cfg.scale_range}")
+    need(cfg.tta_scales, "tta_scales must name at least one scale")
     need(cfg.batch_size % cfg.accum_steps == 0,
          f"batch_size ({cfg.batch_size}) must be a multiple of accum_steps ({cfg.accum_steps})")
-    need(cfg.srm_sites in (4, 5), f"srm_sites must be 4 or 5, not {cfg.srm_sites}")
+    need(cfg.batch_size >= 2 * cfg.accum_steps, f"batch_size ({cfg.batch_size}) must be at least 2 for each of "
+         f"accum_steps ({cfg.accum_steps}): BatchNorm cannot be trained on one image")
     need((cfg.sam_depth or 4) % 4 == 0, f"sam_depth must be a multiple of 4 (four stages), not {cfg.sam_depth}")
     for dim, heads in (("sam_dim", "sam_heads"), ("clip_dim", "clip_heads"), ("text_dim", "text_heads")):
         width, count = getattr(cfg, dim), getattr(cfg, heads)
         need(not (width and count) or width % count == 0, f"{dim} ({width}) must be a multiple of {heads} ({count})")
-    need(len(cfg.clip_taps) == 4 and sorted(set(cfg.clip_taps)) == list(cfg.clip_taps) and cfg.clip_taps[0] >= 0,
+    encoder = "sam_dim" if cfg.backbone == "sam" else "clip_dim"
+    if width := getattr(cfg, encoder):                     # null: checked again when the weight file has told it
+        deform = int(width * cfg.deform_ratio)
+        need(deform and deform % cfg.deform_heads == 0, f"deform_ratio ({cfg.deform_ratio}) of {encoder} ({width}) must "
+             f"be a multiple of deform_heads ({cfg.deform_heads}), it is {deform}")
+        need(int(width * cfg.cffn_ratio), f"cffn_ratio ({cfg.cffn_ratio}) of {encoder} ({width}) must be at least 1")
+    need(len(cfg.clip_taps) == 4 and sorted(set(cfg.clip_taps)) == list(cfg.clip_taps),
          f"clip_taps must be four rising block numbers, not {cfg.clip_taps}")
     need(cfg.backbone == "sam" or not cfg.srm, "srm needs backbone: sam (it adds CLIP's features to SAM's)")
     need("{class}" in cfg.prompt, f"prompt must contain {{class}}, it is {cfg.prompt!r}")

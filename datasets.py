@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from augment import augment
-from config import IGNORE, Config, load_config
+from config import IGNORE, Config, load_config, user_path
 from engine.errors import UserError, run_program
 from engine.workers import start_worker, watched
 from files.images import doubt, read_label, read_photo_of
@@ -249,7 +249,7 @@ def train_loader(cfg: Config, pairs: PairSet | DrawnSet, rank: int = 0, world: i
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check a data set before training on it.")
     parser.add_argument("--cfg", help="a file of configs/; without it, the drawn data set")
-    parser.add_argument("--out", help="folder of the contact sheets; without it, <folder of the run>_data")
+    parser.add_argument("--out", type=user_path, help="folder of the contact sheets (<folder of the run>_data)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config")
     args = parser.parse_intermixed_args(argv)
     cfg = load_config(args.cfg, args.overrides)

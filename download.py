@@ -23,6 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from config import user_path
 from engine.errors import UserError
 from files.weights import FILES, OTHER_FILES, FileSpec, sha256
 
@@ -56,9 +57,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     names = [spec.name for spec in (*FILES, *OTHER_FILES)]
     parser = argparse.ArgumentParser(description="Get the official weights, resumed and checked.")
     parser.add_argument("names", nargs="*", metavar="name", help=f"files to get (the first three): {', '.join(names)}")
-    parser.add_argument("--dir", type=Path, default=Path("weights"), help="folder to put them in (weights)")
+    parser.add_argument("--dir", type=user_path, default=Path("weights"), help="folder to put them in (weights)")
     parser.add_argument("--mirror", metavar="URL", help="get URL/<name> instead of the official addresses")
-    parser.add_argument("--from", dest="source", type=Path, metavar="DIR", help="copy DIR/<name>, use no network")
+    parser.add_argument("--from", dest="source", type=user_path, metavar="DIR", help="copy DIR/<name>, use no network")
     args = parser.parse_args(argv)
     for name in args.names:
         if name not in names:

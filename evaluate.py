@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from config import user_path
 from datasets import LabelSet, label_set, open_split
 from engine.errors import UserError
 from engine.processes import World, run_together
@@ -106,7 +107,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", choices=("val", "train"), default="val")
     parser.add_argument("--batch", type=int, default=4, help="photos at a time per process (4)")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ...; the GPU if there is one")
-    parser.add_argument("--out", type=Path, help="folder of the results; evaluation[_tta] in the run's if not given")
+    parser.add_argument("--out", type=user_path,
+                        help="folder of the results; evaluation[_tta] in the run's if not given")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run's config")
     args = parser.parse_intermixed_args(argv)
     if args.batch < 1:

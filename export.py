@@ -29,6 +29,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from augment import MEAN_COLOUR
+from config import user_path
 from datasets import LabelSet
 from engine.errors import UserError, run_program
 from files import weights
@@ -140,7 +141,7 @@ def parse_size(text: str) -> tuple[int, int]:
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", help="folder of a run, or a checkpoint; the newest run if not given")
-    parser.add_argument("--out", type=Path, help="the file; model.onnx in the run's folder if not given")
+    parser.add_argument("--out", type=user_path, help="the file; model.onnx in the run's folder if not given")
     parser.add_argument("--size", type=parse_size, action="append", metavar="HxW",
                         help="height and width in pixels; may be repeated")
     parser.add_argument("--opset", type=int, default=18, help="ONNX operator set, at least 18 (default: 18)")

@@ -69,7 +69,7 @@ def restore(content: dict, path: Path, overrides: Sequence[str] = ()) -> tuple[S
     random = {key: "" for key in ("sam_weights", "clip_weights") if key not in content["official"]}  # all is in here
     text = (state["f_txt"], state["sim_scale"]) if cfg.srm else None
     model = build_model(dataclasses.replace(cfg, **random), labels.classes, text)
-    checkpoint.load_state(model, state, content, path)
+    checkpoint.load_state(model, state, path)
     return model.eval(), labels
 
 

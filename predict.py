@@ -34,6 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import inference
+from config import user_path
 from engine.errors import UserError
 from files.images import PHOTO_ENDINGS, read_photo
 from files.whole import whole
@@ -239,9 +240,11 @@ def _place(out: Path, kind: str, name: str, ending: str) -> Path:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="photo, video, folder, glob, or number of a webcam")
+    parser.add_argument("inputs", nargs="+", type=os.path.expanduser, metavar="INPUT",
+                        help="photo, video, folder, glob, or number of a webcam")
     parser.add_argument("--run", help="folder of a run, or a checkpoint; the newest run if not given")
-    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder of the results (predictions)")
+    parser.add_argument("--out", type=user_path, default=Path("predictions"),
+                        help="folder of the results (predictions)")
     parser.add_argument("--tta", action="store_true", help="average over scales and flips: slower, a little better")
     parser.add_argument("--size", type=int, help="long side of a photo as the network sees it; the run's if not given")
     parser.add_argument("--masks", action="store_true", help="photos: also a black and white picture for each class")

@@ -37,6 +37,7 @@ from inference import autocast, predict_labels, store_frozen
 from losses import parsing_loss
 from model import SCHNet, build_model
 
+MAX_SKIPPED = 20                                                         # steps in a row without a finite gradient
 NOT_DECAYED = ("tokens", "level_embed", "pos_embed", "positional_embedding", "rel_pos_h", "rel_pos_w")
 
 
@@ -73,38 +74,51 @@ def seed_step(seed: int, it: int, micro_batch: int):
     torch.manual_seed((seed * 1_000_003 + it) * 4_096 + micro_batch)
 
 
+def shares_statistics(cfg: Config, world: World) -> bool:
+    """Whether BatchNorm sees the images of all processes."""
+    return world.size > 1 and world.device.type == "cuda" and cfg.sync_bn
+
+
+def check_batch(cfg: Config, world: World):
+    """Refuse, before anything is built, what BatchNorm cannot be trained on: the one value of one image's 1x1 pool."""
+    each = cfg.batch_size // (world.size * cfg.accum_steps)
+    if each == 1 and not shares_statistics(cfg, world):
+        raise UserError(f"batch_size ({cfg.batch_size}) is one image for each of {world.size} processes and "
+                        f"{cfg.accum_steps} steps: BatchNorm needs two at least")
+
+
 def prepare(model: SCHNet, cfg: Config, world: World) -> tuple[nn.Module, torch.optim.Optimizer, torch.amp.GradScaler]:
     """The model on its device: what is called in training, its optimiser, and the scaler that fp16 needs."""
-    if world.size > 1 and world.device.type == "cuda" and cfg.sync_bn:
+    if shares_statistics(cfg, world):
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     store_frozen(model, cfg.precision)
     model.to(world.device)
     network = torch.compile(model) if cfg.compile else model
     if world.size > 1:                                                   # a size of 1 needs no matching stride
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        network = DistributedDataParallel(network, broadcast_buffers=False)          # `validate` shares BatchNorm's
+        network = DistributedDataParallel(network)
+        network.broadcast_buffers = False                                # from here on `validate` shares BatchNorm's
     optimizer = torch.optim.AdamW(param_groups(model), lr=cfg.lr, betas=cfg.betas, fused=True)
     return network, optimizer, torch.amp.GradScaler(world.device.type, enabled=cfg.precision == "fp16")
 
 
 def train_step(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, batches: list,
                cfg: Config, device: torch.device, it: int, first_micro_batch: int = 0) -> dict[str, float]:
-    """The gradient of this process's micro-batches. Returns the loss and its parts, averaged over them, and the
-    gradient's length; the weights are left to the caller, who steps when all of these are finite.
+    """The gradient of this process's micro-batches, not yet applied. Returns the loss and its parts, averaged over
+    them, and the gradient norm.
 
     `network` is the model or its DDP wrapper: gradients travel once, with the last micro-batch.
     """
     for group in optimizer.param_groups:
         group["lr"] = get_lr(it, cfg) * group["lr_factor"]
     optimizer.zero_grad(set_to_none=True)
-    dtype = next(network.parameters()).dtype
     totals: dict[str, Tensor] = {}
     for n, (image, label, _) in enumerate(batches):
         seed_step(cfg.seed, it, first_micro_batch + n)
         last = n == len(batches) - 1
         wait = isinstance(network, DistributedDataParallel) and not last
         with network.no_sync() if wait else contextlib.nullcontext():
-            image = image.to(device, non_blocking=True).to(dtype) / 255  # (b, 3, h, w)
+            image = image.to(device, non_blocking=True).float() / 255    # (b, 3, h, w)
             label = label.to(device, non_blocking=True)                  # (b, h, w)
             with autocast(device, cfg.precision):
                 logits, aux = network(image)
@@ -115,11 +129,30 @@ def train_step(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: tor
             scaler.scale(loss / len(batches)).backward()
         for name, value in {"loss": loss, **parts}.items():
             totals[name] = totals.get(name, 0) + value.detach() / len(batches)
-    if not scaler.is_enabled():                                          # fp16: the scaler looks for what overflowed
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        totals["grad"] = nn.utils.get_total_norm(gradients)
+    scaler.unscale_(optimizer)
+    totals["grad"] = nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"]])
     values = torch.stack([value.double() for value in totals.values()]).tolist()     # the step's only wait for the GPU
     return dict(zip(totals, values))
+
+
+def step_together(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, batches: list,
+                  cfg: Config, world: World, it: int, stop: bool = False) -> tuple[dict[str, float], bool, bool]:
+    """One optimiser step. Returns the values of `train_step`, averaged over the processes, whether the step was taken,
+    and whether any process wants to `stop`.
+
+    Where a loss or gradient is not finite all processes skip the step: nothing of it is kept; fp16's scale is halved.
+    """
+    before = [buffer.clone() for buffer in network.buffers()]
+    parts = train_step(network, optimizer, scaler, batches, cfg, world.device, it, world.rank * cfg.accum_steps)
+    stopping, *sums = world.sum([float(stop), *parts.values()])
+    finite = all(map(math.isfinite, sums))
+    if finite:
+        scaler.step(optimizer)
+    else:
+        for buffer, value in zip(network.buffers(), before):
+            buffer.copy_(value)                                          # BatchNorm's statistics, of the forward pass
+    scaler.update()
+    return {name: total / world.size for name, total in zip(parts, sums)}, finite, stopping > 0
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -140,7 +173,7 @@ class Trainer:
             self.model = build_model(cfg, self.labels.classes)
             self.official = checkpoint.official_files(self.model)
             if content:
-                checkpoint.load_state(self.model, content["model"], content, self.run.folder / checkpoint.LAST)
+                checkpoint.load_state(self.model, content["model"], self.run.folder / checkpoint.LAST)
                 if content["official"] != self.official:
                     raise UserError(f"{self.run.folder} was trained on other official weights than "
                                           f"{', '.join(self.official) or 'none'} now name")
@@ -183,7 +216,8 @@ class Trainer:
                 # every eval_every iterations: the validation set, all processes together
                 if self.due(cfg.eval_every):
                     self.validate()
-        world.say(f"done: best mIoU {100 * now.best_miou:.2f} at iteration {now.best_iteration}, "
+        skipped = f"{now.skipped} of {cfg.iters} steps were skipped: {self.run.log}\n" if now.skipped else ""
+        world.say(f"{skipped}done: best mIoU {100 * now.best_miou:.2f} at iteration {now.best_iteration}, "
                   f"{self.run.folder / checkpoint.BEST}; curves in {self.run.folder / 'curves.png'}\n"
                   f"next: python evaluate.py --run {self.run.folder} --tta")
 
@@ -192,32 +226,39 @@ class Trainer:
 
     def step(self, it: int, batches: list) -> bool:
         """One optimiser step; whether a process has been asked to stop."""
-        now, world = self.progress, self.world
-        parts = train_step(self.network, self.optimizer, self.scaler, batches, self.cfg, world.device, it,
-                           world.rank * self.cfg.accum_steps)
-        stopping, *sums = world.sum([float(self.stop.number > 0), *parts.values()])
-        if not all(map(math.isfinite, sums)):
-            raise UserError(self.not_finite(it, parts, batches), everywhere=True)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-
-        parts = {name: total / world.size for name, total in zip(parts, sums)}
-        now.sums = {name: now.sums.get(name, 0.0) + value for name, value in parts.items()}
-        now.count += 1
+        now = self.progress
+        parts, finite, stopping = step_together(self.network, self.optimizer, self.scaler, batches, self.cfg,
+                                                self.world, it, self.stop.number > 0)
         now.iteration = it + 1
+        if finite:
+            now.sums = {name: now.sums.get(name, 0.0) + value for name, value in parts.items()}
+            now.count += 1
+            now.in_a_row = 0
+        else:
+            self.skipped(parts, batches)
         losses = " ".join(f"{name} {value:.3f}" for name, value in parts.items())
-        self.bar.set_postfix_str(f"{losses} lr {get_lr(it, self.cfg):.1e} {memory(world.device):.1f} GiB",
+        skipped = f" {now.skipped} skipped" if now.skipped else ""
+        self.bar.set_postfix_str(f"{losses} lr {get_lr(it, self.cfg):.1e} {memory(self.world.device):.1f} GiB{skipped}",
                                  refresh=False)
         self.bar.update()
-        return stopping > 0
+        return stopping
 
-    def not_finite(self, it: int, parts: dict[str, float], batches: list) -> str:
-        """The message for a loss or gradient that is not finite; nothing of this step has reached the weights."""
-        mine = [] if all(map(math.isfinite, parts.values())) else [name for _, _, names in batches for name in names]
-        names = ", ".join(name for part in self.world.gather(mine) for name in part)
-        what = "loss" if math.isfinite(parts.get("grad", 0)) or not math.isfinite(parts["loss"]) else "gradient"
+    def skipped(self, parts: dict[str, float], batches: list):
+        """Note a step that was not taken; end the run where this goes on and on."""
+        now = self.progress
+        now.skipped += 1
+        now.in_a_row += 1
+        what = "gradient" if math.isfinite(parts["loss"]) else "loss"
+        named = self.world.gather([name for _, _, names in batches for name in names])
+        self.run.note(iter=now.iteration, skipped=what, batch=[name for names in named for name in names])
+        scale = self.scaler.get_scale()                                  # 1 where there is no scaler
+        if now.in_a_row < MAX_SKIPPED and scale >= 1:
+            return
+        self.attempt(self.run.write_log)
+        why = f"{now.in_a_row} steps in a row were skipped" if scale >= 1 else "the scale of fp16 has fallen below 1"
         values = ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
-        return f"iteration {it + 1}: the {what} is not finite ({values}); the batch was {names}; {self.kept()}"
+        raise UserError(f"iteration {now.iteration}: {why}, the {what} is not finite ({values}); the batches are in "
+                        f"{self.run.log}; {self.kept()}", everywhere=True)
 
     def kept(self) -> str:
         """What would be left if the run ended now; known to the main process."""
@@ -315,13 +356,11 @@ def dry_run(cfg: Config, world: World, steps: int = 4):
     times = []
     for it in range(steps):
         begun = time.monotonic()
-        parts = train_step(network, optimizer, scaler, [next(batches) for _ in range(cfg.accum_steps)], cfg,
-                           world.device, it, world.rank * cfg.accum_steps)
-        scaler.step(optimizer)
-        scaler.update()
+        parts, finite, _ = step_together(network, optimizer, scaler, [next(batches) for _ in range(cfg.accum_steps)],
+                                         cfg, world, it)
         times.append(time.monotonic() - begun)
         values = ", ".join(f"{name} {value:.3f}" for name, value in parts.items())
-        world.say(f"step {it + 1}: {times[-1]:.2f} s, {values}")
+        world.say(f"step {it + 1}: {times[-1]:.2f} s, {values}" + ("" if finite else " (skipped: not finite)"))
     begun = time.monotonic()
     chosen = range(min(4, len(val_pairs)))
     predict_labels(model.eval(), [val_pairs.read(i)[0] for i in chosen])
@@ -347,6 +386,7 @@ def main(argv: list[str] | None = None):
         try:
             with world.together():
                 cfg = load_config(args.cfg, args.overrides)
+                check_batch(cfg, world)
             if cfg.iters:
                 Trainer(cfg, world, args.resume).fit()
             else:

@@ -7,7 +7,7 @@ Values are random, sampling points lie where the adapter has them at its start, 
 queries, 3 levels) and extractor (5.25*h*w queries, 1 level), 16 heads of 32, 4 points, fp32. Then the adapter of 1024
 channels without the transformer in it (prior, 4 injectors, 6 extractors, fusion), as it is and with the reference form
 put in, in evaluation, fp32 and bf16 autocast. The runs alternate; outputs and gradients of both forms are compared in
-the same run. Times: wall clock, median and quartiles; the last column is the median of the ratios within a round.
+the same run. The columns: timing.py.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
-from timing import alternate, figures
+from timing import begin, error, measure, options, report
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -73,40 +73,32 @@ def whole(form, net, image, tokens, half):
 
 
 def cases(args: argparse.Namespace):
-    """(name, function, its arguments, allowed relative disagreement)"""
+    """(name, precision, function, its arguments, allowed relative disagreement)"""
     h = w = args.size // 16
     pyramid = adapter.pyramid(h, w)
     for name, queries, shapes in (("injector", [(h, w)], pyramid), ("extractor", pyramid, [(h, w)])):
         inputs = (shapes, *problem(queries, shapes, args.batch, args.device))
-        yield f"{name} forward", forward, inputs, 1e-5
-        yield f"{name} + backward", forward_backward, inputs, 1e-2         # slopes jump where a sample changes cells
+        yield f"{name}, forward", "fp32", forward, inputs, 1e-5
+        yield f"{name}, + backward", "fp32", forward_backward, inputs, 1e-2        # slopes jump where a sample changes cells
     torch.manual_seed(0)
     net = adapter.ViTAdapter(1024).to(args.device).eval()
     for injector in net.injectors:
         torch.nn.init.ones_(injector.gamma)
     image = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
     tokens = torch.randn(args.batch, h, w, 1024, device=args.device)
-    yield "adapter fp32", whole, (net, image, tokens, False), 1e-4
-    yield "adapter bf16", whole, (net, image, tokens, True), 0.02
+    yield "adapter, fp32", "fp32", whole, (net, image, tokens, False), 1e-4
+    yield "adapter, bf16", "bf16", whole, (net, image, tokens, True), 0.02
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    for name, value in (("size", 480), ("batch", 1), ("threads", 2), ("rounds", 15)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {args.device}, {args.threads} threads, {args.batch} x {args.size} px, ms")
-    print(f"{'':14}{'':22}{'median':>9}{'quartiles':>20}{'differs':>10}{'time / ours':>13}")
+    args = options(__doc__, size=480, batch=1, threads=2, rounds=15, device="cpu").parse_args()
+    begin(f"{args.batch} x {args.size} px", args.threads, args.device)
     ok = True
-    for case, run, inputs, allowed in cases(args):
-        pairs = zip(run(FORMS[PEER], *inputs), run(FORMS[OURS], *inputs), strict=True)
-        differs = max(((a - b).norm() / a.norm()).item() for a, b in pairs)
+    for case, precision, run, inputs, allowed in cases(args):
+        differs = error(run(FORMS[OURS], *inputs), run(FORMS[PEER], *inputs))
         runs = {name: lambda form=form: run(form, *inputs) for name, form in FORMS.items()}
-        for name, of in figures(alternate(runs, args.rounds, warm=2)).items():
-            print(f"{name:14}{case:22}{1e3 * of.median:9.1f}{1e3 * of.low:10.1f}{1e3 * of.high:10.1f}{differs:10.1e}"
-                  f"{of.ratio:13.2f}")
+        report(case, measure(runs, args.rounds, precision, args.device), f"{'differs':>10}",
+               dict.fromkeys(runs, f"{differs:10.1e}"))
         ok &= differs <= allowed
     return 0 if ok else 1
 

@@ -8,7 +8,6 @@ uint8 tensor (3, h, w). albumentations neither swaps left and right labels nor d
 it; the retries are therefore off, and measured in a line of their own. Needs `pip install albumentations`.
 """
 
-import argparse
 import dataclasses
 import sys
 import warnings
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import cv2
 import torch
-from timing import alternate, figures
+from timing import begin, measure, options
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -69,24 +68,21 @@ def compare(title: str, work: dict, count: int, rounds: int):
     """Every photo through each of `work` in every round; processor time counts."""
     runs = {name: lambda one=one: [one(i) for i in range(count)] for name, one in work.items()}
     print(title)
-    for name, of in figures(alternate(runs, rounds)).items():
-        print(f"  {name:<34} {count / of.cpu:7.0f} samples/s {1e3 * of.cpu / count:7.3f} ms"
+    for name, of in measure(runs, rounds).figures().items():
+        print(f"  {name:<34} {1e3 * count / of.cpu:7.0f} samples/s {of.cpu / count:7.3f} ms"
               + ("" if name == next(iter(work)) else f"   ours is {of.cpu_ratio:.2f} times as fast"))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, rounds=15, size=480)
     parser.add_argument("--images", type=Path, default=ROOT.parent / "shared/data/ccp/images/train")
     parser.add_argument("--labels", type=Path, default=ROOT.parent / "shared/data/ccp/labels/train")
     parser.add_argument("--count", type=int, default=100, help="photos of a round")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--size", type=int, default=480)
     args = parser.parse_args()
     files = [(photo, args.labels / f"{photo.stem}.png") for photo in sorted(args.images.glob("*.jpg"))[:args.count]]
     if not files:
         sys.exit(f"error: no .jpg in {args.images}, give --images and --labels")
     cv2.setNumThreads(0)
-    torch.set_num_threads(1)
     cfg = Config(crop_size=(args.size, args.size), base_size=args.size, max_class_share=1.0)
     full = dataclasses.replace(cfg, max_class_share=0.75)
     theirs, count = peer(cfg), len(files)
@@ -96,8 +92,8 @@ def main():
         result = theirs(image=image, mask=label)
         return result["image"].contiguous(), result["mask"]
 
-    print(f"{count} photos, crop {args.size}, albumentations {A.__version__}, OpenCV {cv2.__version__}, one thread, "
-          f"median of {args.rounds} rounds in turn")
+    begin(f"{count} photos, crop {args.size}, albumentations {A.__version__}, OpenCV {cv2.__version__}, one thread, "
+          f"median of {args.rounds} rounds in turn", threads=1)
     assert ours(*arrays[0], cfg, 0)[0].shape == peer_on(*arrays[0])[0].shape == (3, *cfg.crop_size)
     compare("augmentation alone, from arrays", {
         "ours": lambda i: ours(*arrays[i], cfg, i),

@@ -6,9 +6,8 @@
 
 One process and one set of weights for all three; the peers are built for the size, without their necks, and get
 position tables that already fit. The runs alternate, so that noise hits all alike, and every output (of layers 6 12 18
-24, with --backward the gradient too) is compared with segment-anything's in fp32. Times per image: wall clock, median
-and quartiles, and processor time divided by the number of threads, which says more on a machine that does other things
-too; ratios are medians over the rounds. Peak memory is measured in a fresh process per case. CLIP: bench_clip.py.
+24, with --backward the gradient too) is compared with segment-anything's in fp32. Peak memory is measured in a fresh
+process per case. The columns: timing.py. CLIP: bench_clip.py.
 
 Under autocast our frozen weights are kept in bf16, as in training and prediction; the peers keep fp32, as they come,
 and round them at each use, unless --kept.
@@ -17,22 +16,17 @@ and round them at each use, unless --kept.
 import argparse
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
-from timing import alternate, figures, forget_peak, resident
+from peers import SAMS, sam
+from timing import begin, error, forget_peak, measure, options, report, resident
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from inference import store_frozen
+from sam_vit import SAMViT
+from test_sam_vit import LARGE, build, random_state
 
-import conftest  # noqa: E402, F401                        torchvision beside a CPU-only torch, for the peers
-from test_sam_vit import LARGE, MEAN, STD, build, error, hugging_face, official, random_state  # noqa: E402
-
-from inference import store_frozen  # noqa: E402
-from layers import relative_positions  # noqa: E402
-from sam_vit import SAMViT  # noqa: E402
-
-NAMES = ("this project", "segment-anything", "transformers")
+OURS = "this project"
+NAMES = (OURS, *SAMS)
 
 
 def weights(device: str) -> dict[str, torch.Tensor]:
@@ -43,31 +37,13 @@ def weights(device: str) -> dict[str, torch.Tensor]:
 
 def encoder(name: str, state: dict[str, torch.Tensor], size: int, mode: str, kept: bool):
     """A function of an image in [0, 1] that returns the outputs of layers 6 12 18 24, (B, h, w, C) each."""
-    if name == NAMES[0]:
+    if name == OURS:
         model = build(state, **LARGE).to(state["pos_embed"].device)
         store_frozen(model, mode)
         return model
-    grid = size // 16
-    fitted = dict(state)
-    for key, table in state.items():                       # row i, column 0 of the expanded table is distance i, ...
-        if "rel_pos" in key and len(table) != 27:
-            full = relative_positions(table, grid)
-            fitted[key] = torch.cat([full[0].flip(0), full[1:, 0]])
-    make = official if name == "segment-anything" else hugging_face
-    model, blocks = make(fitted, grid, grid, **{**LARGE, "grid": grid})
-    model.requires_grad_(False)
+    model, run = sam(name, state, size)
     if kept:
         store_frozen(model, mode)
-    outs = []
-    for block in list(blocks)[5::6]:
-        block.register_forward_hook(lambda module, args, out: outs.append(out[0] if isinstance(out, tuple) else out))
-    mean, std = MEAN.to(state["pos_embed"].device), STD.to(state["pos_embed"].device)
-
-    def run(image):
-        outs.clear()
-        model((image - mean) / std)
-        return list(outs)
-
     return run
 
 
@@ -98,7 +74,7 @@ def report_memory(args: argparse.Namespace):
     state = weights(args.device)
     run = encoder(args.memory_of, state, size, mode if args.kept else "fp32", args.kept)
     del state
-    if args.memory_of == NAMES[0]:                         # only now: what it leaves behind is free for the next layer
+    if args.memory_of == OURS:                             # only now: what it leaves behind is free for the next layer
         store_frozen(run, mode)
     if args.device == "cpu":
         before = resident()
@@ -114,8 +90,6 @@ def report_memory(args: argparse.Namespace):
 def compare(args: argparse.Namespace, state: dict[str, torch.Tensor]) -> bool:
     """The table; False if an output is not what it should be."""
     allowed, fine = {"fp32": 1e-5, "bf16": 5e-2}, True
-    print(f"{'px':>4} {'mode':5}{'':18}{'wall s':>8}{'quartiles':>15}{'cpu s':>8}{'time / ours: wall':>19}{'cpu':>6}"
-          f"{'error':>9}{'peak MiB':>10}{'run':>7}")
     for size in args.sizes:
         image = torch.rand(args.batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(args.device)
         reference = step(encoder("segment-anything", state, size, "fp32", False), image, "fp32", args.backward)
@@ -123,34 +97,31 @@ def compare(args: argparse.Namespace, state: dict[str, torch.Tensor]) -> bool:
             nets = {name: encoder(name, state, size, mode, args.kept) for name in NAMES}
             errors = {name: error(step(net, image, mode, args.backward), reference) for name, net in nets.items()}
             runs = {name: lambda net=net: step(net, image, mode, args.backward) for name, net in nets.items()}
-            for name, of in figures(alternate(runs, args.rounds)).items():
-                peak, own = peak_memory(name, args, size, mode) if args.memory else (float("nan"),) * 2
-                low, median, high, cpu = (seconds / args.batch for seconds in of[:4])
-                print(f"{size:4} {mode:5}{name:18}{median:8.2f}{low:7.2f}-{high:6.2f}{cpu:9.2f}{of.ratio:19.2f}"
-                      f"{of.cpu_ratio:6.2f}{errors[name]:9.0e}{peak:10.0f}{own:7.0f}", flush=True)
-                fine &= errors[name] <= allowed[mode]
+            measured = measure(runs, args.rounds, mode, args.device)
+            notes = {name: f"{errors[name]:9.0e}" for name in nets}
+            if args.memory:
+                notes = {name: "{}{:10.0f}{:7.0f}".format(note, *peak_memory(name, args, size, mode))
+                         for name, note in notes.items()}
+            columns = f"{'error':>9}" + f"{'peak MiB':>10}{'run':>7}" * args.memory
+            report(f"{args.batch} x {size} px, {mode}", measured, columns, notes)
+            fine &= max(errors.values()) <= allowed[mode]
     return fine
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = options(__doc__, batch=1, threads=2, rounds=5, device="cpu")
     parser.add_argument("--sizes", type=int, nargs="+", default=[480])
     parser.add_argument("--modes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
-    for name, value in (("batch", 1), ("threads", 2), ("rounds", 5)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--backward", action="store_true", help="also the gradient of the image")
     parser.add_argument("--kept", action="store_true", help="the peers' frozen weights are kept in bf16, as ours are")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the processes for memory")
     parser.add_argument("--memory-of", choices=NAMES, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.rounds < 2:
-        parser.error("--rounds: quartiles need at least 2")
-    torch.set_num_threads(args.threads)
     if args.memory_of:
+        torch.set_num_threads(args.threads)
         return report_memory(args) or 0
-    print(f"torch {torch.__version__}, {args.device}, {args.threads} threads, batch {args.batch}, {args.rounds} rounds"
-          + ", with backward" * args.backward + ", peers' weights kept in bf16" * args.kept)
+    begin(f"{args.rounds} rounds" + ", with backward" * args.backward + ", peers' weights kept in bf16" * args.kept,
+          args.threads, args.device)
     return 0 if compare(args, weights(args.device)) else 1
 
 

@@ -5,18 +5,17 @@
 
 The logits against those of the same weights on the CPU; seconds per training step at batch 16 and 4 with peak memory,
 with and without checkpointing, and where a step and a forward pass spend their time; images per second in inference;
-beside it, where `transformers` is installed, its two encoders and its UperNet, which lack adapter, SRM and FTM. Batches
-are random and already on the device: the loader is measured by bench_data.py. Needs no weight files, no data and no
-network.
+beside it, where `transformers` is installed, its two encoders and its UperNet, which lack adapter, SRM and FTM. The
+columns: timing.py. Batches are random and already on the device: the loader is measured by bench_data.py. Needs no
+weight files, no data and no network.
 """
 
-import argparse
-import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+from timing import begin, error, measure, options, report
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -38,22 +37,14 @@ def sync(device: torch.device):
         torch.cuda.synchronize()
 
 
-def timed(run, device: torch.device, rounds: int, warm: int = 2) -> list[float]:
-    """Seconds of each of `rounds` calls, in order."""
-    times = []
-    for n in range(rounds + warm):
-        sync(device)
-        start = time.perf_counter()
+def seconds(run, device: torch.device, calls: int) -> float:
+    """Of so many calls."""
+    sync(device)
+    start = time.perf_counter()
+    for _ in range(calls):
         run()
-        sync(device)
-        if n >= warm:
-            times.append(time.perf_counter() - start)
-    return times
-
-
-def spread(times: list[float]) -> str:
-    quarter = sorted(times)
-    return f"{statistics.median(times):8.3f} s  ({quarter[len(times) // 4]:.3f} .. {quarter[-1 - len(times) // 4]:.3f})"
+    sync(device)
+    return time.perf_counter() - start
 
 
 def agreement(model: SCHNet, cfg: Config, device: torch.device):
@@ -65,8 +56,7 @@ def agreement(model: SCHNet, cfg: Config, device: torch.device):
         for precision in dict.fromkeys(("fp32", cfg.precision)):
             with autocast(device, precision):
                 found = model(image.to(device)).float().cpu()
-            error = ((found - wanted).norm() / wanted.norm()).item()
-            print(f"logits in {precision} on the device, relative error: {error:.0e}")
+            print(f"logits in {precision} on the device, relative error: {error([found], [wanted]):.0e}")
 
 
 def watch(owner, name: str, part: str, total: dict[str, float], device: torch.device):
@@ -85,7 +75,7 @@ def watch(owner, name: str, part: str, total: dict[str, float], device: torch.de
 
 
 def training(model: SCHNet, cfg: Config, device: torch.device, batch: int, checkpointing: bool, rounds: int):
-    """One row: seconds per optimiser step, images per second, peak memory; then where a step spends its time."""
+    """A table of one row: an optimiser step, images per second, peak memory; then where a step spends its time."""
     torch.manual_seed(0)
     model.cfg = cfg = Config(**{**vars(cfg), "batch_size": batch, "checkpointing": checkpointing})
     model.train()
@@ -103,22 +93,24 @@ def training(model: SCHNet, cfg: Config, device: torch.device, batch: int, check
         scaler.step(optimizer)
         scaler.update()
 
-    row = f"train  batch {batch:2d}  checkpointing {'on ' if checkpointing else 'off'}"
+    title = f"training, batch {batch}" + ", checkpointing" * checkpointing
     try:
-        times = timed(step, device, rounds)
+        seconds(step, device, 2)                           # the second has AdamW's moments from the start
     except torch.OutOfMemoryError:
-        print(f"{row}     out of memory", flush=True)
+        print(f"{title}: out of memory\n", flush=True)
         return
-    peak = f"{torch.cuda.max_memory_allocated() / 2 ** 30:7.1f} GiB" if device.type == "cuda" else "      -"
-    print(f"{row} {spread(times)}  {batch / statistics.median(times):7.1f} images/s  peak {peak}", flush=True)
+    peak = f"{torch.cuda.max_memory_allocated() / 2 ** 30:10.1f}" if device.type == "cuda" else f"{'-':>10}"
+    measured = measure({"step": step}, rounds, cfg.precision, device)
+    rate = 1e3 * batch / measured.figures()["step"].median
+    report(title, measured, f"{'images/s':>10}{'peak GiB':>10}", {"step": f"{rate:10.1f}{peak}"})
     total = {}
     undo = [watch(owner, name, part, total, device) for owner, name, part in
             ((model, "forward", "forward"), (train, "parsing_loss", "loss"), (torch.Tensor, "backward", "backward"),
              (scaler, "step", "AdamW"))]
-    whole = sum(timed(step, device, 3, 0))
+    whole = seconds(step, device, 3)
     for restore in undo:
         restore()
-    print("       of a step: " + shares(total, whole), flush=True)
+    print(f"  time of a step: {shares(total, whole)}\n", flush=True)
 
 
 def shares(total: dict[str, float], whole: float) -> str:
@@ -140,55 +132,48 @@ def forward_shares(model: SCHNet, image: torch.Tensor, precision: str, rounds: i
     with torch.inference_mode(), autocast(device, precision):
         model(image)
         total.clear()
-        whole = sum(timed(lambda: model(image), device, rounds, 0))
-    print("       of a forward pass: " + shares(total, whole))
+        whole = seconds(lambda: model(image), device, rounds)
+    print(f"  time of a forward pass: {shares(total, whole)}\n")
 
 
-def peer_parts(cfg: Config, device: torch.device):
+def peer_parts(model: SCHNet):
     """SAM's and CLIP's encoders and UperNet out of transformers, as one function of an image. The head gets maps of its
     own making: what is timed is the parts, not a network."""
-    import conftest  # noqa: F401                          torchvision beside a CPU-only torch
-    from transformers import CLIPVisionConfig, CLIPVisionModel, SamVisionConfig, UperNetConfig
-    from transformers.models.sam.modeling_sam import SamVisionEncoder
-    from transformers.models.upernet.modeling_upernet import UperNetHead
-    height, width = cfg.crop_size
-    sam = SamVisionEncoder(SamVisionConfig(
-        hidden_size=cfg.sam_dim, num_hidden_layers=cfg.sam_depth, num_attention_heads=cfg.sam_heads, image_size=height,
-        window_size=cfg.sam_window, global_attn_indexes=[cfg.sam_depth * s // 4 - 1 for s in range(1, 5)],
-        patch_size=16, mlp_dim=4 * cfg.sam_dim))
-    clip = CLIPVisionModel(CLIPVisionConfig(
-        hidden_size=cfg.clip_dim, intermediate_size=4 * cfg.clip_dim, patch_size=16, image_size=height,
-        num_hidden_layers=cfg.clip_depth, num_attention_heads=cfg.clip_heads))
-    head = UperNetHead(UperNetConfig(hidden_size=cfg.head_dim, num_labels=20, backbone_config=None), [cfg.sam_dim] * 4)
-    parts = [part.to(device).eval() for part in (sam, clip, head)]
+    import peers
+    cfg, device, size = model.cfg, model.f_txt.device, model.cfg.crop_size[0]
+    states = [{name: tensor.float().cpu() for name, tensor in part.state_dict().items()}
+              for part in (model.sam, model.clip, model.head)]
+    sizes = {"dim": cfg.sam_dim, "depth": cfg.sam_depth, "heads": cfg.sam_heads, "window": cfg.sam_window}
+    sam, run_sam = peers.sam("transformers", states[0], size, sizes)
+    clip, run_clip = peers.hugging_face_clip(states[1], size, cfg.clip_heads, cfg.clip_taps)
+    head = peers.upernet(states[2]).eval()
+    for part in (sam, clip, head):
+        part.to(device)
 
     def run(image: torch.Tensor) -> torch.Tensor:
-        parts[0](image)
-        parts[1](image, output_hidden_states=True)
-        maps = [torch.zeros(len(image), cfg.sam_dim, height // s, width // s, device=device) for s in (4, 8, 16, 32)]
-        return parts[2](maps)
+        run_sam(image)
+        run_clip(image)
+        return head([torch.zeros(len(image), cfg.sam_dim, size // s, size // s, device=device) for s in (4, 8, 16, 32)])
     return run
 
 
-def inference(name: str, run, image: torch.Tensor, precision: str, rounds: int):
+def inference(runs: dict, image: torch.Tensor, precision: str, rounds: int):
     with torch.inference_mode(), autocast(image.device, precision):
-        times = timed(lambda: run(image), image.device, rounds)
-    rate = len(image) / statistics.median(times)
-    print(f"infer  batch {len(image):2d}  {name:34s} {spread(times)}  {rate:7.1f} images/s", flush=True)
+        measured = measure({name: lambda run=run: run(image) for name, run in runs.items()}, rounds, precision,
+                           image.device)
+    rates = {name: f"{1e3 * len(image) / of.median:10.1f}" for name, of in measured.figures().items()}
+    report(f"inference, batch {len(image)}", measured, f"{'images/s':>10}", rates)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda")
+    parser = options(__doc__, device="cuda", rounds=10, threads=torch.get_num_threads())
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp16", "fp32"))
     parser.add_argument("--small", action="store_true", help="a small network")
-    parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
     device = torch.device(args.device)
     knobs = [*RANDOM, f"precision={args.precision}", *(SMALL if args.small else [])]
     cfg = load_config(ROOT / "configs/lip.yaml", knobs)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, {args.precision}, {cfg.crop_size[0]} x {cfg.crop_size[1]}")
+    begin(f"{args.precision}, {cfg.crop_size[0]} x {cfg.crop_size[1]}", args.threads, args.device)
     began = time.perf_counter()
     model = build_model(cfg, CLASSES)
     agreement(model, cfg, device)
@@ -199,17 +184,15 @@ def main():
             torch.cuda.empty_cache()
     model.zero_grad(set_to_none=True)
     model.eval()
+    runs = {"SCHNet": model}
+    try:
+        runs["SAM + CLIP + UperNet, transformers"] = peer_parts(model)
+    except ImportError as missing:
+        print(f"transformers' parts left out: {missing}")
     images = [torch.rand(batch, 3, *cfg.crop_size, device=device) for batch in (1, 16)]
     for image in images:
-        inference("SCHNet", model, image, args.precision, args.rounds)
+        inference(runs, image, args.precision, args.rounds)
     forward_shares(model, images[-1], args.precision, args.rounds)
-    try:
-        peers = peer_parts(cfg, device)
-    except ImportError as error:
-        print(f"transformers' parts left out: {error}")
-    else:
-        for image in images:
-            inference("SAM + CLIP + UperNet, transformers", peers, image, args.precision, args.rounds)
     print(f"{time.perf_counter() - began:.0f} s in all")
 
 

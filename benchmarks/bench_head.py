@@ -6,26 +6,17 @@
 the image), evaluation, and training (forward and backward to all weights and features), fp32 and bf16 autocast. The
 runs alternate. Each gets the features in the layout it would get them in: transformers' plain, ours channels-last, as
 the adapter leaves them. Errors: relative, of the logits, and of the features' gradients, against the peer in fp64 on an
-image of 96 px. Times: wall clock, median and quartiles; the last column is the median of the ratios within a round.
+image of 96 px. The columns: timing.py.
 """
 
-import argparse
 import copy
 import sys
-from pathlib import Path
 
 import torch
-from timing import alternate, figures
+from peers import upernet
+from timing import begin, error, measure, options, report
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import conftest  # noqa: E402, F401                        torchvision beside a CPU-only torch, for the peer
-from test_uperhead import transformers_names  # noqa: E402
-from transformers import UperNetConfig  # noqa: E402
-from transformers.models.upernet.modeling_upernet import UperNetHead  # noqa: E402
-
-from uperhead import UPerHead  # noqa: E402
+from uperhead import UPerHead
 
 OURS, PEER = "this project", "transformers"
 LAYOUTS = {OURS: torch.channels_last, PEER: torch.contiguous_format}
@@ -33,10 +24,8 @@ LAYOUTS = {OURS: torch.channels_last, PEER: torch.contiguous_format}
 
 def heads(device: str) -> dict[str, torch.nn.Module]:
     torch.manual_seed(0)
-    ours = UPerHead(1024, 512, 20, dropout=0.0).to(device)
-    theirs = UperNetHead(UperNetConfig(hidden_size=512, num_labels=20), [1024] * 4).to(device)
-    theirs.load_state_dict(transformers_names(ours.state_dict()))
-    return {OURS: ours, PEER: theirs}
+    ours = UPerHead(1024, 512, 20, dropout=0.0)
+    return {OURS: ours.to(device), PEER: upernet(ours.state_dict()).to(device)}
 
 
 def features(name: str, batch: int, size: int, device: str, train: bool) -> list[torch.Tensor]:
@@ -59,20 +48,13 @@ def disagreement(nets: dict, batch: int, device: str, train: bool, half: bool) -
                 train, False)[:5]
     errors = {}
     for name, net in nets.items():
-        found = run(net, features(name, batch, 96, device, train), train, half)[:5]
-        errors[name] = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True))
+        errors[name] = error(run(net, features(name, batch, 96, device, train), train, half)[:5], exact)
     return errors
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    for name, value in (("size", 480), ("batch", 1), ("train-batch", 2), ("threads", 2), ("rounds", 7)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {args.device}, {args.threads} threads, {args.size} px, ms")
-    print(f"{'':14}{'':14}{'median':>9}{'quartiles':>20}{'error':>10}{'time / ours':>13}")
+    args = options(__doc__, size=480, batch=1, train_batch=2, threads=2, rounds=7, device="cpu").parse_args()
+    begin(f"{args.size} px", args.threads, args.device)
     nets, ok = heads(args.device), True
     for train, batch in ((False, args.batch), (True, args.train_batch)):
         for net in nets.values():
@@ -81,10 +63,10 @@ def main() -> int:
             errors = disagreement(nets, max(batch, 4) if train else batch, args.device, train, half)
             maps = {name: features(name, batch, args.size, args.device, train) for name in nets}
             runs = {name: lambda name=name: run(nets[name], maps[name], train, half) for name in nets}
-            mode = f"{'train' if train else 'eval'} {batch} {'bf16' if half else 'fp32'}"
-            for name, of in figures(alternate(runs, args.rounds)).items():
-                print(f"{name:14}{mode:14}{1e3 * of.median:9.0f}{1e3 * of.low:10.0f}{1e3 * of.high:10.0f}"
-                      f"{errors[name]:10.1e}{of.ratio:13.2f}", flush=True)
+            precision = "bf16" if half else "fp32"
+            title = f"{'forward + backward' if train else 'evaluation'}, batch {batch}, {precision}"
+            report(title, measure(runs, args.rounds, precision, args.device), f"{'error':>10}",
+                   {name: f"{errors[name]:10.1e}" for name in nets})
             # A ReLU's slope jumps: one input within rounding of zero changes the gradients by 1e-3.
             ok &= errors[OURS] <= max(2 * errors[PEER], 1e-2 if train else 1e-5)
     return 0 if ok else 1

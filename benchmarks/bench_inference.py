@@ -8,9 +8,8 @@ Peers: SAM's encoder (segment-anything, transformers), CLIP's image tower with f
 UperNet's head (transformers): the sum of the fastest of each is a SCHNet without adapter, SRM and FTM. And the paper's
 baseline, ViT-Adapter-L with UperNet, in its official form (baseline.py), to which the fastest CLIP is added. One
 process, one set of weights, the runs alternate. Errors: relative, against this project in fp32: of the parts' outputs,
-and of the whole network's logits, which with SCHNet's weights at its start are the baseline's. Times: wall clock, median
-and quartiles, and processor time divided by the number of threads; ratios are medians over the rounds. Memory: in a
-fresh process per case. Under autocast our frozen weights are kept in bf16, as in training and prediction.
+and of the whole network's logits, which with SCHNet's weights at its start are the baseline's. The columns: timing.py.
+Memory: in a fresh process per case. Under autocast our frozen weights are kept in bf16, as in training and prediction.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timing import alternate, figures, forget_peak, resident
+from timing import Measured, begin, error, forget_peak, measure, options, report, resident
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -54,76 +53,33 @@ def autocast(mode: str):
     return torch.autocast("cpu", torch.bfloat16, enabled=mode == "bf16", cache_enabled=False)     # as if entered anew
 
 
-def error(found, wanted) -> float:
-    return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, wanted, strict=True))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # the table
 
 def parts(model: SCHNet, image: torch.Tensor) -> dict:
     """name -> (function of nothing, whose outputs must be those of this function in fp32)."""
+    import peers
     import baseline
-    import conftest  # noqa: F401                          torchvision beside a CPU-only torch, for the peers
-    import open_clip
-    import transformers
-    from test_clip_vit import MEAN, STD, hugging_face_names, resized
-    from test_sam_vit import LARGE, MEAN as SAM_MEAN, STD as SAM_STD, hugging_face, official
-    from test_uperhead import transformers_names
     size = image.shape[-1]
-    grid, sam_image, clip_image = size // 16, (image - SAM_MEAN) / SAM_STD, (image - MEAN) / STD
     maps = [torch.randn(1, 1024, size // s, size // s) for s in (4, 8, 16, 32)]
     runs = {OURS: (lambda: [model(image)], None)}
-    state = model.sam.state_dict()
-    for name, make in (("SAM, segment-anything", official), ("SAM, transformers", hugging_face)):
-        runs[name] = (sam_peer(make, state, grid, LARGE, sam_image), lambda: model.sam(image))
-    visual = {f"visual.{name}": tensor for name, tensor in model.clip.state_dict().items()}
-    fitted = resized(visual, grid, grid)
-    clip = open_clip.create_model("ViT-B-16-quickgelu", force_image_size=size).visual.eval().requires_grad_(False)
-    clip.load_state_dict({name.removeprefix("visual."): tensor for name, tensor in fitted.items()})
-    config = transformers.CLIPVisionConfig(patch_size=16, image_size=size, hidden_act="quick_gelu", projection_dim=512)
-    face = transformers.CLIPVisionModelWithProjection(config).eval().requires_grad_(False)
-    text = {name: torch.zeros(1, 1) for name in ("logit_scale", "text_projection")}                  # is left out
-    assert not face.load_state_dict(hugging_face_names({**fitted, **text}), strict=False).missing_keys
-
-    def open_clip_run():
-        return clip.forward_intermediates(clip_image, indices=[3, 5, 7, 11], output_fmt="NLC",
-                                          normalize_intermediates=False)["image_intermediates"]
-
-    def transformers_run():
-        states = face(clip_image, output_hidden_states=True).hidden_states
-        return [states[tap + 1][:, 1:] for tap in (3, 5, 7, 11)]
-
-    for name, run in (("CLIP, open_clip", open_clip_run), ("CLIP, transformers", transformers_run)):
-        runs[name] = (run, lambda: [tap.flatten(1, 2) for tap in model.clip(image)[1]])
-    with torch.device("meta"):
-        head = baseline.UperNetHead(baseline.UperNetConfig(hidden_size=512, num_labels=20), [1024] * 4).eval()
-    head.load_state_dict(transformers_names(model.head.state_dict()), assign=True)
+    for name in peers.SAMS:
+        run = peers.sam(name, model.sam.state_dict(), size)[1]
+        runs[f"SAM, {name}"] = (lambda run=run: run(image), lambda: model.sam(image))
+    for name, make in peers.CLIPS.items():
+        run = make(model.clip.state_dict(), size)[1]
+        runs[f"CLIP, {name}"] = (lambda run=run: run(image), lambda: clip_outputs(model, image))
+    head = peers.upernet(model.head.state_dict()).eval()
     runs["UperNet, transformers"] = (lambda: [head(maps)], lambda: [model.head(maps)])
-    positions = model.sam.positions((model.sam.pos_embed,), grid, grid)
-    whole = baseline.from_schnet(model.state_dict(), 20, positions)
-    runs[BASELINE] = (lambda: [whole(sam_image)], runs[OURS][0])
+    positions = model.sam.positions((model.sam.pos_embed,), size // 16, size // 16)
+    whole, normalized = baseline.from_schnet(model.state_dict(), 20, positions), model.sam.normalize(image)
+    runs[BASELINE] = (lambda: [whole(normalized)], runs[OURS][0])
     return runs
 
 
-def sam_peer(make, state: dict, grid: int, sizes: dict, image: torch.Tensor):
-    """Outputs of layers 6 12 18 24; the peers take position tables of the image's size."""
-    fitted = dict(state)
-    for name, table in state.items():
-        if "rel_pos" in name and len(table) != 27:         # all zero at the start
-            fitted[name] = table[:2 * grid - 1]
-    model, blocks = make(fitted, grid, grid, **{**sizes, "grid": grid})
-    model.requires_grad_(False)
-    outs = []
-    for block in list(blocks)[5::6]:
-        block.register_forward_hook(lambda module, args, out: outs.append(out[0] if isinstance(out, tuple) else out))
-
-    def run():
-        outs.clear()
-        model(image)
-        return list(outs)
-
-    return run
+def clip_outputs(model: SCHNet, image: torch.Tensor) -> list[torch.Tensor]:
+    f_cls, taps = model.clip(image)
+    return [f_cls, *(tap.flatten(1, 2) for tap in taps)]
 
 
 def compare(size: int, modes: list[str], rounds: int) -> bool:
@@ -131,25 +87,27 @@ def compare(size: int, modes: list[str], rounds: int) -> bool:
     fine, model = True, schnet()
     image = torch.rand(1, 3, size, size)
     runs = parts(model, image)
-    print(f"{'mode':5}{'':40}{'wall s':>8}{'quartiles':>14}{'cpu s':>8}{'time / ours: wall':>19}{'cpu':>6}{'error':>9}")
     wanted = {name: (check or run)() for name, (run, check) in runs.items()}
     for mode in modes:
         with autocast(mode):
             store_frozen(model, mode)
             errors = {name: error(run(), wanted[name]) for name, (run, _) in runs.items()}
-            times = alternate({name: run for name, (run, _) in runs.items()}, rounds)
-        found = figures(times)
+            measured = measure({name: run for name, (run, _) in runs.items()}, rounds, mode)
+        found = measured.figures()
         fastest = [min((name for name in runs if name.startswith(part)), key=lambda name: found[name].median)
                    for part in ("SAM", "CLIP", "UperNet")]
-        sums = {f"{' + '.join(name.split(', ')[0] for name in fastest)}, fastest peers": fastest,
-                f"{BASELINE.split(', ')[0]} + CLIP": [BASELINE, fastest[1]]}
-        for name, names in sums.items():
-            times[name] = [tuple(map(sum, zip(*of_round))) for of_round in zip(*(times[n] for n in names))]
-        for name, of in figures(times).items():
-            print(f"{mode:5}{name:40}{of.median:8.2f}{of.low:7.2f}{of.high:7.2f}{of.cpu:8.2f}{of.ratio:19.2f}"
-                  f"{of.cpu_ratio:6.2f}" + (f"{errors[name]:9.0e}" if name in errors else ""), flush=True)
+        add(measured, f"{' + '.join(name.split(', ')[0] for name in fastest)}, fastest peers", fastest)
+        add(measured, f"{BASELINE.split(', ')[0]} + CLIP", [BASELINE, fastest[1]])
+        report(f"{size} px, {mode}", measured, f"{'error':>9}",
+               {name: f"{errors[name]:9.0e}" if name in errors else "" for name in measured.times})
         fine &= max(errors.values()) <= {"fp32": 1e-4, "bf16": 0.1}[mode]
     return fine
+
+
+def add(measured: Measured, name: str, parts: list[str]):
+    """What several runs take together."""
+    measured.times[name] = [tuple(map(sum, zip(*of_round))) for of_round in zip(*(measured.times[part] for part in parts))]
+    measured.flops[name] = sum(measured.flops[part] for part in parts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -173,14 +131,14 @@ def augmented(modes: list[str], rounds: int) -> bool:
         for scale in scales:
             runs[f"{scale}"] = lambda scale=scale: keep(f"{scale}", photo, (scale,))
             runs[f"{scale} mirrored"] = lambda scale=scale: keep(f"{scale} mirrored", mirrored, (scale,))
-        times = alternate(runs, rounds)
+        measured = measure(runs, rounds, mode)
+        report(f"eight views, {mode}", measured)
+        times = measured.times
         mean = sum(found[f"{s}"] + found[f"{s} mirrored"].flip(-1)[order] for s in scales) / 8
         differs = error([found["all"]], [mean])
-        alone = {name: statistics.median(wall for wall, _ in times[name]) for name in runs}
         ratio = [statistics.median(sum(times[name][n][i] for name in runs if name != "all") / times["all"][n][i]
                                    for n in range(rounds)) for i in (0, 1)]
-        print(f"{mode}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in alone.items())
-              + f"; sum of the views / all: wall {ratio[0]:.3f}, cpu {ratio[1]:.3f}; differs {differs:.0e}", flush=True)
+        print(f"sum of the views / all: wall {ratio[0]:.3f}, cpu {ratio[1]:.3f}; differs {differs:.0e}\n", flush=True)
         fine &= differs <= {"fp32": 1e-4, "bf16": 1e-2}[mode]
     return fine
 
@@ -190,23 +148,24 @@ def augmented(modes: list[str], rounds: int) -> bool:
 
 @torch.inference_mode()
 def one_point(size: int, batch: int, mode: str, rounds: int):
-    """A child's work: MiB at the peak of the first run above what was held before, seconds per image of the others."""
+    """A child's work: MiB at the peak of the first run above what was held before; per image seconds of the others by
+    the wall's clock and the processor's, GFLOP, and their share."""
     model, image = schnet(), torch.rand(batch, 3, size, size)
     store_frozen(model, mode)
     forget_peak()
     before = resident()
     with autocast(mode):
         model(image)
-        print(resident("VmHWM") - before)
-        for wall, busy in alternate({OURS: lambda: model(image)}, rounds)[OURS]:
-            print(wall / batch, busy / batch)
+        memory = resident("VmHWM") - before
+        of = measure({OURS: lambda: model(image)}, rounds, mode).figures()[OURS]
+    print(memory, of.median / 1e3 / batch, of.cpu / 1e3 / batch, of.gflop / batch, of.share)
 
 
 def draw_curve(modes: list[str], rounds: int, threads: int):
     """Seconds and peak memory against the number of tokens and against the batch."""
     found = {}
     print(f"{'mode':5}{'px':>6}{'batch':>7}{'tokens':>8}{'wall s / image':>16}{'cpu':>7}{'ms / token':>12}"
-          f"{'MiB of a run':>14}{'KiB / token':>13}")
+          f"{'GFLOP / image':>15}{'share':>7}{'MiB of a run':>14}{'KiB / token':>13}")
     for mode in modes:
         for size, batch in [(size, 1) for size in SIZES] + [(480, batch) for batch in BATCHES if batch > 1]:
             command = [sys.executable, __file__, "--point", str(size), str(batch), "--modes", mode,
@@ -214,12 +173,11 @@ def draw_curve(modes: list[str], rounds: int, threads: int):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"error: {size} px, batch {batch}: {done.stderr.strip().splitlines()[-1]}")
-            memory, *rows = [[float(x) for x in line.split()] for line in done.stdout.splitlines()]
-            wall, busy = (statistics.median(row[i] for row in rows) for i in (0, 1))
+            memory, wall, busy, gflop, share = map(float, done.stdout.split())
             tokens = (size // 16) ** 2
-            found[mode, size, batch] = busy, memory[0]
-            print(f"{mode:5}{size:6}{batch:7}{tokens:8}{wall:16.2f}{busy:7.2f}{1e3 * busy / tokens:12.2f}"
-                  f"{memory[0]:14.0f}{1024 * memory[0] / tokens / batch:13.0f}", flush=True)
+            found[mode, size, batch] = busy, memory
+            print(f"{mode:5}{size:6}{batch:7}{tokens:8}{wall:16.2f}{busy:7.2f}{1e3 * busy / tokens:12.2f}{gflop:15.2f}"
+                  f"{share:7.0%}{memory:14.0f}{1024 * memory / tokens / batch:13.0f}", flush=True)
     rows = []
     for xlabel, points in (("tokens: sides of 320, 480, 640, 800, 1024, 1280 px", [(size, 1) for size in SIZES]),
                            ("images of 480 px in a batch", [(480, batch) for batch in BATCHES])):
@@ -232,19 +190,17 @@ def draw_curve(modes: list[str], rounds: int, threads: int):
 
 @torch.inference_mode()
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = options(__doc__, size=480, threads=2, rounds=5)
     parser.add_argument("--modes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
-    for name, value in (("size", 480), ("threads", 2), ("rounds", 5)):
-        parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--tta", action="store_true", help="test-time augmentation instead of the table")
     parser.add_argument("--curve", action="store_true", help="cost against size and batch instead of the table")
     parser.add_argument("--point", type=int, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.modes.sort(reverse=True)                          # bf16 last: its frozen weights are rounded for good
-    torch.set_num_threads(args.threads)
     if args.point:
+        torch.set_num_threads(args.threads)
         return one_point(*args.point, args.modes[0], args.rounds) or 0
-    print(f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds")
+    begin(f"{args.rounds} rounds", args.threads)
     if args.curve:
         return draw_curve(args.modes, args.rounds, args.threads) or 0
     return 0 if (augmented(args.modes, args.rounds) if args.tta else compare(args.size, args.modes, args.rounds)) else 1

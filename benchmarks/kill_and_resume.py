@@ -4,8 +4,8 @@
 
 A small network is trained on drawn people, with loader processes, once in peace and once with SIGKILL for all of its
 processes: at random moments, in the middle of random writes (a temporary file has just appeared), and while it starts.
-After each kill it goes on with --resume. Then weights, optimiser, best network and log of the two are compared bit by
-bit; only times may differ.
+After each kill it goes on with --resume. In 24 of the 80 steps an image, a loss or a gradient is not finite, so that
+they are skipped. Then weights, optimiser, best network and log of the two are compared bit by bit; only times may differ.
 """
 
 import argparse
@@ -24,7 +24,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from tiny import differences, logged  # noqa: E402
+import train  # noqa: E402
+from tiny import differences, logged, with_faults  # noqa: E402
+
+FAULTS = {it: ("image", "loss", "gradient")[it % 3] for it in range(80) if it % 10 in (3, 6, 7)}
 
 SMALL = [
     "synthetic_size=[64, 64]", "synthetic_train=500", "synthetic_val=11", "crop_size=64", "base_size=64", "workers=2",
@@ -37,7 +40,7 @@ SMALL = [
 def start(processes: int, folder: Path) -> subprocess.Popen:
     launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     resume = ["--resume"] if any((folder / name).exists() for name in ("last.pt", "previous.pt")) else []
-    command = [sys.executable, *launch, "train.py", f"out={folder}", *SMALL, *resume]
+    command = [sys.executable, *launch, __file__, "--train", f"out={folder}", *SMALL, *resume]
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -101,7 +104,11 @@ def kill_again_and_again(processes: int, wanted: int, dice: random.Random, root:
     finish(start(processes, peace))
     training = json.loads((peace / "log.jsonl").read_text().splitlines()[-1])["seconds"]
     starting = time.monotonic() - begun - training
-    print(f"{processes} process{'es' * (processes > 1)}: 80 iterations in {training:.0f} s, {starting:.0f} s to start", flush=True)
+    skipped = sum("skipped" in entry for entry in logged(peace))
+    print(f"{processes} process{'es' * (processes > 1)}: 80 iterations in {training:.0f} s, {skipped} of them skipped, "
+          f"{starting:.0f} s to start", flush=True)
+    if skipped != len(FAULTS):
+        sys.exit(f"{len(FAULTS)} steps should have been skipped")
     kills, runs, writes, wrong = 0, 1, 0, []
     while kills < wanted:
         process = start(processes, war)
@@ -138,6 +145,9 @@ def finish(process: subprocess.Popen):
 
 
 def main():
+    if sys.argv[1:2] == ["--train"]:                       # train.py, with faults
+        train.train_step = with_faults(train.train_step, FAULTS)
+        return train.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=10, help="for each number of processes")
     parser.add_argument("--seed", type=int, default=0)

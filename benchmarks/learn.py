@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timing import processor
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -316,9 +317,10 @@ def main():
         rates = {r["model"]: r["lr"] for r in sorted(grid, key=lambda r: r["looks"][-1]["miou"])}      # the last: best
     runs = run_all([Job(m, rates[m], seed, args.minutes) for seed in args.seeds for m in args.models], args)
 
-    text, folder = table(grid, runs, empty, args), Path(args.out)
+    place, folder = f"{processor(args.device)}, torch {torch.__version__}", Path(args.out)
+    text = f"{place}\n\n{table(grid, runs, empty, args)}"
     checkpoint.write_text(folder / "results.json", json.dumps({
-        "torch": torch.__version__, "all_background": empty, "grid": grid, "runs": runs}, indent=1))
+        "machine": place, "all_background": empty, "grid": grid, "runs": runs}, indent=1))
     write_csv(folder / "curves.csv", runs, label_set(cfg).classes)
     checkpoint.write_text(folder / "table.txt", text + "\n")
     draw(runs, args)

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from timing import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -55,7 +56,7 @@ def main() -> int:
     labels, bad = label_set(cfg), 0
     model = random_network(cfg, labels.classes)
     count = sum(p.numel() for p in model.state_dict().values())
-    print(f"{args.cfg.name}: {count / 1e6:.1f} M numbers, at most {export.MAX_DIFFERENCE:g} and at least "
+    print(f"{machine()}\n{args.cfg.name}: {count / 1e6:.1f} M numbers, at most {export.MAX_DIFFERENCE:g} and at least "
           f"{export.MIN_AGREEMENT:.1%} are asked for", flush=True)
     for size in args.size or SIZES:
         start = time.monotonic()

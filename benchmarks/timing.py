@@ -1,5 +1,12 @@
-"""What the benchmarks share: things run in turn, so that noise hits all alike, their times in figures, peak memory."""
+"""What the benchmarks share: runs in turn, so that noise hits all alike, beside the best matrix product of the machine.
 
+Seconds belong to one machine, and so do ratios of seconds. What can be compared between machines is the share: the
+operations per second of a run, as counted by flops.py, over those of the fastest of some large matrix products in the
+same precision, timed in the same rounds.
+"""
+
+import argparse
+import platform
 import re
 import statistics
 import time
@@ -7,45 +14,150 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from flops import count
 
-Times = dict[str, list[tuple[float, float]]]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPUINFO = Path("/proc/cpuinfo")
+KEYS = (("model name", "CPU architecture"), ("vendor_id", "CPU implementer"), ("cpu family", "CPU variant"),
+        ("model", "CPU part"), ("flags", "Features"))      # on x86, on Arm
+SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the machine
+
+def processor(device: str = "cpu") -> str:
+    """Name, vendor, family, model and instruction sets; a GPU's name."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if not CPUINFO.exists():                               # not Linux
+        return platform.processor() or platform.machine()
+    lines = CPUINFO.read_text().partition("\n\n")[0].splitlines()
+    facts = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines)
+    name, vendor, family, model, flags = (facts.get(x86, facts.get(arm, "?")) for x86, arm in KEYS)
+    sets = " ".join(name for name in SETS if name in flags.split())
+    return f"{name} ({vendor} family {family} model {model}: {sets})"
+
+
+def machine(device: str = "cpu") -> str:
+    """The line that every benchmark begins with."""
+    return f"{processor(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def products(precision: str, device: str) -> dict[str, Callable]:
+    """Matrix products of which one is the fastest that the machine can do: squares, and the linear layers of SAM's MLP
+    on one image's tokens (a GPU: on 16 images'), each as matrix product and as convolution, for oneDNN is not MKL."""
+    large = torch.device(device).type == "cuda"
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, device=device).to(DTYPES[precision])
+
+    found = {}
+    for n in (4096, 8192) if large else (1024, 2048):
+        found[f"{n} x {n} x {n}"] = lambda a=matrix(n, n), b=matrix(n, n): a @ b
+    for rows, width, out in ((14400, 1024, 4096), (14400, 4096, 1024)) if large else ((900, 1024, 4096), (900, 4096, 1024)):
+        x, weight = matrix(rows, width), matrix(out, width)
+        tokens, kernel = x.view(1, 1, rows, width).permute(0, 3, 1, 2), weight[:, :, None, None]
+        found[f"{rows} x {width} x {out}, linear"] = lambda x=x, weight=weight: F.linear(x, weight)
+        # Dilated, which means nothing to a kernel of one cell: else one thread leaves it to MKL.
+        found[f"{rows} x {width} x {out}, 1x1 convolution"] = (
+            lambda tokens=tokens, kernel=kernel: F.conv2d(tokens, kernel, dilation=2))
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# runs
 
 class Figures(NamedTuple):
-    """Seconds, and how many times the first one's: medians over the rounds, the ratios within each round."""
+    """Milliseconds, and how many times the first one's: medians over the rounds, ratios and shares within each round."""
     low: float                                             # quartiles of the wall's clock
     median: float
     high: float
     cpu: float                                             # says more on a machine that does other things too
     ratio: float
     cpu_ratio: float
+    gflop: float
+    share: float                                           # of `rates`
 
 
-def alternate(runs: dict[str, Callable], rounds: int, warm: int = 1) -> Times:
-    """Of each run (wall clock, processor time / threads) in seconds, in every round after `warm`; who begins changes."""
-    names, times = list(runs), {name: [] for name in runs}
-    for n in range(rounds + warm):
-        for name in names[n % len(names):] + names[:n % len(names)]:
+class Measured(NamedTuple):
+    times: dict[str, list[tuple[float, float]]]            # of each round: wall clock, processor time / threads; seconds
+    flops: dict[str, int]
+    best: str                                              # the fastest matrix product
+    rates: list[float]                                     # its operations per second in each round
+
+    def figures(self) -> dict[str, Figures]:
+        """For each name; it is the first one's time that the ratios are of."""
+        ours, result = next(iter(self.times.values())), {}
+        for name, rounds in self.times.items():
+            ratios = [statistics.median(a[i] / b[i] for a, b in zip(rounds, ours, strict=True)) for i in (0, 1)]
+            walls, busy = 1e3 * np.array(rounds).T
+            shares = [self.flops[name] / wall / rate for (wall, _), rate in zip(rounds, self.rates)] or [float("nan")]
+            result[name] = Figures(*np.quantile(walls, (0.25, 0.5, 0.75)), np.median(busy), *ratios,
+                                   self.flops[name] / 1e9, statistics.median(shares))
+        return result
+
+
+def measure(runs: dict[str, Callable], rounds: int, precision: str = "", device: str = "cpu") -> Measured:
+    """Each run once, to warm up and to count, then in every round all of them in turn; who begins changes.
+
+    Matrix products of the `precision` end each round; "": none, for what is not made of them.
+    """
+    beside = products(precision, device) if precision else {}
+    flops = {name: count(run)[1] for name, run in {**runs, **beside}.items()}
+    names, times = list(runs), {name: [] for name in flops}
+    for n in range(rounds):
+        for name in [*names[n % len(names):], *names[:n % len(names)], *beside]:
             wall, busy = time.perf_counter(), time.process_time()
-            runs[name]()
-            if torch.cuda.is_available():
+            {**runs, **beside}[name]()
+            if torch.device(device).type == "cuda":
                 torch.cuda.synchronize()
             wall, busy = time.perf_counter() - wall, time.process_time() - busy
-            if n >= warm:
-                times[name].append((wall, busy / torch.get_num_threads()))
-    return times
+            times[name].append((wall, busy / torch.get_num_threads()))
+    rates = {name: [flops[name] / wall for wall, _ in times.pop(name)] for name in beside}
+    best = max(rates, key=lambda name: statistics.median(rates[name]), default="")
+    return Measured(times, flops, best, rates.get(best, []))
 
 
-def figures(times: Times) -> dict[str, Figures]:
-    """For each name; it is the first one's time that the ratios are of."""
-    ours, result = next(iter(times.values())), {}
-    for name, rounds in times.items():
-        ratios = [statistics.median(a[i] / b[i] for a, b in zip(rounds, ours, strict=True)) for i in (0, 1)]
-        walls, busy = zip(*rounds)
-        result[name] = Figures(*statistics.quantiles(walls, n=4), statistics.median(busy), *ratios)
-    return result
+def error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    """The largest of the relative errors."""
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, wanted, strict=True))
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the scripts
+
+def options(doc: str, **defaults: int | str) -> argparse.ArgumentParser:
+    """An option for each of `defaults`, of its type."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    return parser
+
+
+def begin(text: str, threads: int, device: str = "cpu"):
+    torch.set_num_threads(threads)
+    print(f"{machine(device)}\n{text}", flush=True)
+
+
+def report(title: str, measured: Measured, columns: str = "", notes: dict[str, str] | None = None):
+    """The table of one case; `notes` are further columns of each row."""
+    counted = f"{'GFLOP':>10}{'share':>7}" if measured.rates else ""
+    print(f"{title:38}{'ms':>9}{'quartiles':>19}{'cpu ms':>9}{'time / ours':>13}{'cpu':>6}{counted}{columns}")
+    for name, of in measured.figures().items():
+        counted = f"{of.gflop:10.2f}{of.share:7.0%}" if measured.rates else ""
+        print(f"{name:38}{of.median:9.1f}{of.low:10.1f}{of.high:9.1f}{of.cpu:9.1f}{of.ratio:13.2f}{of.cpu_ratio:6.2f}"
+              f"{counted}{notes[name] if notes else ''}")
+    if measured.rates:
+        print(f"  share of {statistics.median(measured.rates) / 1e9:,.0f} GFLOP/s, {measured.best}")
+    print(flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# memory
 
 def resident(what: str = "VmRSS") -> float:
     """MiB of this process; "VmHWM" is the peak since `forget_peak`."""

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from config import user_path
 from datasets import LabelSet
 from engine.errors import UserError
 from files import weights
@@ -110,7 +111,7 @@ def newest_run(root: Path = Path("runs")) -> Path:
 
 def find(run: str | Path | None) -> Path:
     """The checkpoint file that `--run` means: a file, or a folder (its best.pt, else last.pt); None: the newest run."""
-    path = Path(run) if run is not None else newest_run()
+    path = user_path(run) if run is not None else newest_run()
     if not path.exists():
         raise UserError(f"{path}: no such run or checkpoint")
     if path.is_file():
@@ -121,14 +122,14 @@ def find(run: str | Path | None) -> Path:
     raise UserError(f"{path}: holds no checkpoint ({BEST} or {LAST})")
 
 
-def load_state(model: SCHNet, state: dict[str, Tensor], content: dict, path: Path):
-    """`state` into `model`; every tensor must be there but those of the official files named in `content`."""
+def load_state(model: SCHNet, state: dict[str, Tensor], path: Path):
+    """`state` into `model`; every tensor must be there but the frozen ones of the official files, which it has."""
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise UserError(f"{path}: {str(error).splitlines()[-1].strip()}") from None
-    expected = tuple(key.removesuffix("weights").replace("_", ".") for key in content["official"])
-    lost = [name for name in missing if not (expected and name.startswith(expected))]
+    official = set(official_names(model))
+    lost = [name for name in missing if name not in official]
     if lost or unexpected:
         raise UserError(f"{path} does not fit its network: {len(lost)} tensors missing, {len(unexpected)} "
-                              f"unknown ({(lost + unexpected)[0]}, ...)")
+                        f"unknown ({(lost + unexpected)[0]}, ...)")

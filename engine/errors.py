@@ -5,6 +5,9 @@ from collections.abc import Callable
 
 import torch
 
+# What torch, C++ and OpenCV say when there is no memory for what they are asked for.
+NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed", "std::bad_alloc", "Insufficient memory")
+
 
 class UserError(Exception):
     """What a user can mend: the message is one line that names the file or key at fault and what to do.
@@ -28,7 +31,7 @@ def in_one_line(error: BaseException, less_memory: str) -> str:
         return "stopped; what is written is whole"
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of GPU memory: try {less_memory}"
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         return f"out of memory: try {less_memory}"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror or error}"

@@ -15,7 +15,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from engine.errors import UserError, in_one_line
@@ -49,12 +48,14 @@ def _lost_another(error: BaseException) -> bool:
 def end_with(error: BaseException, world: "World | None", less_memory: str = ""):
     """Leave with one line, said once, and exit code 1 (Ctrl-C: 130). Returns for a bug in a process that is alone."""
     lost = _lost_another(error)
-    line = LOST if lost else in_one_line(error, less_memory)
+    reason = f" ({str(error).splitlines()[0]})" if lost and str(error) else ""           # NCCL has other reasons too
+    line = LOST + reason if lost else in_one_line(error, less_memory)
     code = 130 if isinstance(error, KeyboardInterrupt) else 1
-    alike = world is None or lost or isinstance(error, KeyboardInterrupt) or getattr(error, "everywhere", False)
-    first = world.main if world else int(os.environ.get("LOCAL_RANK", 0)) == 0
+    alike = lost or isinstance(error, KeyboardInterrupt) or getattr(error, "everywhere", False)
+    first = world.main if world else os.environ.get("LOCAL_RANK", "0") == "0"
+    rank = str(world.rank) if world else os.environ.get("RANK", "0")     # World() itself has failed
     if line and (first or not alike):
-        print("error" + ("" if first else f" in process {world.rank}") + f": {line}", file=sys.stderr, flush=True)
+        print("error" + ("" if rank == "0" else f" in process {rank}") + f": {line}", file=sys.stderr, flush=True)
     if world is not None and world.size > 1:
         if not line:
             traceback.print_exception(error)
@@ -76,24 +77,80 @@ def memory(device: torch.device) -> float:
 
 
 def pick_device(name: str = "") -> torch.device:
-    """The device called `name`; "": this process's GPU, or the CPU where there is none."""
-    if name:
-        try:
-            return torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
+    """The device called `name`; "cuda": this process's GPU; "": the same, or the CPU where there is none."""
+    if name in ("", "cuda") and torch.cuda.is_available():
+        index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if index >= count:
+            raise UserError(f"it is number {index + 1} on its machine, which has {count} GPU{'s' * (count > 1)}: "
+                            "--nproc_per_node must not be more")
+        return torch.device("cuda", index)
+    try:
+        return torch.empty(0, device=name or "cpu").device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}", everywhere=True) from None
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
 
 PATIENCE = timedelta(minutes=30)                                         # with processes that do not answer
+SOON = 10.0                                                              # seconds, until it is said who is missing
 GRACE = 45.0                                                             # seconds, after one has ended
+LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")          # what torchrun tells a process
 
 
-def meet(patience: timedelta) -> dist.Store:
+def place() -> tuple[int, int]:
+    """This process's rank and the number of processes: (0, 1) for one that is alone."""
+    said = {key: os.environ.get(key, "") for key in LAUNCHED}
+    if said["WORLD_SIZE"] in ("", "1"):
+        return 0, 1
+    wrong = [key for key, value in said.items() if not (value if key == "MASTER_ADDR" else value.isdecimal())]
+    if not wrong and int(said["RANK"]) < int(said["WORLD_SIZE"]):
+        return int(said["RANK"]), int(said["WORLD_SIZE"])
+    shown = dict.fromkeys(("WORLD_SIZE", *(wrong or ["RANK"])))
+    raise UserError(", ".join(f"{key} is {said[key] or 'not set'}" for key in shown) + ": start several processes with "
+                    "torchrun, and one alone without WORLD_SIZE in its environment")
+
+
+class Absent:
+    """The processes that this one waits for. After SOON it is said who they are, after PATIENCE it is an error."""
+
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size, self.ranks = rank, size, set(range(1, size)) if rank == 0 else {0}
+        self.end = time.monotonic() + PATIENCE.total_seconds()
+        self.notice = threading.Timer(SOON, self.tell)                   # the main thread may be in C++ for all of it
+        self.notice.daemon = True
+
+    def __enter__(self) -> "Absent":
+        self.notice.start()
+        return self
+
+    def __exit__(self, *_):
+        self.notice.cancel()
+
+    def __str__(self) -> str:
+        return f"process{'es' * (len(self.ranks) > 1)} {', '.join(map(str, sorted(self.ranks)))} of {self.size}"
+
+    def tell(self):
+        print(f"process {self.rank} is waiting for {self}", file=sys.stderr, flush=True)
+
+    def wait(self):
+        if time.monotonic() > self.end:
+            raise UserError(f"waited {PATIENCE} for {self}, in vain")
+        time.sleep(0.02)
+
+
+def connect(rank: int) -> "dist.Store":
+    """The store that all processes see: torchrun has one, else the main process opens it."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        return dist.TCPStore(address, port, is_master=serves, timeout=PATIENCE, wait_for_workers=False)
+    except dist.DistError as error:
+        what = "listen at" if serves else "reach the main process at"
+        raise UserError(f"cannot {what} {address}:{port} ({str(error).splitlines()[0]})") from None
+
+
+def meet(rank: int, size: int) -> "dist.Store":
     """The place where the processes of this attempt leave their addresses for each other.
 
     torchrun gives all attempts of a run the same store: a restarted process would find the address of one that is dead
@@ -101,41 +158,37 @@ def meet(patience: timedelta) -> dist.Store:
     So each process takes a number nobody else ever had, and the main process's becomes the name of the attempt once all
     others have acknowledged it: what dead ones have left cannot do that.
     """
-    store, rank, size = next(rendezvous("env://", timeout=patience))
-    store.set_timeout(patience)
-    me = str(store.add("processes", 1))
-    if rank > 0:
-        store.set(f"process of rank {rank}", me)
-        name = store.get(f"name for process {me}").decode()
-        store.set(f"attempt {name} has rank {rank}", "")
-        return dist.PrefixStore(f"attempt {name}", store)
-    missing, end = set(range(1, size)), time.monotonic() + patience.total_seconds()
-    while missing:
-        for other in missing:
-            if store.check([f"process of rank {other}"]):                # or one of an earlier attempt: look again
-                store.set(f"name for process {store.get(f'process of rank {other}').decode()}", me)
-        missing = {other for other in missing if not store.check([f"attempt {me} has rank {other}"])}
-        if time.monotonic() > end:
-            raise UserError(f"{len(missing)} of {size} processes have not come within {patience}")
-        time.sleep(0.02)
-    return dist.PrefixStore(f"attempt {me}", store)
+    with Absent(rank, size) as absent:
+        store = connect(rank)
+        me = str(store.add("processes", 1))
+        if rank > 0:
+            store.set(f"process of rank {rank}", me)
+            while not store.check([f"name for process {me}"]):
+                absent.wait()
+            name = store.get(f"name for process {me}").decode()
+            store.set(f"attempt {name} has rank {rank}", "")
+            return dist.PrefixStore(f"attempt {name}", store)
+        while absent.ranks:
+            for other in absent.ranks:
+                if store.check([f"process of rank {other}"]):            # or one of an earlier attempt: look again
+                    store.set(f"name for process {store.get(f'process of rank {other}').decode()}", me)
+            absent.wait()
+            absent.ranks = {other for other in absent.ranks if not store.check([f"attempt {me} has rank {other}"])}
+        return dist.PrefixStore(f"attempt {me}", store)
 
 
 class World:
     """This process among the others: torchrun's environment, or one process alone."""
 
     def __init__(self, device: str = ""):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.size = place()
         self.main = self.rank == 0
         self.device = pick_device(device)
         if self.device.type == "cuda":
-            if self.device.index >= torch.cuda.device_count():
-                raise UserError(f"process {self.rank} finds {torch.cuda.device_count()} GPUs: --nproc_per_node must "
-                                  "not be more")
             torch.cuda.set_device(self.device)
         self.control = None                                              # a CPU group for counts, scores and messages
         if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=meet(PATIENCE),
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=meet(self.rank, self.size),
                                     rank=self.rank, world_size=self.size, timeout=PATIENCE)
             self.control = dist.new_group(backend="gloo", timeout=PATIENCE)
             self.ring = dist.new_group(backend="gloo", timeout=timedelta(days=1000))

@@ -4,6 +4,7 @@
     runs/cihp/config.yaml                        every knob as it was used
     runs/cihp/log.jsonl                          a line per log_every iterations, and one per validation
     runs/cihp/curves.png, validation.png         to look at, refreshed as it runs
+    runs/cihp/.lock                              held by the process that trains in it
 """
 
 import contextlib
@@ -33,14 +34,16 @@ from viz import pictures, plots
 HARMLESS = {"data_root", "sam_weights", "clip_weights", "vocab", "workers", "log_every", "eval_every", "save_every",
             "out", "checkpointing", "compile", "tta_scales", "accum_steps"}
 
-LOSSES = {"loss": "in all", "ce": "cross-entropy", "lovasz": "Lovasz-softmax", "aux": "auxiliary head"}
+LOSSES = {"loss": "total", "ce": "cross-entropy", "lovasz": "Lovasz-softmax", "aux": "auxiliary head"}
 SCORES = {"miou": "mIoU", "mean_acc": "mean accuracy", "pixel_acc": "pixel accuracy"}
 
 
 @dataclass
 class Progress:
     """How far a run is. Saved with the weights: its log and its best score go on as if it had never stopped."""
-    iteration: int = 0
+    iteration: int = 0                                     # done, or skipped
+    skipped: int = 0                                       # steps whose loss or gradient was not finite
+    in_a_row: int = 0                                      # of these, since the last step that was taken
     validated: int = 0                                     # iteration of the newest validation
     best_miou: float = -1.0
     best_iteration: int = 0
@@ -63,38 +66,44 @@ class Run:
         """Make the folder, or find the checkpoint to go on from; a run that is there is never overwritten."""
         if not self.world.main:
             return None
-        taken = any((self.folder / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS))
-        if taken and not resume and not self.world.restarted:
-            raise UserError(f"{self.folder} already holds a run: go on with --resume, or choose another folder "
-                              "with out=FOLDER")
-        if resume and not taken and not self.world.restarted:
-            raise UserError(f"{self.folder}: no checkpoint to go on from (no {checkpoint.LAST}); without "
-                                  "--resume the run begins anew")
+        nothing = UserError(f"{self.folder}: no checkpoint to go on from (no {checkpoint.LAST}); without --resume the "
+                            "run begins anew")
+        if resume and not self.folder.exists():
+            raise nothing
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock()
-            for part in self.folder.glob(LITTER):       # what a kill left half-written
-                part.unlink()
+            self.lock()                                    # of two that come at once, one must find what the other left
         except OSError as error:
             raise UserError(f"out: {self.folder} cannot be used ({error.strerror})") from None
-        content = self._go_on() if taken else None
+        names = checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST
+        held = [name for name in names if (self.folder / name).exists()]
+        if held == [checkpoint.BEST]:
+            raise UserError(f"{self.folder} holds a {checkpoint.BEST} but no {checkpoint.LAST}, which alone has what "
+                            "training needs to go on: choose another folder with out=FOLDER")
+        if held and not resume and not self.world.restarted:
+            raise UserError(f"{self.folder} already holds a run: go on with --resume, or choose another folder "
+                            "with out=FOLDER")
+        if resume and not held:
+            raise nothing
+        for part in self.folder.glob(LITTER):              # what a kill left half-written
+            part.unlink()
+        content = self._go_on() if held else None
         write_text(self.folder / "config.yaml", to_yaml(self.cfg))
-        self.lock()                                        # it is a new file now
         self.write_log()                                   # cut back to the checkpoint; empty for a new run
         return content
 
     def lock(self):
         """Two runs in one folder would overwrite each other. The system's lock ends with the process that has it."""
-        if sys.platform == "win32" or not (self.folder / "config.yaml").exists():
+        if sys.platform == "win32":
             return
         import fcntl
-        self.locked = open(self.folder / "config.yaml", "r+")            # not inherited by the loaders, as flock is
+        self.locked = open(self.folder / ".lock", "a")     # not inherited by the loaders, as flock's would be
         try:
             fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:                           # anything else: a file system without locks
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise UserError(f"{self.folder}: another process is training in this folder; choose another with "
-                                  "out=FOLDER") from None
+                                "out=FOLDER") from None
 
     def _go_on(self) -> dict:
         content, path, damaged = checkpoint.read_last(self.folder)
@@ -142,8 +151,8 @@ class Run:
                   "validation, %": {name: series(val, key, 100) for key, name in SCORES.items()},
                   "learning rate": {"lr": series(train, "lr")}}
         if "grad" in train[0]:
-            panels["length of the gradient"] = {"grad": series(train, "grad")}
-        self._picture("curves.png", lambda: plots.curves(panels, smooth=["loss", "length of the gradient"]))
+            panels["gradient norm"] = {"grad": series(train, "grad")}
+        self._picture("curves.png", lambda: plots.curves(panels, smooth=["loss", "gradient norm"]))
 
     def draw_validation(self, seen: list[tuple], labels: LabelSet, iteration: int):
         """validation.png: photos, their labels, and what the network makes of them."""

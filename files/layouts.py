@@ -57,7 +57,7 @@ def find_split(cfg: Config, split: str) -> Place:
     """The place of a split on disk; what is missing is reported with all the places looked at."""
     if not cfg.data_root:
         raise UserError(f"data_root is not set: give the folder of the {cfg.dataset} data (data_root=/path/to/it)")
-    root = Path(os.path.abspath(os.path.expanduser(cfg.data_root)))
+    root = Path(os.path.abspath(cfg.data_root))
     try:
         os.scandir(root).close()
     except OSError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.errors import UserError
 
-LITTER = ".*.part*"                                        # the temporary names below, which a kill leaves behind
+LITTER = f".*-{'[0-9a-f]' * 8}.part*"                     # the temporary names below, which a kill leaves behind
 
 
 @contextlib.contextmanager

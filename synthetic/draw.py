@@ -15,6 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from config import user_path
 from synthetic.canvas import BACKGROUND, SKINS, Canvas, any_cloth, any_colour, jitter
 from synthetic.person import Person
 from synthetic.skeleton import Dice, Figure
@@ -140,17 +141,18 @@ def draw(seed: int, index: int, size: tuple[int, int] = (480, 480)) -> tuple[np.
 
 def main():
     parser = argparse.ArgumentParser(description="Draw people into PNG files.")
-    parser.add_argument("--out", default="figures", help="folder of the files")
+    parser.add_argument("--out", type=user_path, default=Path("figures"), help="folder of the files")
     parser.add_argument("--count", type=int, default=6)
     parser.add_argument("--seed", type=int, default=2**31 - 2, help="training takes 0, validation 2147483647")
     parser.add_argument("--size", type=int, nargs=2, default=(480, 360), metavar=("HEIGHT", "WIDTH"))
     args = parser.parse_args()
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    if min(args.size) < 1 or args.seed < 0:
+        parser.error("--size must be two numbers of pixels, --seed not negative")
+    args.out.mkdir(parents=True, exist_ok=True)
     for index in range(args.count):
         image, _ = draw(args.seed, index, tuple(args.size))
-        cv2.imwrite(str(folder / f"figure_{index:03d}.png"), image[..., ::-1])
-    print(f"{args.count} pictures in {folder}")
+        cv2.imwrite(str(args.out / f"figure_{index:03d}.png"), image[..., ::-1])
+    print(f"{args.count} pictures in {args.out}")
 
 
 if __name__ == "__main__":

@@ -251,6 +251,22 @@ def test_frozen_official_tensors_are_left_out_and_named(official, tmp_path):
         inference.restore(checkpoint.read(path), path, [f"sam_weights={moved}"])
 
 
+@pytest.mark.parametrize("lost, fits", (("sam.blocks.0.attn.qkv.weight", True), ("sam.patch_embed.proj.weight", False),
+                                        ("clip.conv1.weight", False), ("head.conv_seg.bias", False)))
+def test_nothing_may_be_missing_but_what_the_official_file_has(official, lost, fits):
+    """SAM's patch embedding is trained (§4.3), CLIP is random here: neither may be left as it happens to be."""
+    model, content = packed(official)
+    state = {name: tensor for name, tensor in content["model"].items() if name != lost}
+    assert (len(state) == len(content["model"])) == fits
+    for load in (lambda: checkpoint.load_state(model, state, Path("last.pt")),
+                 lambda: inference.restore(content | {"model": state}, Path("last.pt"))):
+        if fits:
+            load()
+        else:
+            with pytest.raises(UserError, match=f"last.pt does not fit its network: 1 tensors missing, .*{lost}"):
+                load()
+
+
 def test_without_freezing_everything_is_in_the_checkpoint(official, tmp_path):
     model, content = packed(dataclasses.replace(official, freeze=False))
     assert content["official"] == {} and content["model"].keys() == model.state_dict().keys()

@@ -4,8 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from config import Config, load_config, to_yaml
+import datasets
+import download
+import evaluate
+import predict
+from config import PATHS, RANGES, SIZES, Config, load_config, to_yaml, user_path
+from engine import checkpoint
 from engine.errors import UserError
+from synthetic import draw
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,9 +66,27 @@ def test_what_yaml_makes_of_numbers():
     ("dataset=ade20k", "dataset must be one of lip, cihp, ppp"),
     ("precision=int8", "precision must be one of"),
     ("iters=100", "iters (100) must be more than warmup_iters (1500)"),
-    ("batch_size=0", "batch_size must be at least 1"),
-    ("drop_path=1.5", "drop_path must be between 0 and 1"),
-    ("lr=-1", "lr must be positive"),
+    ("batch_size=0", "batch_size must be between 1 and 4,096, not 0"),
+    ("batch_size=1", "batch_size (1) must be at least 2 for each of accum_steps (1): BatchNorm"),
+    ("accum_steps=16", "batch_size (16) must be at least 2 for each of accum_steps (16): BatchNorm"),
+    ("drop_path=1.5", "drop_path must be between 0 and 0.999, not 1.5"),
+    ("lr=-1", "lr must be between 1e-12 and 1,000,000, not -1.0"),
+    ("lr=.nan", "lr must be a number, not nan"),
+    ("sim_scale=inf", "sim_scale must be a number, not inf"),
+    (f"lr=1{400 * '0'}", "lr must be a number, not 1000"),
+    ("betas=[0.9, 1]", "betas must be between 0 and 0.999999, not (0.9, 1.0)"),
+    ("scale_range=[2, 1]", "scale_range must rise, not (2.0, 1.0)"),
+    ("scale_range=[0, 1]", "scale_range must be between 0.01 and 16, not (0.0, 1.0)"),
+    ("tta_scales=[]", "tta_scales must name at least one scale"),
+    ("tta_scales=[1, 0]", "tta_scales must be between 0.01 and 16, not (1.0, 0.0)"),
+    ("srm_sites=3", "srm_sites must be between 4 and 5, not 3"),
+    ("crop_size=0", "crop_size must be between 32 and 16,384, not (0, 0)"),
+    ("clip_taps=[-1, 3, 5, 7]", "clip_taps must be between 0 and 999, not (-1, 3, 5, 7)"),
+    ("seed=2147483647", "seed must be between 0 and 2,147,483,645"),     # the validation figures' own
+    ("sam_dim=1024 deform_heads=5", "(0.5) of sam_dim (1024) must be a multiple of deform_heads (5), it is 512"),
+    ("sam_dim=16 deform_ratio=0.05", "(0.05) of sam_dim (16) must be a multiple of deform_heads (16), it is 0"),
+    ("sam_dim=16 sam_heads=4 deform_heads=4 cffn_ratio=0.05", "cffn_ratio (0.05) of sam_dim (16) must be at least 1"),
+    ("backbone=clip srm=false ftm=false clip_dim=100 clip_heads=4", "deform_ratio (0.5) of clip_dim (100) must be a"),
     ("prompt=a photo", "must contain {class}"),
     ("clip_taps=[3, 5, 7, 7]", "clip_taps must be four rising block numbers"),
     ("backbone=clip", "srm needs backbone: sam"),
@@ -72,8 +96,42 @@ def test_what_yaml_makes_of_numbers():
 ])
 def test_mistakes_are_named(override, words):
     with pytest.raises(UserError) as error:
-        load_config(None, [override])
+        load_config(None, override.split(" ") if override.count("=") > 1 else [override])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_number_has_a_range():
+    def numbers(value) -> bool:
+        return type(value) in (int, float) or isinstance(value, tuple) and all(map(numbers, value)) and value != ()
+
+    ranged = [key for _, _, keys in RANGES for key in keys.split()]
+    defaults = vars(Config())
+    assert sorted(ranged) == sorted({key for key, value in defaults.items() if numbers(value)} | {*SIZES, "sim_scale"})
+
+
+def test_a_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    """In every key that is a path, in a file as on the command line, and nowhere else."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.yaml").write_text("out: ~/runs\ndata_root: '~'\nprompt: ~ {class}\n")
+    cfg = load_config("~/my.yaml", [f"{key}=~/{key}" for key in PATHS if key not in ("out", "data_root")])
+    assert (cfg.out, cfg.data_root, cfg.prompt) == (f"{tmp_path}/runs", str(tmp_path), "~ {class}")
+    assert all(getattr(cfg, key) == f"{tmp_path}/{key}" for key in PATHS if key not in ("out", "data_root"))
+    assert load_config(None, ["out=runs/~x"]).out == "runs/~x" and user_path("~/x") == tmp_path / "x"
+
+
+def test_every_program_knows_the_home_folder(tmp_path, monkeypatch):
+    """What its options hold when a shell has left the ~ to it, as most do in `--out=~/x`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home, found = tmp_path / "x", {}
+    monkeypatch.setattr(datasets, "check", lambda cfg, out: found.setdefault("datasets", out) and 0)
+    datasets.main(["--out=~/x"])
+    monkeypatch.setattr("sys.argv", ["draw", "--out=~/x", "--count=0"])
+    draw.main()
+    download_args, predict_args = download.parse(["--dir=~/x", "--from=~/x"]), predict.arguments(["~/x", "--out=~/x"])
+    assert (found["datasets"], home.is_dir(), download_args.dir, download_args.source) == (home, True, home, home)
+    assert (predict_args.inputs, predict_args.out, evaluate.arguments(["--out=~/x"]).out) == ([str(home)], home, home)
+    with pytest.raises(UserError, match=f"{home}: holds no checkpoint"):                 # --run of three programs
+        checkpoint.find("~/x")
 
 
 @pytest.mark.parametrize("text, words", [

@@ -1,27 +1,33 @@
 """Several processes: the same numbers as one, and none of them left waiting when another stops, fails or is killed."""
 
 import contextlib
+import dataclasses
 import functools
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import Processes, assert_same_run, free_port, gradients, logged, make_config, wait_until, worst
+from tiny import Processes, assert_same_run, free_port, gradients, logged, make_config, wait_until, with_faults, worst
 
 import train
 from config import load_config
 from datasets import open_split
 from engine import processes
-from engine.processes import World
+from engine.errors import UserError
+from engine.processes import World, pick_device
+from engine.run import Run
 from evaluate import evaluate_split
+from files.whole import LITTER
 from model import build_model
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +93,27 @@ def test_shared_evaluation_is_exact(config, tmp_path):
         assert three.wait() == [0, 0, 0], three.said(0) + three.said(1) + three.said(2)
 
 
+def train_with_a_fault(argv: list[str]):
+    """The loss of one process is not finite, in one step."""
+    if os.environ["RANK"] == "1":
+        train.train_step = with_faults(train.train_step, {1: "image"})
+    train.main(argv)
+
+
+def test_a_step_is_skipped_by_all_or_none(config, tmp_path):
+    """... and BatchNorm's statistics, which the processes have each of their own, stay clean; nothing else is said."""
+    folder = tmp_path / "run"
+    with Processes(tmp_path, train_with_a_fault, ["--cfg", config, f"out={folder}"], count=2) as both:
+        assert both.wait() == [0, 0], both.said(0) + both.said(1)
+        assert "Warning" not in both.said(0) + both.said(1)
+    content = torch.load(folder / "last.pt", weights_only=True)
+    assert content["progress"]["skipped"] == 1 and content["progress"]["iteration"] == 4
+    assert {int(state["step"]) for state in content["optimizer"]["state"].values()} == {3}
+    assert all(t.isfinite().all() for t in content["model"].values())
+    skipped, = [entry for entry in logged(folder) if "skipped" in entry]
+    assert skipped["iter"] == 2 and len(skipped["batch"]) == 4           # of both processes
+
+
 # ---- asked to stop
 
 def test_one_process_asked_to_stop_stops_both_and_one_alone_goes_on(config, tmp_path):
@@ -129,6 +156,35 @@ def test_one_run_at_a_time_in_a_folder(config, tmp_path):
             wait_until(lambda: saved_iteration(folder) > before)
 
 
+def open_at_once(config: str, folder: str, begin: float, count: int):
+    """Be there at the same moments as another process that does the same, in one new folder after the other."""
+    cfg, world = load_config(config), World()
+    for n in range(count):
+        run = Run(dataclasses.replace(cfg, out=f"{folder}/{n}"), world)
+        while time.time() < begin + 0.1 * n:
+            pass
+        try:
+            run.open(False)
+            run.kept = (run.folder / f".last-{os.getpid():08x}.part.pt").open("w")     # being written
+            print("in", n, flush=True)
+        except UserError as error:
+            assert "another process is training in this folder" in str(error), error
+    time.sleep(max(0.0, begin + 0.1 * count + 1 - time.time()))          # the locks last as long as their process
+
+
+def test_of_two_that_begin_at_once_in_a_new_folder_one_gets_in(config, tmp_path):
+    outputs, count = [tmp_path / name for name in ("one", "other")], 60
+    for output in outputs:
+        output.mkdir()
+    args = (open_at_once, config, str(tmp_path / "runs"), time.time() + 4, count)
+    with Processes(outputs[0], *args) as one, Processes(outputs[1], *args) as other:
+        assert one.wait() == other.wait() == [0], one.said() + other.said()
+        found = [{int(n) for n in re.findall(r"in (\d+)", process.said())} for process in (one, other)]
+    assert found[0] | found[1] == set(range(count)) and not found[0] & found[1]
+    for n in range(count):                                 # nothing of it was taken for litter
+        assert len(list((tmp_path / "runs" / str(n)).glob(LITTER))) == 1
+
+
 def train_slowly(argv: list[str]):
     real = train.train_step
 
@@ -157,6 +213,114 @@ def test_a_second_signal_leaves_at_once(config, tmp_path, torchrun):
         assert one.wait() == [130 if torchrun else 143]
         assert ("leaving at once, without saving: a second signal, SIGTERM" in one.said()) != torchrun
         assert (folder / "last.pt").exists() == torchrun
+
+
+# ---- coming together
+
+def come_together(fails_at: str = ""):
+    """What every program does first; the process of rank `fails_at` cannot."""
+    def pick_device(name):
+        if os.environ.get("RANK") == fails_at:
+            raise UserError("no GPU is left")
+        return torch.device("cpu")
+
+    processes.pick_device = pick_device
+    if fails_at:
+        processes.SOON, processes.PATIENCE = 3.0, timedelta(seconds=8)
+    processes.run_together(lambda world: print(f"rank {world.rank} of {world.size}"))
+
+
+def test_a_process_that_cannot_even_begin_says_so_and_is_missed(tmp_path):
+    """As the last of three on a machine with two GPUs."""
+    with Processes(tmp_path, come_together, "2", count=3) as three:
+        assert three.wait(60)[2] == 1
+        assert three.said(2) == "error in process 2: no GPU is left\n"
+        assert three.wait(60)[0] == 1
+        assert "process 0 is waiting for process 2 of 3\n" in three.said(0)
+        assert "error: waited 0:00:08 for process 2 of 3, in vain\n" in three.said(0)
+        assert "Traceback" not in three.said(0) + three.said(1)
+
+
+def test_a_main_process_that_does_not_come_is_missed(tmp_path):
+    with Processes(tmp_path, come_together, "0", count=2) as both:
+        assert both.wait(60) == [1, 1]
+        assert both.said(0) == "error: no GPU is left\n"
+        assert "process 1 is waiting for process 0 of 2\n" in both.said(1)
+        assert "error in process 1: cannot reach the main process at 127.0.0.1:" in both.said(1)
+        assert "Traceback (most" not in both.said(1)
+
+
+def test_a_port_that_is_taken_is_named(tmp_path):
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        with Processes(tmp_path, come_together, **place) as one:
+            assert one.wait(60) == [1]
+            assert f"error: cannot listen at 127.0.0.1:{port} (" in one.said() and "Traceback" not in one.said()
+
+
+def test_processes_that_come_say_nothing(tmp_path):
+    with Processes(tmp_path, come_together, count=3) as three:
+        assert three.wait(60) == [0, 0, 0]
+        assert [three.said(rank) for rank in range(3)] == [f"rank {rank} of 3\n" for rank in range(3)]
+
+
+@pytest.mark.parametrize("environment, words", (
+    ({"WORLD_SIZE": "4"}, "error: WORLD_SIZE is 4, RANK is not set, LOCAL_RANK is not set, MASTER_ADDR is not set, "
+                          "MASTER_PORT is not set: start several processes with torchrun, and one alone without"),
+    ({"WORLD_SIZE": "x", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+     "error: WORLD_SIZE is x: "),
+    ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+     "error in process 2: WORLD_SIZE is 2, RANK is 2: "),
+    ({"WORLD_SIZE": "1"}, "rank 0 of 1\n"),
+    ({"WORLD_SIZE": ""}, "rank 0 of 1\n"),
+    ({"RANK": "3"}, "rank 0 of 1\n"),                      # it is the main process of a run, whatever else was meant
+))
+def test_an_environment_that_is_not_torchruns(tmp_path, environment, words):
+    with Processes(tmp_path, come_together, **environment) as one:
+        assert one.wait(60) == [int(words.startswith("error"))]
+        assert one.said().startswith(words) and one.said().count("\n") == 1
+
+
+def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    """Also where one is asked for by `--device cuda`; a number means that GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert pick_device("") == pick_device("cuda") == torch.device("cuda", rank)
+    assert pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="it is number 3 on its machine, which has 2 GPUs: --nproc_per_node"):
+        pick_device("cuda")
+    monkeypatch.undo()
+    for name in ("cuda", "cuda:1", "gpu"):                 # a CPU is no GPU
+        with pytest.raises(UserError, match=f"device '{name}' cannot be used: "):
+            pick_device(name)
+
+
+# ---- another system
+
+ELSEWHERE = """
+import os, signal, sys
+import cv2, numpy, PIL.Image, torch.distributed, torch.utils.data, tqdm, yaml        # these are there on Windows
+del signal.SIGCHLD, signal.SIGKILL, os.fork, os.killpg, os.setsid, os.sched_setaffinity
+sys.modules.update(fcntl=None, resource=None, pwd=None, grp=None)
+sys.platform = "win32"
+import predict
+sys.exit(predict.main(sys.argv[1:]))
+"""
+
+
+def test_predicting_needs_nothing_that_windows_lacks(config, tmp_path):
+    train.main(["--cfg", config, "iters=1", "warmup_iters=0", f"out={tmp_path / 'run'}"])
+    photo = next((Path(config).parent / "data" / "images" / "val").iterdir())
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE, photo, "--run", tmp_path / "run", "--out", tmp_path / "out",
+                           "--device", "cpu"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "labels" / photo.name).exists()
 
 
 # ---- one fails: the others say so and go, at once, without a traceback and without torchrun's help
@@ -234,6 +398,16 @@ def test_a_fault_of_all_is_told_once(config, tmp_path):
     with Processes(tmp_path, train.main, ["--cfg", config, "lr=fast"], count=2) as both:
         assert both.wait() == [1, 1]
         assert (both.said(0) + both.said(1)).count("lr must be a number") == 1
+
+
+@pytest.mark.parametrize("iters", (0, 4))                   # the dry run, too
+def test_one_image_for_each_process_and_step_is_refused_at_the_start(config, tmp_path, iters):
+    argv = ["--cfg", config, f"out={tmp_path / 'run'}", f"iters={iters}", "accum_steps=2"]
+    with Processes(tmp_path, train.main, argv, count=2) as both:
+        assert both.wait() == [1, 1]
+        said = both.said(0) + both.said(1)
+        assert said.startswith("error: batch_size (4) is one image for each of 2 processes and 2 steps: ")
+        assert said.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 def test_a_bug_in_one_process_keeps_its_traceback(config, tmp_path):

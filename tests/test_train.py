@@ -1,5 +1,6 @@
 """train.py, run.py: schedule, groups, one step; a run that is stopped, killed, changed or out of luck."""
 
+import copy
 import dataclasses
 import functools
 import os
@@ -7,15 +8,19 @@ import shutil
 import signal
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
-from tiny import assert_same_run, differences, gradients, logged, make_config, worst
+from tiny import assert_same_run, differences, gradients, logged, make_config, with_faults, worst
 
+import inference
 import train
-from config import Config, load_config
-from datasets import BatchOrder
+from config import RANGES, SIZES, Config, load_config
+from datasets import BatchOrder, TrainSet, open_split
 from engine import checkpoint
-from engine.errors import in_one_line
+from engine.errors import UserError, in_one_line
+from engine.processes import World
 from files import whole as whole_files
 from model import build_model
 
@@ -129,6 +134,67 @@ def test_compiled_network_trains_like_the_plain_one(config, whole, tmp_path, mon
         assert "loss" not in first or first == pytest.approx(second, rel=1e-3)
 
 
+def trainable(cfg: Config) -> tuple:
+    """A network to train, its optimiser and its scaler."""
+    torch.manual_seed(0)
+    return train.prepare(build_model(cfg, cfg.classes).train(), cfg, World())
+
+
+def batch_of(cfg: Config, it: int) -> list:
+    g = torch.Generator().manual_seed(it)
+    return [(torch.randint(0, 256, (4, 3, 32, 32), generator=g, dtype=torch.uint8),
+             torch.randint(0, 3, (4, 32, 32), generator=g, dtype=torch.uint8), [f"{it}.png"])]
+
+
+def state_of(network, optimizer) -> dict:
+    """Weights, BatchNorm's statistics, the optimiser's moments; not the learning rate, which goes on."""
+    return copy.deepcopy({"model": dict(network.state_dict()), "moments": optimizer.state_dict()["state"]})
+
+
+@pytest.mark.parametrize("precision", ("fp32", "bf16", "fp16"))
+@pytest.mark.parametrize("fault", ("image", "loss", "gradient"))
+def test_nothing_of_a_skipped_step_is_kept(config, monkeypatch, precision, fault):
+    """... but that fp16's scale is halved; and the next step is what it would have been."""
+    cfg, world = load_config(config, [f"precision={precision}"]), World()
+    monkeypatch.setattr(train, "train_step", with_faults(train.train_step, {2: fault}))
+    network, optimizer, scaler = trainable(cfg)
+    states, scales = [], []
+    for it in (0, 1, 2, 3):
+        parts, taken, stop = train.step_together(network, optimizer, scaler, batch_of(cfg, it), cfg, world, it)
+        states.append(state_of(network, optimizer))
+        scales.append(scaler.get_scale())
+        assert taken == (it != 2) and not stop and list(parts) == ["loss", "ce", "lovasz", "aux", "grad"]
+    assert parts["grad"] < 1e3                             # of unscaled gradients in fp16, too
+    assert differences(states[1], states[2]) == [] and differences(states[2], states[3]) != []
+    assert scales == ([2.0 ** 16, 2.0 ** 16, 2.0 ** 15, 2.0 ** 15] if precision == "fp16" else [1.0] * 4)
+    assert all(t.isfinite().all() for t in states[-1]["model"].values())
+    if precision != "fp16":                                # there the other scale rounds otherwise
+        network, optimizer, scaler = trainable(cfg)
+        for it in (0, 1, 3):
+            train.step_together(network, optimizer, scaler, batch_of(cfg, it), cfg, world, it)
+        assert differences(states[-1], state_of(network, optimizer)) == []
+
+
+def test_fp16_overflows_are_treated_as_torch_does(config):
+    """Beside the recipe of torch.amp's documentation, which leaves all decisions to the scaler."""
+    cfg, world, found = load_config(config, ["precision=fp16"]), World(), []
+    for own in (True, False):
+        network, optimizer, scaler = trainable(cfg)
+        scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0 ** 37, "growth_interval": 2})
+        taken = []
+        for it in range(20):
+            if own:
+                taken.append(train.step_together(network, optimizer, scaler, batch_of(cfg, it), cfg, world, it)[1])
+            else:
+                train.train_step(network, optimizer, scaler, batch_of(cfg, it), cfg, world.device, it)
+                scaler.step(optimizer)
+                scaler.update()
+        weights = {name: p.detach() for name, p in network.named_parameters()}       # torch's keeps BatchNorm's
+        found.append({"weights": weights, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+        assert not own or (not all(taken[:3]) and True in taken and False in taken[taken.index(True):])
+    assert differences(*found) == []
+
+
 def test_every_split_of_the_work_sees_the_same_samples(config):
     """... in the same order, also from the middle on."""
     for world, accum, start in ((1, 1, 0), (2, 1, 3), (4, 1, 3), (1, 4, 3), (2, 2, 0)):
@@ -137,6 +203,28 @@ def test_every_split_of_the_work_sees_the_same_samples(config):
         found = [key for _ in range(9 - start) for order in orders for _ in range(accum) for key in next(order)]
         one = iter(BatchOrder(10, dataclasses.replace(cfg, accum_steps=1)))
         assert found == [key for batch in [next(one) for _ in range(9)][start:] for key in batch]
+
+
+ENDS = [(key, end) for low, high, keys in RANGES for key in keys.split() for end in (low, high)
+        if end == low or key not in (*SIZES, "base_size", "synthetic_size", "crop_size", "ftm_tokens", "prior_dim",
+                                     "head_dim", "aux_dim", "deform_points", "synthetic_train", "synthetic_val",
+                                     "batch_size")]
+
+
+@pytest.mark.parametrize("key, end", ENDS, ids=[f"{key}={end}" for key, end in ENDS])
+def test_the_network_takes_a_step_with_every_number_that_the_config_takes(config, key, end):
+    """At the ends of its range; of the sizes only the least, as the greatest are beyond this machine's memory."""
+    number = len(getattr(Config(), key)) if isinstance(getattr(Config(), key), tuple) else 0
+    try:
+        cfg = load_config(config, [f"{key}={[end] * number if number else end}"])
+        network, optimizer, scaler = trainable(cfg)
+    except UserError as error:                             # does not go with the other numbers here
+        assert key in str(error) or key == "clip_depth" and "clip_taps" in str(error)
+        return
+    sample = TrainSet(open_split(cfg, "train"), cfg)[[(n, 0, n) for n in range(4)]]
+    assert not isinstance(sample, UserError)
+    train.step_together(network, optimizer, scaler, [sample], cfg, World(), 0)
+    inference.predict_labels(network.eval(), [np.zeros((20, 30, 3), np.uint8)], cfg.tta_scales, cfg.flip_pairs)
 
 
 # ---- stopped, killed, continued
@@ -294,6 +382,41 @@ def test_a_folder_with_a_run_is_not_overwritten(config, whole, capsys):
     assert (whole / "last.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize("how", ((), ("--resume",), ("restarted",)))
+def test_a_folder_with_nothing_but_the_best_network_is_left_alone(config, whole, tmp_path, capsys, monkeypatch, how):
+    """As kept for prediction, or sent by somebody: no optimiser is there to go on with, nothing may be overwritten."""
+    if how == ("restarted",):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        how = ()
+    for name in ("best.pt", "log.jsonl", "config.yaml"):
+        shutil.copy(whole / name, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    line = fails(capsys, "--cfg", config, f"out={tmp_path}", *how)
+    assert line == (f"error: {tmp_path} holds a best.pt but no last.pt, which alone has what training needs to go on: "
+                    "choose another folder with out=FOLDER")
+    assert before.items() <= {path.name: path.read_bytes() for path in tmp_path.iterdir()}.items()
+
+
+def test_a_folder_with_nothing_but_the_checkpoint_before_the_last_goes_on(config, whole, tmp_path, capsys):
+    shutil.copy(whole / "previous.pt", tmp_path)
+    assert "already holds a run" in fails(capsys, "--cfg", config, f"out={tmp_path}")
+    train.main(["--cfg", config, f"out={tmp_path}", "--resume"])
+    assert f"going on from {tmp_path / 'previous.pt'}" in capsys.readouterr().out
+
+
+def test_only_what_a_kill_left_is_cleaned_up(config, whole, tmp_path, capsys):
+    """... and not before it is clear that the folder may be used."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    litter, other = folder / ".last-0123abcd.part.pt", folder / ".photo.part1"
+    for path in (litter, other):
+        path.write_bytes(b"")
+    fails(capsys, "--cfg", config, f"out={folder}")
+    assert litter.exists()
+    train.main(["--cfg", config, f"out={folder}", "--resume"])
+    assert not litter.exists() and other.exists()
+
+
 def test_a_restart_by_torchrun_goes_on_by_itself(config, whole, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train.main(["--cfg", config])
@@ -304,6 +427,8 @@ def test_a_restart_by_torchrun_goes_on_by_itself(config, whole, tmp_path, capsys
 
 def test_nothing_to_resume(config, tmp_path, capsys):
     line = fails(capsys, "--cfg", config, "--resume", f"out={tmp_path / 'no'}")
+    assert "no checkpoint to go on from (no last.pt)" in line and not (tmp_path / "no").exists()
+    line = fails(capsys, "--cfg", config, "--resume", f"out={tmp_path}")
     assert "no checkpoint to go on from (no last.pt)" in line
 
 
@@ -343,35 +468,86 @@ def test_a_changed_training_set_is_mentioned(config, tmp_path, capsys):
 
 # ---- out of luck
 
-def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path, capsys):
-    folder = tmp_path / "run"
-    line = fails(capsys, "--cfg", config, "lr=1e30", "warmup_iters=0", f"out={folder}")
-    assert "iteration 2: the loss is not finite (loss " in line
-    assert f"the last good checkpoint is of iteration 1, in {folder}" in line
-    names = line.partition("the batch was ")[2].partition(";")[0].split(", ")
-    order = iter(BatchOrder(10, load_config(config)))
-    expected = [next(order), next(order)][1]
-    assert names == [sorted(str(i) for i in range(10))[index] for index, _, _ in expected]
-    content = torch.load(folder / "last.pt", weights_only=True)
-    assert content["progress"]["iteration"] == 1
+FAULTS = {1: "loss", 2: "gradient", 4: "image"}            # of six iterations
+
+
+@pytest.mark.parametrize("precision", ("fp32", "bf16", "fp16"))
+def test_a_run_with_skipped_steps_goes_on_exactly(config, tmp_path, capsys, monkeypatch, precision):
+    """Killed within and behind skipped steps. Each is in the log with its batch, and none in the mean losses."""
+    argv = ["--cfg", config, f"precision={precision}", "iters=6"]
+    monkeypatch.setattr(train, "train_step", with_faults(train.train_step, FAULTS))
+    train.main([*argv, f"out={tmp_path / 'whole'}"])
+    assert "done: best mIoU" in capsys.readouterr().out
+    for at in (2, 5):
+        kill_and_resume(argv, tmp_path / f"killed{at}", at)
+        assert_same_run(tmp_path / f"killed{at}", tmp_path / "whole")
+    order, names = iter(BatchOrder(10, load_config(config))), sorted(str(i) for i in range(10))
+    batches = [[names[index] for index, _, _ in next(order)] for _ in range(6)]
+    log = logged(tmp_path / "whole")
+    assert [entry for entry in log if "skipped" in entry] == [
+        {"iter": it + 1, "skipped": "gradient" if kind == "gradient" else "loss", "batch": batches[it]}
+        for it, kind in FAULTS.items()]
+    trained = [entry for entry in log if "lr" in entry]
+    assert [entry["iter"] for entry in trained] == [2, 4, 6] and all(0 < entry["loss"] < 9 for entry in trained)
+    content = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
+    assert content["progress"]["iteration"] == 6 and content["progress"]["skipped"] == 3
     assert all(t.isfinite().all() for t in content["model"].values())
 
 
-def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(config, tmp_path, capsys, monkeypatch):
-    """The loss may be finite and its gradient not: a step would make all weights nan, and the next save keep them."""
-    real = train.parsing_loss
-    calls = []
+def test_a_stretch_of_the_log_may_have_nothing_but_skipped_steps(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train_step", with_faults(train.train_step, {0: "loss", 1: "loss"}))
+    train.main(["--cfg", config, f"out={tmp_path / 'run'}"])
+    log = logged(tmp_path / "run")
+    assert [entry["iter"] for entry in log if "lr" in entry] == [2, 4] and "loss" not in log[2] and "loss" in log[4]
+    assert (tmp_path / "run" / "curves.png").exists()
 
-    def parsing_loss(logits, *args):
-        calls.append(0)
-        loss, parts = real(logits, *args)
-        return (loss + (logits - logits.detach()).sum().abs().sqrt() if len(calls) > 2 else loss), parts
 
-    monkeypatch.setattr(train, "parsing_loss", parsing_loss)
-    line = fails(capsys, "--cfg", config, f"out={tmp_path / 'run'}")
-    assert "iteration 2: the gradient is not finite" in line
+def test_skipped_steps_are_counted_in_the_bar(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "train_step", with_faults(train.train_step, {1: "loss", 2: "gradient"}))
+    train.main(["--cfg", config, f"out={tmp_path / 'run'}"])
+    out, err = capsys.readouterr()
+    assert "GiB 2 skipped]" in err and "GiB 0 skipped" not in err
+    assert f"2 of 4 steps were skipped: {tmp_path / 'run' / 'log.jsonl'}\ndone: " in out
+
+
+def test_a_network_that_has_diverged_stops_after_20_skipped_steps(config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    argv = ["--cfg", config, "lr=1e6", "warmup_iters=0", "iters=100", "save_every=6", "eval_every=100", f"out={folder}"]
+    line = fails(capsys, *argv)
+    assert "iteration 21: 20 steps in a row were skipped, the loss is not finite (loss nan" in line
+    assert f"; the batches are in {folder / 'log.jsonl'}; " in line
+    assert f"; the last good checkpoint is of iteration 18, in {folder}" in line
+    log = logged(folder)
+    assert [entry["iter"] for entry in log if "skipped" in entry] == list(range(2, 22))
+    content = torch.load(folder / "last.pt", weights_only=True)
+    assert content["progress"]["iteration"] == 18 and content["progress"]["in_a_row"] == 17
+    assert all(t.isfinite().all() for t in content["model"].values())
+    again = fails(capsys, *argv, "--resume")               # counted on from the checkpoint, not anew
+    assert again == line and logged(folder) == log
+
+
+def test_skipped_steps_that_are_not_in_a_row_do_not_stop_a_run(config, tmp_path, monkeypatch):
+    faults = {it: "gradient" for it in range(45) if it not in (19, 39)}
+    monkeypatch.setattr(train, "train_step", with_faults(train.train_step, faults))
+    train.main(["--cfg", config, f"out={tmp_path / 'run'}", "iters=45", "save_every=100", "eval_every=100"])
     content = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    assert content["progress"]["iteration"] == 1
+    assert (content["progress"]["skipped"], content["progress"]["in_a_row"]) == (43, 5)
+
+
+def test_fp16_stops_when_its_scale_falls_below_1(config, tmp_path, capsys, monkeypatch):
+    """2^16 can be halved 16 times: the seventeenth skipped step is one too many."""
+    monkeypatch.setattr(train, "train_step", with_faults(train.train_step, {it: "gradient" for it in range(2, 40)}))
+    line = fails(capsys, "--cfg", config, "precision=fp16", "iters=40", f"out={tmp_path / 'run'}")
+    assert "iteration 19: the scale of fp16 has fallen below 1, the gradient is not finite (loss 2" in line
+    assert f"the last good checkpoint is of iteration 18, in {tmp_path / 'run'}" in line
+
+
+def test_a_checkpoint_from_before_steps_were_skipped(config, whole, tmp_path, capsys):
+    content = torch.load(whole / "previous.pt", weights_only=True)
+    del content["progress"]["skipped"], content["progress"]["in_a_row"]
+    checkpoint.write(tmp_path / "last.pt", content)
+    train.main(["--cfg", config, "--resume", f"out={tmp_path}"])
+    assert "going on from" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config, whole, tmp_path, capsys):
@@ -429,6 +605,12 @@ def test_a_folder_that_cannot_be_written(config, capsys):
 def test_out_of_memory_is_one_line(config, tmp_path, capsys, monkeypatch):
     with pytest.raises(RuntimeError) as error:
         torch.empty(2 ** 60, dtype=torch.uint8)
+    assert in_one_line(error.value, "fewer workers") == "out of memory: try fewer workers"
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2 ** 40, 2 ** 40, 2 ** 40)
+    assert in_one_line(error.value, "fewer workers") == "out of memory: try fewer workers"
+    with pytest.raises(cv2.error) as error:
+        cv2.resize(np.zeros((1, 1, 3), np.uint8), (2 ** 30, 2 ** 30))
     assert in_one_line(error.value, "fewer workers") == "out of memory: try fewer workers"
 
     def step(*args):

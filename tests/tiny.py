@@ -74,10 +74,29 @@ def gradients(cfg: Config, parts: int, dtype=torch.float64, world: World | None 
     rank, size = (world.rank, world.size) if world else (0, 1)
     batches = [(i, n, None) for i, n in zip(image.chunk(parts * size), label.chunk(parts * size))]
     network = DistributedDataParallel(model) if size > 1 else model
+    model.register_forward_pre_hook(lambda _, args: args[0].to(dtype))
     optimizer = torch.optim.AdamW(train.param_groups(model), lr=cfg.lr)
     train.train_step(network, optimizer, torch.amp.GradScaler("cpu", enabled=False),
                      batches[rank * parts:(rank + 1) * parts], cfg, torch.device("cpu"), 5)
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def with_faults(step, faults: dict[int, str]):
+    """train.py's `train_step` with an "image", "loss" or "gradient" that is nan at these iterations."""
+    def spoiled(network, *args):
+        hooks, kind = [], faults.get(args[5])
+        if kind == "image":                                # reaches BatchNorm's statistics
+            hooks.append(network.register_forward_pre_hook(lambda _, images: images[0] * torch.nan))
+        if kind == "loss":
+            hooks.append(network.register_forward_hook(lambda _, __, logits: (logits[0] * torch.nan, logits[1])))
+        if kind == "gradient":
+            hooks.append(network.register_forward_hook(
+                lambda _, __, logits: logits[0].register_hook(lambda gradient: gradient * torch.nan) and None))
+        parts = step(network, *args)
+        for hook in hooks:
+            hook.remove()
+        return parts
+    return spoiled
 
 
 def worst(a: dict, b: dict) -> float:

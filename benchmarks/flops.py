@@ -1,0 +1,106 @@
+"""Floating-point operations of a run, counted operator by operator while it runs. A multiply-add is two.
+
+Counted: matrix products, convolutions, attention, and what deformable attention samples and weighs; forward, backward,
+and recomputed ones as often as they run. Not counted: what works number by number (norms, softmax, activations,
+interpolation). torch.utils.flop_counter leaves out attention on a CPU, nn.MultiheadAttention's fast path, embedding_bag
+and grid_sample, and counts the weight gradient of a convolution in groups as often as there are groups.
+
+An operator that multiplies and has no formula here is an error: a share of too little arithmetic looks like slowness.
+"""
+
+import math
+import re
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.overrides import enable_reentrant_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+MULTIPLIES = re.compile("m[mv](_|$)|dot|conv|attention|transformer|bag|grid_sampler|mkl|rnn|lstm|gru")
+
+
+def product(a: Tensor, b: Tensor) -> int:
+    return 2 * a.numel() * b.shape[-1]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scores: int, sums: int) -> int:
+    """q (..., N, d), k (..., M, d), v (..., M, D): so many products of the size of q.k, and of that of the weighted sum."""
+    return 2 * math.prod(q.shape[:-1]) * k.shape[-2] * (scores * q.shape[-1] + sums * v.shape[-1])
+
+
+def forward_attention(out, q: Tensor, k: Tensor, v: Tensor, *_) -> int:
+    return attention(q, k, v, 1, 1)
+
+
+def backward_attention(out, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_) -> int:
+    return attention(q, k, v, 3, 2)          # scores again, gradients of q and k; of weights and v
+
+
+def multi_head_attention(out, q: Tensor, k: Tensor, v: Tensor, dim: int, *_) -> int:
+    """Four linear layers and the attention between them, of (B, N, dim)."""
+    return 2 * q.numel() * 4 * dim + attention(q, k, v, 1, 1)
+
+
+def convolution(out: Tensor, x: Tensor, weight: Tensor, bias, stride, padding, dilation, transposed: bool, *_) -> int:
+    return 2 * (x if transposed else out).numel() * math.prod(weight.shape[1:])
+
+
+def backward_convolution(out, grad: Tensor, x: Tensor, weight: Tensor, bias, stride, padding, dilation, transposed: bool,
+                         output_padding, groups: int, wanted: list[bool]) -> int:
+    return sum(wanted[:2]) * convolution(grad, x, weight, bias, stride, padding, dilation, transposed)
+
+
+def embedding_bag(out, table: Tensor, index: Tensor, *_) -> int:
+    return 2 * index.numel() * table.shape[1]
+
+
+def grid_sampler(out: Tensor, *_) -> int:
+    return 2 * 4 * out.numel()                             # four neighbours
+
+
+def backward_grid_sampler(out, grad: Tensor, x, grid, mode, padding, align, wanted: list[bool]) -> int:
+    return 2 * 4 * grad.numel() * (wanted[0] + 2 * wanted[1])              # of the map; of x and of y
+
+
+FORMULAS: dict[str, Callable[..., int]] = {
+    "mm": lambda out, a, b, *_: product(a, b), "bmm": lambda out, a, b, *_: product(a, b),
+    "addmm": lambda out, c, a, b, *_: product(a, b), "baddbmm": lambda out, c, a, b, *_: product(a, b),
+    "mv": lambda out, a, b: 2 * a.numel(), "dot": lambda out, a, b: 2 * a.numel(),
+    "convolution": convolution, "convolution_backward": backward_convolution,
+    "_native_multi_head_attention": multi_head_attention,
+    "_embedding_bag": embedding_bag, "_embedding_bag_forward_only": embedding_bag,
+    "_embedding_bag_per_sample_weights_backward": lambda out, grad, table, index, *_: embedding_bag(out, table, index),
+    "grid_sampler_2d": grid_sampler, "grid_sampler_2d_backward": backward_grid_sampler}
+for kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
+    FORMULAS[f"_scaled_dot_product_{kernel}"] = forward_attention
+    FORMULAS[f"_scaled_dot_product_{kernel}_backward"] = backward_attention
+
+
+class Flops(TorchDispatchMode):
+    """A context; `total` is the number so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        space, _, name = operator.name().partition(".")[0].partition("::")
+        formula, kwargs = FORMULAS.get(name), kwargs or {}
+        if formula is None:
+            with self, enable_reentrant_dispatch():        # made of others, as linear is of addmm? Under autocast too
+                out = operator.decompose(*args, **kwargs) if space == "aten" else NotImplemented
+            if out is not NotImplemented:
+                return out
+            if MULTIPLIES.search(name):
+                raise NotImplementedError(f"{name}: how many operations it takes is not known to {__file__}")
+        out = operator(*args, **kwargs)
+        if formula is not None:
+            self.total += formula(out, *args)
+        return out
+
+
+def count(run: Callable) -> tuple[object, int]:
+    """What `run()` returns, and the floating-point operations it took."""
+    with Flops() as flops:
+        result = run()
+    return result, flops.total

@@ -1,0 +1,78 @@
+"""The comparisons of tests/gpu, which need a GPU to say something new: each is shown to fail for a planted fault."""
+
+import pytest
+import torch.nn.functional as F
+
+import fast
+from sam_vit import Attention
+
+
+@pytest.fixture(scope="module")
+def compare():
+    """tests/gpu/compare.py on the CPU, with its small network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCHNET_TEST_DEVICE", "cpu")
+        import compare
+    return compare
+
+
+@pytest.fixture(scope="module")
+def right(compare):
+    cfg = compare.configuration()
+    model = compare.network(cfg)
+    return compare.logits(model, cfg, 1, compare.DEVICE), compare.one_step(model, cfg, 2, compare.DEVICE)
+
+
+def test_the_comparisons_pass_without_a_fault(compare, right):
+    cfg = compare.configuration()
+    model = compare.network(cfg)
+    compare.same_logits(compare.logits(model, cfg, 1, compare.DEVICE), right[0], 1e-6)
+    losses, gradients = compare.one_step(model, cfg, 2, compare.DEVICE)
+    compare.same_loss(losses, right[1][0], 1e-6)
+    compare.same_gradients(gradients, right[1][1], 1e-5)
+    assert compare.fused_attention_is_taken(model, cfg).startswith("8 layers")
+
+
+def test_a_wrong_scale_in_a_fast_form(compare, right, monkeypatch):
+    wrong = fast.replaced_by(lambda self, x: 1.02 * fast.sam_attention(self, x))(Attention.forward.plain)
+    monkeypatch.setattr(Attention, "forward", wrong)
+    cfg = compare.configuration()
+    model = compare.network(cfg)
+    with pytest.raises(AssertionError, match="logits differ"):
+        compare.same_logits(compare.logits(model, cfg, 1, compare.DEVICE), right[0], 1e-4)
+    losses, gradients = compare.one_step(model, cfg, 2, compare.DEVICE)
+    with pytest.raises(AssertionError, match="gradients differ"):
+        compare.same_gradients(gradients, right[1][1], 1e-3)
+
+
+def test_a_wrong_loss(compare, right):
+    losses = dict(right[1][0], lovasz=1.01 * right[1][0]["lovasz"])
+    with pytest.raises(AssertionError, match="losses differ"):
+        compare.same_loss(losses, right[1][0], 1e-4)
+
+
+@pytest.mark.parametrize("factor", (0.0, 0.5, 1.01))
+def test_a_dropped_gradient(compare, right, factor):
+    cfg = compare.configuration()
+    model = compare.network(cfg)
+    model.ftm.second[1].weight.register_hook(lambda gradient: factor * gradient)
+    _, gradients = compare.one_step(model, cfg, 2, compare.DEVICE)
+    with pytest.raises(AssertionError, match="in ftm.second.1.weight"):
+        compare.same_gradients(gradients, right[1][1], 1e-3)
+
+
+def test_an_attention_that_is_not_fused(compare, monkeypatch):
+    cfg = compare.configuration()
+    model = compare.network(cfg)
+    monkeypatch.setattr(fast, "ENABLED", False)
+    with pytest.raises(AssertionError, match="4 of 8 layers call the fused attention"):
+        compare.fused_attention_is_taken(model, cfg)
+
+
+def test_an_attention_that_falls_back(compare, monkeypatch):
+    """Dropout is one of the things that no fused kernel of a CPU can do."""
+    kernel = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **more: kernel(*args, **more, dropout_p=0.1))
+    cfg = compare.configuration()
+    with pytest.raises(RuntimeError, match="kernel"):
+        compare.fused_attention_is_taken(compare.network(cfg), cfg)
