@@ -13,6 +13,7 @@ import argparse
 import itertools
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from augment import augment
 from config import IGNORE, Config, load_config, user_path
 from engine.errors import UserError, run_program
 from engine.workers import start_worker, watched
-from files.images import read_label, read_photo_of
+from files.images import doubt, read_label, read_photo_of
 from files.layouts import Place, find_split, match_files
 from synthetic.draw import draw
 
@@ -100,7 +101,7 @@ def distinct_colours(count: int) -> tuple[tuple[int, int, int], ...]:
 class PairSet:
     """The labelled photos of one split."""
 
-    def __init__(self, place: Place, pairs: list[tuple[str, str, str]], num_classes: int):
+    def __init__(self, place: Place, pairs: list[tuple[str, Path, Path]], num_classes: int):
         self.place, self.pairs, self.num_classes = place, pairs, num_classes
 
     def __len__(self) -> int:
@@ -111,8 +112,7 @@ class PairSet:
 
     def paths(self, i: int) -> tuple[Path, Path]:
         """Of the photo and of its label."""
-        _, photo, label = self.pairs[i]
-        return self.place.images / photo, self.place.labels / label
+        return self.pairs[i][1:]
 
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         photo, label = self.paths(i)
@@ -160,6 +160,16 @@ def open_split(cfg: Config, split: str) -> PairSet | DrawnSet:
         more = f" (and {len(faults) - 1} more: python datasets.py lists them all)" if len(faults) > 1 else ""
         raise UserError(faults[0] + more)
     return PairSet(place, pairs, len(label_set(cfg).classes))
+
+
+def doubtful_labels(pairs: PairSet | DrawnSet, classes: Sequence[str], looked_at: int = 100) -> str:
+    """What is strange about the labels of a split, judged by some of them; "" if nothing is."""
+    if pairs.place is None:                                # drawn
+        return ""
+    chosen = np.unique(np.linspace(0, len(pairs) - 1, looked_at).round().astype(int))
+    counts = sum(np.bincount(read_label(pairs.paths(i)[1], len(classes)).ravel(), minlength=256) for i in chosen)
+    strange = doubt(counts, classes)
+    return strange and f"{pairs.place.labels}: in {len(chosen)} labels looked at, {strange}; python datasets.py says more"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -243,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config")
     args = parser.parse_intermixed_args(argv)
     cfg = load_config(args.cfg, args.overrides)
-    return check(cfg, Path(args.out or f"{cfg.out or f'runs/{cfg.dataset}'}_data"))
+    return check(cfg, Path(args.out or f"{cfg.out or f'runs/{cfg.dataset}'}_data").expanduser())
 
 
 def check(cfg: Config, out: Path) -> int:

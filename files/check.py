@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from config import IGNORE, Config
 from engine.errors import UserError
-from files.images import orientation, read_label, read_photo, read_photo_of
+from files.images import doubt, orientation, read_label, read_photo, read_photo_of
 from viz import pictures
 
 SIZES = {"lip": {"train": 30_462, "val": 10_000},          # §4.1: pairs of each split
@@ -63,7 +62,7 @@ def report(cfg: Config, labels, found: list[tuple], augmented: Callable, out: Pa
     faults = [fault for split in splits for fault in split.faults + [f for pair in split.pairs for f in pair.faults]]
     notes = [note for split in splits for pair in split.pairs for note in pair.notes]
     notes += side_notes(labels) + absent_notes(splits, labels)
-    faults += [fault for split in splits for fault in count_faults(cfg, split)]
+    faults += [fault for split in splits for fault in count_faults(cfg, split) + class_faults(split, labels)]
     shared, repeated = duplicates(splits)
     if cfg.dataset == "custom":
         faults += [f"{photo}: the same photo as {other}, which is in train" for photo, other in shared]
@@ -139,8 +138,7 @@ def inspect_files(photo: str, label_path: str, num_classes: int) -> Pair:
         return pair
     pair.notes += [("endings in capitals, which other programs may not find", path) for path in (photo, label_path)
                    if Path(path).suffix != Path(path).suffix.lower()]
-    with Image.open(photo) as image:
-        way = orientation(image)
+    way = orientation(photo)
     if way in (2, 3, 4) or (way != 1 and label.shape[0] == label.shape[1]):
         pair.notes.append(("photos with an EXIF orientation that the label's size cannot tell, read as stored", photo))
     return _measured(pair, rgb, label)
@@ -167,6 +165,17 @@ def count_faults(cfg: Config, split: Split) -> list[str]:
         return []
     where = split.source.place.listing or split.source.place.images
     return [f"{where}: {len(split.source):,} {split.name} pairs, the paper has {expected:,}"]
+
+
+def class_faults(split: Split, labels) -> list[str]:
+    strange = doubt(pixel_counts(split), labels.classes) if split.good() else ""
+    place = split.source and split.source.place
+    return [f"{place.labels if place else split.name}: {strange}"] if strange else []
+
+
+def pixel_counts(split: Split) -> np.ndarray:
+    """Pixels of the whole split with each value 0..255."""
+    return sum((split.pairs[i].counts for i in split.good()), np.zeros(256, int))
 
 
 def duplicates(splits: list[Split]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -198,9 +207,9 @@ def side_notes(labels) -> list[Note]:
 def absent_notes(splits: list[Split], labels) -> list[Note]:
     notes = []
     for split in splits:
-        shown = sum((split.pairs[i].counts for i in split.good()), np.zeros(256, int))
+        counts = pixel_counts(split)
         notes += [(f"classes that no photo of {split.name} shows", f"{k} {name}")
-                  for k, name in enumerate(labels.classes) if split.good() and not shown[k]]
+                  for k, name in enumerate(labels.classes) if split.good() and not counts[k]]
     return notes
 
 

@@ -1,17 +1,18 @@
 """How photos and labels are read, and what is said when they cannot be.
 
 Photos: JPEG, PNG, WebP, BMP in any colour mode, as RGB uint8 (H, W, 3). Labels: 8-bit PNG, grey or palette, whose
-pixel values are class numbers, as uint8 (H, W). Pillow opens all of them. The pixels of a whole JPEG are decoded by
-OpenCV, in two thirds of the time; OpenCV 4 would also return one that was cut off, grey from there on.
+pixel values are class numbers, as uint8 (H, W). Pillow decodes all of them: OpenCV takes two thirds of the time for a
+JPEG, but returns one that was cut off as if it were whole, and knows no palette's numbers.
 """
 
-import io
+import contextlib
 import os
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from config import IGNORE
 from engine.errors import UserError
@@ -19,24 +20,32 @@ from engine.errors import UserError
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_PIXELS = 1 << 28                                       # phones take 200 megapixels; tiny files can claim more
+MAX_TEXT = 1 << 28                                         # bytes; image generators keep their whole workflow in a PNG
 ORIENTATION = 0x0112                                       # EXIF tag: which way up the camera was held
-MODES = {"1": "1-bit", "L": "grey", "LA": "grey and alpha", "I": "16-bit", "I;16": "16-bit", "RGB": "colour (RGB)",
-         "RGBA": "colour (RGBA)"}
+
+# How a PNG stores its pixels, in Pillow's words (raw modes).
+LABEL_KINDS = ("L", "P", "P;1", "P;2", "P;4")
+OTHER_KINDS = {"1": "1-bit", "L;2": "2-bit", "L;4": "4-bit", "I;16B": "16-bit", "LA": "grey and alpha",
+               "LA;16B": "16-bit grey and alpha", "RGB": "colour (RGB)", "RGB;16B": "16-bit colour (RGB)",
+               "RGBA": "colour (RGBA)", "RGBA;16B": "16-bit colour (RGBA)"}
+TO_8_BITS = {"L;2": (85, 1), "L;4": (17, 1), "I;16B": (1, 256), "RGB;16B": (1, 256)}     # times, divided by
+MUCH_IGNORED = 0.1                                         # of all pixels; outlines that nobody knows take a few percent
 
 
 def read_photo(path: str | Path) -> np.ndarray:
     """A photo as a viewer shows it: turned by its EXIF orientation."""
-    rgb, image = _photo(path)
-    return _turned(rgb, orientation(image))
+    with _opened(path, PHOTO_FORMATS) as image:
+        return _turned(_rgb(image), _orientation(image))
 
 
 def read_label(path: str | Path, num_classes: int) -> np.ndarray:
     """The class numbers of a label; a value that is neither a class nor 255 (ignore) is a fault."""
-    image = _label(path)
-    if image.mode not in ("L", "P") or (image.mode == "L" and _bit_depth(path) != 8):
-        kind = f"{_bit_depth(path)}-bit" if image.mode == "L" else MODES.get(image.mode, image.mode)
-        raise UserError(f"{path}: a {kind} picture; a label is an 8-bit grey or palette PNG of class numbers")
-    label = np.array(image)
+    with _opened(path, ("PNG",)) as image:
+        kind = _kind(image)
+        label = np.array(image)
+    if kind not in LABEL_KINDS:                            # Pillow stretches grey of few bits: no class numbers any more
+        raise UserError(f"{path}: a {OTHER_KINDS.get(kind, kind)} picture; a label is an 8-bit grey or palette PNG of "
+                        "class numbers")
     if label.max() < num_classes:                          # a tenth of the time of what follows, and most often true
         return label
     strange = (label >= num_classes) & (label != IGNORE)
@@ -49,43 +58,81 @@ def read_label(path: str | Path, num_classes: int) -> np.ndarray:
 
 def read_photo_of(label: np.ndarray, path: str | Path, label_path: str | Path) -> np.ndarray:
     """The photo a label was drawn on: turned by its EXIF orientation only where that makes the sizes match."""
-    rgb, image = _photo(path)
-    if rgb.shape[:2] != label.shape:
-        rgb = _turned(rgb, orientation(image))
+    with _opened(path, PHOTO_FORMATS) as image:
+        rgb = _rgb(image)
+        if rgb.shape[:2] != label.shape:
+            rgb = _turned(rgb, _orientation(image))
     if rgb.shape[:2] != label.shape:
         raise UserError(f"{path}: {image.width} x {image.height} pixels, but its label {label_path} has "
                         f"{label.shape[1]} x {label.shape[0]}")
     return rgb
 
 
-def orientation(image: Image.Image) -> int:
-    """1 (as stored) to 8, see `_turned`."""
-    try:
-        return image.getexif().get(ORIENTATION, 1)
-    except Exception:                                      # a damaged tag does not make the photo unusable
-        return 1
+def orientation(path: str | Path) -> int:
+    """Of a photo, by its EXIF tag: 1 (as stored) to 8, see `_turned`."""
+    with _opened(path, PHOTO_FORMATS) as image:
+        return _orientation(image)
 
 
-def _photo(path: str | Path) -> tuple[np.ndarray, Image.Image]:
-    """The pixels as stored, RGB, and the picture they are from, for its tags."""
+def doubt(counts: np.ndarray, classes: Sequence[str]) -> str:
+    """What is strange about labels in which the values 0..255 occur `counts` times (256,), in words; "" if nothing is.
+
+    Many tools write masks of two classes as 0 and 255, or background as 255 and the classes from 0.
+    """
+    seen, ignored = counts[:len(classes)] > 0, counts[IGNORE] / max(counts.sum(), 1)
+    absent = [f"{k} {name}" for k, name in enumerate(classes) if not seen[k]]
+    if len(classes) < 2 or seen.all() or seen.sum() > 1 and ignored < MUCH_IGNORED:
+        return ""
+    hint = f", and {ignored:.1%} of the pixels are {IGNORE}, which is ignored: classes are 0 to {len(classes) - 1}"
+    return f"no label shows {', '.join(absent)}" + (hint if ignored else "")
+
+
+class _Limits:
+    """Pillow's limits are global. While a picture is read here, by however many threads, they are these; then they are
+    what they were before, for whoever else uses Pillow in this process."""
+
+    OURS = ((Image, "MAX_IMAGE_PIXELS", None),             # `_opened` has a limit of its own
+            (PngImagePlugin, "MAX_TEXT_CHUNK", MAX_TEXT), (PngImagePlugin, "MAX_TEXT_MEMORY", MAX_TEXT))
+
+    def __init__(self):
+        self.lock, self.readers, self.theirs = threading.Lock(), 0, ()
+
+    def __enter__(self):
+        with self.lock:
+            if not self.readers:
+                self.theirs = [(module, name, getattr(module, name)) for module, name, _ in self.OURS]
+                self._set(self.OURS)
+            self.readers += 1
+
+    def __exit__(self, *_):
+        with self.lock:
+            self.readers -= 1
+            if not self.readers:
+                self._set(self.theirs)
+
+    @staticmethod
+    def _set(limits):
+        for module, name, value in limits:
+            setattr(module, name, value)
+
+
+_LIMITS = _Limits()
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    """The picture of a file, not yet decoded. What is wrong with it, here or in the block, is a `UserError`."""
     try:
-        data = Path(path).read_bytes()
-        with Image.open(io.BytesIO(data), formats=PHOTO_FORMATS) as image:
+        with _LIMITS, Image.open(path, formats=formats) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-            rgb = _rgb_of_jpeg(image, data)
-            return _rgb(image) if rgb is None else rgb, image
-    except Exception as error:                             # damaged files make the decoders raise a dozen kinds
-        raise UserError(f"{path}: {_what_is_wrong(Path(path), error, PHOTO_FORMATS)}") from None
-
-
-def _label(path: str | Path) -> Image.Image:
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            image.load()
-        return image
-    except Exception as error:                             # as above
-        raise UserError(f"{path}: {_what_is_wrong(Path(path), error, ('PNG',))}") from None
+                raise UserError(f"{path}: {image.width} x {image.height} pixels are too many, make it smaller first")
+            yield image
+    except UserError:
+        raise
+    except MemoryError:
+        raise UserError(f"{path}: does not fit into the memory") from None
+    except Exception as error:                             # damaged files make the decoder raise a dozen kinds
+        raise UserError(f"{path}: {_what_is_wrong(Path(path), error, formats)}") from None
 
 
 def _what_is_wrong(path: Path, error: Exception, formats: tuple[str, ...]) -> str:
@@ -97,40 +144,55 @@ def _what_is_wrong(path: Path, error: Exception, formats: tuple[str, ...]) -> st
         return "a folder, not a picture"
     if path.stat().st_size == 0:
         return "an empty file (0 bytes)"
-    if isinstance(error, Image.UnidentifiedImageError):
+    reason = _refusal(path, formats) if isinstance(error, Image.UnidentifiedImageError) else str(error)
+    if not reason:
         advice = ", whatever its name says" if path.suffix.lower() in PHOTO_ENDINGS else ": convert it first"
         return f"not a picture in {', '.join(formats)} format{advice}"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"too many pixels, make it smaller first ({' '.join(str(error).split())})"
-    return f"damaged or cut off ({' '.join(str(error).split())})"
+    return f"damaged or cut off ({' '.join(reason.split())})"
 
 
-def _bit_depth(path: str | Path) -> int:
-    """Of a PNG, from its header: Pillow stretches 1, 2 and 4-bit grey to 0..255, which ruins class numbers."""
-    with open(path, "rb") as file:
-        return file.read(25)[24]
+def _refusal(path: Path, formats: tuple[str, ...]) -> str:
+    """Why Pillow, which calls all such files unidentified, does not open one that begins as these do; "": none does."""
+    with _LIMITS, open(path, "rb") as file:
+        for decoder, accepts in (Image.OPEN[name] for name in formats):
+            file.seek(0)
+            if accepts(file.read(16)):
+                file.seek(0)
+                try:
+                    decoder(file, "")
+                except Exception as error:                 # as above
+                    return str(error) or type(error).__name__
+    return ""
 
 
-def _rgb_of_jpeg(image: Image.Image, data: bytes) -> np.ndarray | None:
-    """None if it is no JPEG in grey or colour, or its end marker is nowhere behind the start of its pixels."""
-    if image.format != "JPEG" or image.mode not in ("L", "RGB"):
-        return None
-    at = 2
-    while data[at:at + 1] == b"\xff" and data[at + 1:at + 2] != b"\xda":     # segments before them: EXIF, a thumbnail
-        at += 2 + int.from_bytes(data[at + 2:at + 4], "big")
-    if data.rfind(b"\xff\xd9", at) < 0:
-        return None
-    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+def _kind(image: Image.Image) -> str:
+    """How an opened PNG that is not yet decoded stores its pixels."""
+    return image.tile[0][3] if image.tile else ""
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
+    """The pixels as stored; what is transparent is white."""
+    scale = TO_8_BITS.get(_kind(image))
+    image.load()
+    clear = image.info.get("transparency")                 # a colour in the file's own depth, or alpha of a palette
+    if clear is not None and scale:
+        clear = (np.array(clear) * scale[0] // scale[1]).tolist()
     if image.mode.startswith("I"):                         # 16-bit grey, which Pillow's convert would clip at 255
-        grey = (np.asarray(image) >> 8).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")                      # shown on white
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if clear is not None:
+        image.info["transparency"] = tuple(clear) if isinstance(clear, list) else clear
+    if image.mode in ("RGBA", "LA", "PA") or clear is not None:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema() != (0, 0):   # transparent everywhere: the clipboard leaves alpha unused
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:                                      # a damaged tag does not make the photo unusable
+        return 1
 
 
 def _turned(rgb: np.ndarray, way: int) -> np.ndarray:

@@ -4,6 +4,8 @@ The official layouts come first, then the ways in which people unpack and other 
 """
 
 import os
+import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from config import Config
 from engine.errors import UserError
 from files.images import PHOTO_ENDINGS
 
+LABEL_ENDINGS = (".png",)
+TWO_PATHS = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, PHOTO_ENDINGS))}))\s+(.+)", re.IGNORECASE)   # of a line
 
 def _below(folders: str, *names: str) -> tuple[str, ...]:
     """Every name below every one of the folders, "." for the data root itself."""
@@ -43,6 +47,7 @@ LAYOUTS = {
 @dataclass(frozen=True)
 class Place:
     """The folders of one split."""
+    root: Path                                             # data_root
     images: Path
     labels: Path
     listing: Path | None                                   # None: every photo of the folder
@@ -69,7 +74,7 @@ def find_split(cfg: Config, split: str) -> Place:
     shared = images.name in ("Images", "JPEGImages") and images.parent.name not in ("Training", "Validation")
     if listing is None and (lists_at if cfg.dataset == "custom" else shared):    # shared: both splits in one folder
         raise UserError(_missing(root, lists_at, f"list of {split} names"))
-    return Place(images, labels, listing)
+    return Place(root, images, labels, listing)
 
 
 def _candidates(cfg: Config, split: str) -> tuple[tuple[str, ...], ...]:
@@ -77,7 +82,7 @@ def _candidates(cfg: Config, split: str) -> tuple[tuple[str, ...], ...]:
     if cfg.dataset == "custom":
         own = {"train": (cfg.train_images, cfg.train_labels, cfg.train_list),
                "val": (cfg.val_images, cfg.val_labels, cfg.val_list)}[split]
-        return tuple((place,) if place else () for place in own)
+        return tuple((os.path.expanduser(place),) if place else () for place in own)
     words = {"split": split, "Split": {"train": "Training", "val": "Validation"}[split]}
     return tuple(tuple(place.format(**words) for place in places) for places in LAYOUTS[cfg.dataset])
 
@@ -85,8 +90,9 @@ def _candidates(cfg: Config, split: str) -> tuple[tuple[str, ...], ...]:
 def _first(root: Path, places: tuple[str, ...], exists) -> Path | None:
     for base in (root, root / root.name):                  # archives often unpack into a folder of their own name
         for place in places:
-            if exists(base / place):
-                return base / place
+            for path in spellings(Path(os.path.normpath(base / place))):
+                if exists(path):
+                    return path
     return None
 
 
@@ -98,75 +104,154 @@ def _missing(root: Path, places: tuple[str, ...], what: str) -> str:
     return f"data_root {root}: no {what}{hint}; looked for {', '.join(places)}, and the same below {root.name}/"
 
 
-def match_files(place: Place) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """(name, photo file, label file) of a split in its order, and in words every fault of the names."""
-    faults = []
-    photos = _by_stem(place.images, PHOTO_ENDINGS, faults)
-    labels = _by_stem(place.labels, (".png",), faults)
-    names = _read_list(place.listing, faults) if place.listing else sorted(photos)
-    named = f"{place.listing} names it, but " if place.listing else ""
-    pairs = []
-    for name in names:
-        if name not in photos:
-            faults.append(f"{place.images / name}: {named}there is no such photo{_close(name, photos)}")
-        if name not in labels:
-            faults.append(f"{place.labels / name}.png: {named}there is no such label"
-                          + (_close(name, labels) or _not_png(place.labels, name)))
-        if name in photos and name in labels:
-            pairs.append((name, photos[name], labels[name]))
-    if not place.listing:
-        faults += [f"{place.labels / labels[name]}: there is no photo to this label in {place.images}"
-                   for name in sorted(labels.keys() - photos.keys())]
-    if not names:
+def match_files(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
+    """(name, photo, label) of a split in its order, and in words every fault of the names."""
+    pairs, faults = _listed(place) if place.listing else _unlisted(place)
+    if not pairs and not faults:
         faults.append(f"{place.listing or place.images}: empty, there is nothing to read")
     return pairs, faults
 
 
-def _by_stem(folder: Path, endings: tuple[str, ...], faults: list[str]) -> dict[str, str]:
-    """File names by their stem. Hidden files (.DS_Store, ._x.jpg) do not count, endings may be in capitals."""
+def _unlisted(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
+    """Every photo of the folder, with the label of its name."""
+    if os.path.samefile(place.images, place.labels):
+        return [], [f"{place.images}: photos and labels lie in one folder: move the labels into one of their own, or give "
+                    "a list that names the photos with their endings"]
+    photos, labels = _Folder(place.images, PHOTO_ENDINGS), _Folder(place.labels, LABEL_ENDINGS)
+    faults = [f"{folder.path / other}: {first} has the same name, one of the two must go"
+              for folder in (photos, labels) for first, *others in folder.files.values() for other in others]
+    faults += [f"{place.labels / name}.png: there is no such label{labels.hint(name)}"
+               for name in photos.files if name not in labels.files]
+    faults += [f"{place.labels / files[0]}: there is no photo to this label in {place.images}"
+               for name, files in labels.files.items() if name not in photos.files]
+    return [(name, place.images / files[0], place.labels / labels.files[name][0])
+            for name, files in photos.files.items() if name in labels.files], faults
+
+
+def _listed(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
+    """What a list names, in its order; a line that names no photo, no label, or several is a fault.
+
+    A line is the path of a photo, or of a photo and its label: below the split's folder of photos (of labels), the next
+    folder above that up to data_root, or the list's own, the first of them that has it. A photo alone has the label of
+    its own path.
+    """
     try:
-        files = sorted(entry.name for entry in folder.iterdir())
-    except OSError as error:
-        raise UserError(f"{folder}: the folder cannot be read ({error.strerror})") from None
-    found = {}
-    for file in files:
-        stem, ending = Path(file).stem, Path(file).suffix.lower()
-        if file.startswith(".") or ending not in endings:
-            continue
-        if stem in found:
-            faults.append(f"{folder / file}: {found[stem]} has the same name, one of the two must go")
-        found[stem] = file
-    return found
-
-
-def _close(name: str, files: dict[str, str]) -> str:
-    for stem in files:
-        if stem.lower() == name.lower():
-            return f" ({files[stem]} differs in capitals)"
-    return ""
-
-
-def _not_png(folder: Path, name: str) -> str:
-    for ending in (*PHOTO_ENDINGS, ".gif", ".tif", ".tiff", ".npy", ".mat"):
-        if os.path.exists(folder / f"{name}{ending}"):
-            return f" ({name}{ending} is there, but a label is a PNG)"
-    return ""
-
-
-def _read_list(path: Path, faults: list[str]) -> list[str]:
-    """The names of a list, one a line: bare, with an ending, or a photo's and a label's path side by side."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = place.listing.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a list of names ({error})") from None
-    names = {}
+        raise UserError(f"{place.listing}: cannot be read as a list of names ({error})") from None
+    photos, labels = _Files(place, place.images, PHOTO_ENDINGS), _Files(place, place.labels, LABEL_ENDINGS)
+    pairs, faults, first = [], [], {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        first = line.split()[0]
-        path_of_photo = Path(first if Path(first).suffix.lower() in PHOTO_ENDINGS else line.strip())
-        name = path_of_photo.stem if path_of_photo.suffix.lower() in PHOTO_ENDINGS else path_of_photo.name
-        if name in names:
-            faults.append(f"{path}, line {number}: {name} stands there twice, first in line {names[name]}")
-        names.setdefault(name, number)
-    return list(names)
+        try:
+            pair = _pair(line.strip().replace("\\", "/"), photos, labels)
+            if first.setdefault(pair[0], number) != number:
+                raise _Unclear(f"{pair[0]} stands there twice, first in line {first[pair[0]]}")
+            pairs.append(pair)
+        except _Unclear as error:
+            faults.append(f"{place.listing}, line {number}: {error}")
+    return pairs, faults
+
+
+class _Unclear(Exception):
+    """A line of a list that does not say which photo and which label it means."""
+
+
+def _pair(line: str, photos: "_Files", labels: "_Files") -> tuple[str, Path, Path]:
+    both = TWO_PATHS.fullmatch(line)
+    if both and photos.find(line):                         # the blank is one of the photo's name
+        both = None
+    photo = photos.one(both[1] if both else line)
+    inside = photo.is_relative_to(photos.below)
+    name = photo.relative_to(photos.below if inside else photo.anchor).with_suffix("").as_posix()
+    if both:
+        label = labels.one(both[2])
+    elif inside:
+        label = labels.one(f"{name}.png", here=True)
+    else:
+        raise _Unclear(f"{photo} is not below {photos.below}: name its label behind it")
+    if label == photo:
+        raise _Unclear(f"{photo} would be photo and label at once")
+    return name, photo, label
+
+
+class _Folder:
+    """The files of a folder that have one of the endings, in any capitals. Hidden ones (.DS_Store, ._x.jpg) do not count.
+
+    Names are compared in Unicode's composed form: a Mac stores an accent as a sign of its own.
+    """
+
+    def __init__(self, path: Path, endings: tuple[str, ...]):
+        self.path, self.endings = path, endings
+        self.files: dict[str, list[str]] = {}              # by their names without ending
+        self.near: dict[str, str] = {}                     # all, whatever the ending, in small letters
+        try:
+            names = sorted(os.listdir(path))
+        except OSError as error:
+            raise UserError(f"{path}: the folder cannot be read ({error.strerror})") from None
+        for file in names:
+            name, ending = os.path.splitext(composed(file))
+            self.near.setdefault(name.lower(), file)
+            if ending.lower() in endings and not file.startswith("."):
+                self.files.setdefault(name, []).append(file)
+
+    def find(self, name: str) -> list[Path]:
+        """The file of this name; else those that have it but for their endings."""
+        stem, ending = os.path.splitext(composed(name))
+        whole = [file for file in self.files.get(stem, ()) if os.path.splitext(file)[1].lower() == ending.lower()]
+        return [self.path / file for file in whole or self.files.get(stem + ending, ())]
+
+    def hint(self, name: str) -> str:
+        """What there is instead of a file that there is not."""
+        name = composed(name).lower()
+        file = self.near.get(name) or self.near.get(os.path.splitext(name)[0])
+        if file is None:
+            return ""
+        if os.path.splitext(file)[1].lower() not in self.endings:
+            return f" ({file} is there, but not as {' '.join(self.endings)})"
+        return f" ({file} is there, look at capitals and ending)"
+
+
+class _Files:
+    """Finds the files that the lines of a list name; every folder is read once."""
+
+    def __init__(self, place: Place, below: Path, endings: tuple[str, ...]):
+        above = [folder for folder in below.parents if folder.is_relative_to(place.root)]
+        self.below, self.places = below, (below, *above, place.listing.parent)
+        self.endings, self.folders = endings, {}
+
+    def at(self, path: Path) -> list[Path]:
+        """The files of this path, with or without its ending."""
+        path = Path(os.path.normpath(path))
+        if path.parent not in self.folders:
+            there = next(filter(os.path.isdir, spellings(path.parent)), None)
+            self.folders[path.parent] = there and _Folder(there, self.endings)
+        folder = self.folders[path.parent]
+        return folder.find(path.name) if folder else []
+
+    def find(self, text: str) -> list[Path]:
+        """The files that a path in a list means. One that begins with / may mean data_root: PASCAL-Person-Part's do."""
+        paths = [Path(text)] if text.startswith("/") else []
+        return next(filter(None, map(self.at, [*paths, *(place / text.lstrip("/") for place in self.places)])), [])
+
+    def one(self, text: str, here: bool = False) -> Path:
+        """The only file that a path means; `here`: below the split's folder."""
+        found = self.at(self.below / text) if here else self.find(text)
+        if len(found) > 1:
+            raise _Unclear(f"{text} may be {' or '.join(map(str, found))}: give its ending, or rename one")
+        if not found:
+            kind = "label" if self.endings == LABEL_ENDINGS else "photo"
+            folder = self.folders.get((self.below / text).parent)
+            raise _Unclear(f"there is no {kind} {text} in {self.below}"
+                           + ("" if here else " or above it") + (folder.hint(Path(text).name) if folder else ""))
+        return found[0]
+
+
+def composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def spellings(path: Path) -> list[Path]:
+    """The same path with accents as they are, as part of their letters, as signs of their own."""
+    return [path, *(Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))]

@@ -58,6 +58,35 @@ def custom(root, **more):
                       "crop_size": 32, "base_size": 32, "batch_size": 4, "workers": 0, **more}, "test")
 
 
+def chunk(kind, data, damage=0):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) ^ damage)
+
+
+def png(values, depth=8, before=b"", after=b""):
+    """A PNG of grey (h, w), colour (h, w, 3) or both with alpha (h, w, 2 or 4), of `depth` bits; Pillow writes few of them.
+
+    `before`, `after`: chunks around the pixels.
+    """
+    (h, w), kind = values.shape[:2], {1: 0, 3: 2, 2: 4, 4: 6}[1 if values.ndim == 2 else values.shape[2]]
+    values = values.reshape(h, -1)
+    if depth == 16:
+        rows = values.astype(">u2").view(np.uint8)
+    else:
+        bits = np.unpackbits(values.astype(np.uint8)[..., None], axis=-1)[..., 8 - depth:].reshape(h, -1)
+        rows = np.packbits(bits, axis=1)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, depth, kind, 0, 0, 0)) + before
+            + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))) + after + chunk(b"IEND", b""))
+
+
+def bmp(rgb, alpha, header):
+    """A 32-bit BMP with a header of 40 (no alpha), 108 (V4, as the clipboard writes it) or 124 bytes (V5)."""
+    bgra = np.dstack([rgb[..., ::-1], alpha])[::-1].astype(np.uint8).tobytes()
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) if header > 40 else b""
+    info = struct.pack("<IiiHHIIiiII", header, rgb.shape[1], rgb.shape[0], 1, 32, 3 if masks else 0, len(bgra), 0, 0, 0, 0)
+    info = (info + masks).ljust(header, b"\0")
+    return b"BM" + struct.pack("<IHHI", 14 + len(info) + len(bgra), 0, 0, 14 + len(info)) + info + bgra
+
+
 def run_check(cfg, tmp_path, capsys):
     code = datasets.check(cfg, tmp_path / "sheets")
     return code, capsys.readouterr().out
@@ -316,18 +345,6 @@ def relink(path):
     path.symlink_to("nowhere.jpg")
 
 
-def grey_png(values, depth):
-    """A grey PNG of `depth` bits, which Pillow reads but does not write."""
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    h, w = values.shape
-    bits = np.unpackbits(values[..., None], axis=-1)[..., 8 - depth:].reshape(h, -1)
-    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in bits)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, depth, 0, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
-
-
 PHOTO, LABEL = "images/train/p1.jpg", "labels/train/p1.png"
 RGB, GREY = picture(1), np.array(numbers(1))
 FAULTS = {                                                 # what is planted, what the message says, more config
@@ -341,11 +358,11 @@ FAULTS = {                                                 # what is planted, wh
     "RGB label": (lambda r: replace(r / LABEL, RGB), [LABEL, "colour (RGB)"], {}),
     "RGBA label": (lambda r: replace(r / LABEL, RGB.convert("RGBA")), [LABEL, "colour (RGBA)"], {}),
     "16-bit label": (lambda r: replace(r / LABEL, Image.fromarray(GREY.astype(np.uint16))), [LABEL, "16-bit"], {}),
-    "4-bit grey label": (lambda r: (r / LABEL).write_bytes(grey_png(GREY, 4)), [LABEL, "4-bit"], {}),
+    "4-bit grey label": (lambda r: (r / LABEL).write_bytes(png(GREY, 4)), [LABEL, "4-bit"], {}),
     "1-bit label": (lambda r: replace(r / LABEL, RGB.convert("1")), [LABEL, "1-bit"], {}),
     "JPEG named .png": (lambda r: replace(r / LABEL, numbers(1), format="JPEG"), [LABEL, "not a picture in PNG"], {}),
     "label only as JPEG": (lambda r: (r / LABEL).rename((r / LABEL).with_suffix(".jpg")),
-                           [LABEL, "no such label (p1.jpg is there, but a label is a PNG)"], {}),
+                           [LABEL, "no such label (p1.jpg is there, but not as .png)"], {}),
     "truncated JPEG": (lambda r: swap_bytes(r / PHOTO, lambda b: b[:len(b) // 2]), [PHOTO, "damaged or cut off"], {}),
     "truncated PNG": (lambda r: swap_bytes(r / LABEL, lambda b: b[:len(b) // 2]), [LABEL, "damaged or cut off"], {}),
     "PNG with a flipped byte": (lambda r: swap_bytes(r / LABEL, lambda b: b[:60] + bytes([b[60] ^ 255]) + b[61:]),
@@ -359,9 +376,36 @@ FAULTS = {                                                 # what is planted, wh
     "two photos of one name": (lambda r: save(RGB, r / "images/train/p1.png"),
                                ["images/train/p1.png", "same name"], {}),
     "list names a missing id": (lambda r: (r / "t.txt").write_text("p0\np9\n"),
-                                ["t.txt names it", "train/p9", "no such photo"], {"train_list": "t.txt"}),
+                                ["t.txt, line 2", "no photo p9"], {"train_list": "t.txt"}),
     "list in other capitals": (lambda r: (r / "t.txt").write_text("p0\nP1\n"),
-                               ["train/P1", "p1.jpg differs in capitals"], {"train_list": "t.txt"}),
+                               ["t.txt, line 2", "no photo P1", "(p1.jpg is there, look at capitals"],
+                               {"train_list": "t.txt"}),
+    "list in another ending": (lambda r: (r / "t.txt").write_text("p0\np1.png\n"),
+                               ["t.txt, line 2", "no photo p1.png", "(p1.jpg is there"], {"train_list": "t.txt"}),
+    "list of another split's photos": (lambda r: (r / "t.txt").write_text("p0\nimages/val/p1.jpg\n"),
+                                       ["t.txt, line 2", "images/val/p1.jpg is not below", "images/train: name its label"],
+                                       {"train_list": "t.txt"}),
+    "list names a folder that is not there": (lambda r: (r / "t.txt").write_text("p0\na/p1.jpg\n"),
+                                              ["t.txt, line 2", "no photo a/p1.jpg"], {"train_list": "t.txt"}),
+    "list names a label that is not there": (
+        lambda r: (r / "t.txt").write_text("p0\nimages/train/p1.jpg labels/test/p1.png\n"),
+        ["t.txt, line 2", "no label labels/test/p1.png"], {"train_list": "t.txt"}),
+    "list names a photo whose label is not there": (lambda r: ((r / "t.txt").write_text("p0\np1.jpg"), (r / LABEL).unlink()),
+                                                    ["t.txt, line 2", "no label p1.png"], {"train_list": "t.txt"}),
+    "list leaves open which photo": (lambda r: ((r / "t.txt").write_text("p0\np1\n"), save(RGB, r / "images/train/p1.png")),
+                                     ["t.txt, line 2", "p1 may be", "p1.jpg or", "p1.png: give"], {"train_list": "t.txt"}),
+    "list names a photo as its label": (lambda r: (save(numbers(1), r / "images/train/q.png"),
+                                                   (r / "t.txt").write_text("p0\nq.png images/train/q.png\n")),
+                                        ["t.txt, line 2", "q.png would be photo and label"], {"train_list": "t.txt"}),
+    "list with another column": (lambda r: (r / "t.txt").write_text("p0\np1 1\n"), ["t.txt, line 2", "no photo p1 1"],
+                                 {"train_list": "t.txt"}),
+    "names that differ in their accents' form": (
+        lambda r: [save(RGB, r / f"images/train/{name}.jpg") for name in ("\u00e9", "e\u0301")]
+        + [save(numbers(1), r / "labels/train/\u00e9.png")], ["images/train/\u00e9.jpg", "same name"], {}),
+    "photos and labels in one folder": (
+        lambda r: [p.rename(r / "images/train" / p.name) for p in (r / "labels/train").iterdir()],
+        ["images/train: photos and labels lie in one folder", "move the labels", "give a list"],
+        {"train_labels": "images/train"}),
     "duplicate id": (lambda r: (r / "t.txt").write_text("p0\np1\np0.jpg\n"),
                      ["t.txt, line 3", "p0 stands there twice, first in line 1"], {"train_list": "t.txt"}),
     "binary list": (lambda r: (r / "t.txt").write_bytes(b"\xff\xfe\x00p"),
@@ -383,7 +427,11 @@ def no_superuser():
     if os.geteuid():
         yield
         return
+    from concurrent.futures import ProcessPoolExecutor  # noqa: F401
+
+    import files.check  # noqa: F401
     "".encode("utf-8-sig")                                 # Python itself may lie where only the superuser can read
+    Image.init()
     os.seteuid(65534)
     try:
         yield
