@@ -30,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import inference
@@ -283,7 +282,6 @@ def run(args: argparse.Namespace, report: Report):
 
 def main(argv: list[str] | None = None) -> int:
     args, report, stopped = arguments(argv), Report(), False
-    Image.MAX_IMAGE_PIXELS = None                          # Pillow warns from 89 megapixels on; files.py has a limit
     start = time.monotonic()
     try:
         run(args, report)

@@ -7,7 +7,7 @@ JPEG, but returns one that was cut off as if it were whole, and knows no palette
 
 import contextlib
 import os
-import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from engine.errors import UserError
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_PIXELS = 1 << 28                                       # phones take 200 megapixels; tiny files can claim more
-MAX_TEXT = 1 << 28                                         # bytes; image generators keep their whole workflow in a PNG
 ORIENTATION = 0x0112                                       # EXIF tag: which way up the camera was held
 
 # How a PNG stores its pixels, in Pillow's words (raw modes).
@@ -28,8 +27,12 @@ LABEL_KINDS = ("L", "P", "P;1", "P;2", "P;4")
 OTHER_KINDS = {"1": "1-bit", "L;2": "2-bit", "L;4": "4-bit", "I;16B": "16-bit", "LA": "grey and alpha",
                "LA;16B": "16-bit grey and alpha", "RGB": "colour (RGB)", "RGB;16B": "16-bit colour (RGB)",
                "RGBA": "colour (RGBA)", "RGBA;16B": "16-bit colour (RGBA)"}
-TO_8_BITS = {"L;2": (85, 1), "L;4": (17, 1), "I;16B": (1, 256), "RGB;16B": (1, 256)}     # times, divided by
-MUCH_IGNORED = 0.1                                         # of all pixels; outlines that nobody knows take a few percent
+TO_8_BITS = {"1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}        # what Pillow multiplies their values by
+
+# Pillow's limits against small files that unpack into all of the memory hold for a whole process, its threads and forks.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2                   # it refuses twice as many, and would warn from here on
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY           # image generators keep a whole workflow in one
 
 
 def read_photo(path: str | Path) -> np.ndarray:
@@ -79,58 +82,20 @@ def doubt(counts: np.ndarray, classes: Sequence[str]) -> str:
 
     Many tools write masks of two classes as 0 and 255, or background as 255 and the classes from 0.
     """
-    seen, ignored = counts[:len(classes)] > 0, counts[IGNORE] / max(counts.sum(), 1)
-    absent = [f"{k} {name}" for k, name in enumerate(classes) if not seen[k]]
-    if len(classes) < 2 or seen.all() or seen.sum() > 1 and ignored < MUCH_IGNORED:
+    seen, ignored = counts[:len(classes)] > 0, counts[IGNORE] / counts.sum()
+    if seen.all() or (not ignored and seen.sum() > 1):
         return ""
-    hint = f", and {ignored:.1%} of the pixels are {IGNORE}, which is ignored: classes are 0 to {len(classes) - 1}"
-    return f"no label shows {', '.join(absent)}" + (hint if ignored else "")
-
-
-class _Limits:
-    """Pillow's limits are global. While a picture is read here, by however many threads, they are these; then they are
-    what they were before, for whoever else uses Pillow in this process."""
-
-    OURS = ((Image, "MAX_IMAGE_PIXELS", None),             # `_opened` has a limit of its own
-            (PngImagePlugin, "MAX_TEXT_CHUNK", MAX_TEXT), (PngImagePlugin, "MAX_TEXT_MEMORY", MAX_TEXT))
-
-    def __init__(self):
-        self.lock, self.readers, self.theirs = threading.Lock(), 0, ()
-
-    def __enter__(self):
-        with self.lock:
-            if not self.readers:
-                self.theirs = [(module, name, getattr(module, name)) for module, name, _ in self.OURS]
-                self._set(self.OURS)
-            self.readers += 1
-
-    def __exit__(self, *_):
-        with self.lock:
-            self.readers -= 1
-            if not self.readers:
-                self._set(self.theirs)
-
-    @staticmethod
-    def _set(limits):
-        for module, name, value in limits:
-            setattr(module, name, value)
-
-
-_LIMITS = _Limits()
+    absent = [f"{k} {name}" for k, name in enumerate(classes) if not seen[k]]
+    more = f", but {ignored:.2%} of the pixels are {IGNORE}, which is ignored and no class" if ignored else ""
+    return f"no label shows {', '.join(absent)}{more}; classes are 0 to {len(classes) - 1}"
 
 
 @contextlib.contextmanager
 def _opened(path: str | Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
     """The picture of a file, not yet decoded. What is wrong with it, here or in the block, is a `UserError`."""
     try:
-        with _LIMITS, Image.open(path, formats=formats) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"{path}: {image.width} x {image.height} pixels are too many, make it smaller first")
+        with Image.open(path, formats=formats) as image:
             yield image
-    except UserError:
-        raise
-    except MemoryError:
-        raise UserError(f"{path}: does not fit into the memory") from None
     except Exception as error:                             # damaged files make the decoder raise a dozen kinds
         raise UserError(f"{path}: {_what_is_wrong(Path(path), error, formats)}") from None
 
@@ -144,6 +109,10 @@ def _what_is_wrong(path: Path, error: Exception, formats: tuple[str, ...]) -> st
         return "a folder, not a picture"
     if path.stat().st_size == 0:
         return "an empty file (0 bytes)"
+    if isinstance(error, MemoryError):
+        return "does not fit into the memory"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too many pixels, make it smaller first ({error})"
     reason = _refusal(path, formats) if isinstance(error, Image.UnidentifiedImageError) else str(error)
     if not reason:
         advice = ", whatever its name says" if path.suffix.lower() in PHOTO_ENDINGS else ": convert it first"
@@ -152,11 +121,12 @@ def _what_is_wrong(path: Path, error: Exception, formats: tuple[str, ...]) -> st
 
 
 def _refusal(path: Path, formats: tuple[str, ...]) -> str:
-    """Why Pillow, which calls all such files unidentified, does not open one that begins as these do; "": none does."""
-    with _LIMITS, open(path, "rb") as file:
-        for decoder, accepts in (Image.OPEN[name] for name in formats):
+    """Why a file that begins like one of these is not opened, in its decoder's words: `Image.open` has none. "": no such
+    file."""
+    with open(path, "rb") as file:
+        for decoder, begins in (Image.OPEN[name] for name in formats):
             file.seek(0)
-            if accepts(file.read(16)):
+            if begins(file.read(16)):
                 file.seek(0)
                 try:
                     decoder(file, "")
@@ -171,19 +141,19 @@ def _kind(image: Image.Image) -> str:
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
-    """The pixels as stored; what is transparent is white."""
-    scale = TO_8_BITS.get(_kind(image))
+    """The pixels as stored, of 8 bits; what is transparent is white."""
+    kind, clear = _kind(image), image.info.get("transparency")           # a value as it is stored, or alpha of a palette
+    if kind == "I;16B":                                    # 16-bit grey, which Pillow would clip at 255
+        values = np.asarray(image)
+        grey = np.where(values == clear, 255, values >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
     image.load()
-    clear = image.info.get("transparency")                 # a colour in the file's own depth, or alpha of a palette
-    if clear is not None and scale:
-        clear = (np.array(clear) * scale[0] // scale[1]).tolist()
-    if image.mode.startswith("I"):                         # 16-bit grey, which Pillow's convert would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if clear is not None:
+    if clear is not None and kind in TO_8_BITS:
+        clear = np.minimum(np.array(clear) * TO_8_BITS[kind], 255).astype(int).tolist()
         image.info["transparency"] = tuple(clear) if isinstance(clear, list) else clear
-    if image.mode in ("RGBA", "LA", "PA") or clear is not None:
+    if image.mode in ("RGBA", "LA") or clear is not None:
         image = image.convert("RGBA")
-        if image.getchannel("A").getextrema() != (0, 0):   # transparent everywhere: the clipboard leaves alpha unused
+        if image.getchannel("A").getextrema() != (0, 0):   # all transparent: what writes a clipboard leaves alpha unused
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 

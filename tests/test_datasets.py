@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import datasets
 from config import Config, from_dict
 from datasets import LABEL_SETS, BatchOrder, LabelSet, TrainSet, label_set, open_split, train_loader
 from engine.errors import UserError
-from files.images import ORIENTATION, read_photo
+from files.images import ORIENTATION, read_label, read_photo
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT.parent / "shared/data/samples"
@@ -250,6 +251,86 @@ def test_photo_modes(tmp_path, mode, ending, tolerance):
     rgb = read_photo(tmp_path / f"x.{ending}")
     assert rgb.shape == (30, 40, 3) and rgb.dtype == np.uint8 and rgb.flags.writeable
     assert np.abs(rgb.astype(int) - expected).max() <= tolerance
+
+
+def written(path, content):
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_png_of_every_depth_with_what_is_transparent_in_white(tmp_path, depth, channels):
+    if channels > 1 and depth < 8:
+        return                                             # there is no such PNG
+    values = np.random.default_rng(0).integers(0, 2**depth, (30, 40, channels))
+    colour = values[..., :-1 + channels % 2 or None]
+    as_8_bits = colour >> 8 if depth == 16 else colour * 255 // (2**depth - 1)
+    if channels % 2:                                       # no alpha: one colour is transparent
+        clear = (values == values[3, 3]).all(-1)
+        before = chunk(b"tRNS", values[3, 3].astype(">u2").tobytes())
+    else:
+        clear = np.arange(30 * 40).reshape(30, 40) % 3 == 0
+        values[..., -1] = np.where(clear, 0, 2**depth - 1)
+        before = b""
+    assert clear.any() and not clear.all()
+    values = values.squeeze()
+    stored = written(tmp_path / "x.png", png(values, depth, before))
+    assert np.array_equal(read_photo(stored), np.broadcast_to(np.where(clear[..., None], 255, as_8_bits), (30, 40, 3)))
+    if channels == 1:
+        bare = written(tmp_path / "y.png", png(values, depth))
+        assert np.array_equal(read_photo(bare), np.broadcast_to(as_8_bits, (30, 40, 3)))
+
+
+def test_16_bit_grey_is_transparent_in_one_of_its_65536_values_only(tmp_path):
+    values = np.array([[0x1234, 0x1235, 0x1200]])
+    stored = written(tmp_path / "x.png", png(values, 16, chunk(b"tRNS", b"\x12\x34")))
+    assert read_photo(stored)[0, :, 0].tolist() == [255, 0x12, 0x12]
+
+
+@pytest.mark.parametrize("header", [40, 108, 124])
+@pytest.mark.parametrize("alpha", ["unused", "full", "some"])
+def test_32_bit_bmp(tmp_path, header, alpha):
+    """What writes the clipboard leaves alpha at 0 throughout: it cannot mean that nothing is there."""
+    rgb = np.array(picture(3))
+    given = {"unused": np.zeros((30, 40)), "full": np.full((30, 40), 255), "some": np.arange(1200).reshape(30, 40) % 2 * 255}
+    shown = np.where(given[alpha][..., None] > 0, rgb, 255) if alpha == "some" and header > 40 else rgb
+    assert np.array_equal(read_photo(written(tmp_path / "x.bmp", bmp(rgb, given[alpha], header))), shown)
+
+
+@pytest.mark.parametrize("kind, head", [(b"zTXt", b"workflow\0\0"), (b"iTXt", b"workflow\0\1\0\0\0")])
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_png_with_megabytes_of_compressed_text(tmp_path, kind, head, place):
+    text = np.random.default_rng(0).integers(32, 127, 2_000_000).astype(np.uint8).tobytes()
+    rgb = np.array(picture(3))
+    content = png(rgb, **{place: chunk(kind, head + zlib.compress(text))})
+    assert np.array_equal(read_photo(written(tmp_path / "x.png", content)), rgb)
+
+
+@pytest.mark.parametrize("read, name", [(read_photo, "photo"), (lambda path: read_label(path, 4), "label")])
+def test_what_the_decoder_refuses_is_refused_with_its_reason(tmp_path, read, name):
+    for content, says in [
+            (png(GREY, before=chunk(b"pHYs", bytes(9), damage=1)), "bad header checksum in b'pHYs'"),
+            (png(GREY)[:40], "cut off"), (b"\x89PNG\r\n\x1a\n", "cut off"),
+            (png(GREY, before=chunk(b"zTXt", b"bomb\0\0" + zlib.compress(bytes(70 << 20)))), "[Dd]ata [Tt]oo [Ll]arge")]:
+        with pytest.raises(UserError, match=says) as error:
+            read(written(tmp_path / f"{name}.png", content))
+        assert str(error.value).startswith(f"{tmp_path / name}.png: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("read", [read_photo, lambda path: read_label(path, 4)])
+def test_the_limit_of_pixels_is_the_same_for_all_who_read(tmp_path, read):
+    """The one of phones, beyond Pillow's own, is not reached; nothing of such size is decoded here."""
+    def claiming(side):
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+        return png(GREY)[:8] + header + chunk(b"IDAT", zlib.compress(bytes(99)))
+
+    with warnings.catch_warnings(record=True) as warned, pytest.raises(UserError, match="cut off.*truncated"):
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)         # as on import
+        read(written(tmp_path / "x.png", claiming(14_200)))                                # 202 megapixels
+    assert not warned
+    with pytest.raises(UserError, match="x.png: too many pixels, make it smaller first"):
+        read(written(tmp_path / "x.png", claiming(16_400)))                                # 269 megapixels
 
 
 @pytest.mark.parametrize("way", range(1, 9))
