@@ -17,6 +17,7 @@ Or from Python, for a photo (a path, or an RGB array) of any size:
 """
 
 import argparse
+import contextlib
 import glob
 import os
 import re
@@ -34,16 +35,19 @@ from tqdm import tqdm
 
 import inference
 from config import user_path
-from engine.errors import UserError
-from files.images import PHOTO_ENDINGS, read_photo
-from files.whole import whole
+from engine.errors import UserError, in_one_line
+from files.images import ALL_ENDINGS, ALL_FORMATS, NotAPicture, read_photo
+from files.walk import walk
+from files.whole import usable_folder, whole
 from viz import pictures, video
 
-OTHER_PHOTO_ENDINGS = (".avif", ".gif", ".heic", ".heif", ".jfif", ".tif", ".tiff")  # tried: none is lost in silence
-VIDEO_ENDINGS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
+VIDEO_ENDINGS = frozenset(".3g2 .3gp .asf .avi .divx .f4v .flv .m2ts .m2v .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts "
+                          ".vob .webm .wmv".split())
+ENDINGS = ALL_ENDINGS | VIDEO_ENDINGS | {".heic", ".heif"}  # what is looked for in a folder; the last two: nothing here reads them
 KINDS = ("labels", "overlays", "masks", "probs")           # folders of the results
 BATCH_PIXELS = 32 << 20                                    # photos held at a time: very large ones stay in bounds
 THREADS = 4                                                # they read and write files while the network works
+LESS_MEMORY = "a smaller --batch or --size, or --device cpu"
 
 
 class Parser:
@@ -100,69 +104,100 @@ def _pixels(photo: str | Path | np.ndarray) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------------
 # what to parse, and what to call it
 
-@dataclass
-class Report:
-    """What came of the work so far."""
-    parsed: list[str] = field(default_factory=list)        # names; written to by several threads
-    failed: list[str] = field(default_factory=list)        # one line each: file and reason
-
-
 @dataclass(frozen=True)
 class Job:
-    path: Path
+    path: str
     name: str                                              # of its outputs: a relative path without an ending
+
+
+@dataclass
+class Report:
+    """What came of the work so far. Several threads write to it."""
+    parsed: list[str] = field(default_factory=list)        # names
+    failed: list[str] = field(default_factory=list)        # one line each: file and reason
+
+    @contextlib.contextmanager
+    def work_on(self, *jobs: Job):
+        """Around what is done for these files: if it fails that is noted, and others may do better. A bug is raised."""
+        try:
+            yield
+        except Exception as error:
+            line = in_one_line(error, LESS_MEMORY)
+            if not line:
+                raise
+            self.failed += [line if line.startswith(f"{job.path}: ") else f"{job.path}: {line}" for job in jobs]
 
 
 def collect(inputs: list[str], out: Path, report: Report) -> tuple[list[Job], list[Job], list[int]]:
     """The photos, videos and webcams that the arguments mean, each file once. What is missing goes into the report."""
-    found: dict[Path, tuple[Path, str]] = {}               # resolved: as given, name
-    cameras = []
-    folders = sum(Path(text).is_dir() for text in inputs)
+    found: dict[str, tuple[str, str]] = {}                 # real path: path as given, name
+    results = {os.path.realpath(out / kind) for kind in KINDS}
+    cameras, others = [], Counter()
+    folders = sum(os.path.isdir(text) for text in inputs)
     for text in inputs:
-        path = Path(text)
-        if text.isdecimal() and not path.exists():
+        if text.isdecimal() and not os.path.exists(text):
             cameras.append(int(text))
-        elif path.is_dir():
-            for file in _walk(path, out):
-                inside = file.relative_to(path)
-                found.setdefault(file.resolve(), (file, str(path.resolve().name / inside if folders > 1 else inside)))
+        elif os.path.isdir(text):
+            start = os.path.basename(os.path.realpath(text)) if folders > 1 else ""
+            for real, path, inside in _below(text, results, others, report):
+                found.setdefault(real, (path, os.path.join(start, inside)))
         else:
-            files = [text] if path.exists() or not glob.has_magic(text) else sorted(glob.glob(text, recursive=True))
-            if not files:
-                report.failed.append(f"{text}: matches no file")
-            for file in map(Path, files):
-                if file.is_file():
-                    found.setdefault(file.resolve(), (file, file.name))
-                elif not file.is_dir():                    # a glob also matches folders
-                    report.failed.append(f"{file}: no such file or folder")
-    results = [(out / kind).resolve() for kind in KINDS]
-    for file, (path, _) in found.items():
-        if any(folder in file.parents for folder in results):
-            raise UserError(f"{path}: lies where the results go and might be overwritten; choose another --out")
-    jobs = _name(list(found.values()))
-    videos = [job for job in jobs if job.path.suffix.lower() in VIDEO_ENDINGS]
-    return [job for job in jobs if job not in videos], videos, cameras
+            for path in _named(text, report):
+                real = os.path.realpath(path)
+                if any(real.startswith(os.path.join(folder, "")) for folder in results):
+                    raise UserError(f"{path}: lies where the results go and might be overwritten; choose another --out")
+                found.setdefault(real, (path, os.path.basename(path)))
+    if others:
+        print(f"passed over, by their endings no photos or videos: {_counts(others)}")
+    photos, videos = [], []
+    for job in _name(list(found.values())):
+        (videos if _ending(job.path) in VIDEO_ENDINGS else photos).append(job)
+    return photos, videos, cameras
 
 
-def _walk(folder: Path, out: Path) -> Iterator[Path]:
-    """Photos and videos below a folder in order, without hidden files and without what this program wrote before."""
-    results = [(out / kind).resolve() for kind in KINDS]
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".")
-                            and (Path(root) / name).resolve() not in results)
-        for name in sorted(files):
-            ending = Path(name).suffix.lower()
-            if not name.startswith(".") and ending in (*PHOTO_ENDINGS, *OTHER_PHOTO_ENDINGS, *VIDEO_ENDINGS):
-                yield Path(root) / name
+def _named(text: str, report: Report) -> list[str]:
+    """The files that an argument means which is no folder: a path or a pattern."""
+    files = [text] if os.path.exists(text) or not glob.has_magic(text) else sorted(glob.glob(text, recursive=True))
+    if not files:
+        report.failed.append(f"{text}: matches no file")
+    report.failed += [f"{os.path.normpath(path)}: no such file or folder" for path in files if not os.path.exists(path)]
+    return [path for path in files if os.path.isfile(path)]              # a pattern also matches folders
 
 
-def _name(files: list[tuple[Path, str]]) -> list[Job]:
+def _below(folder: str, results: set[str], others: Counter, report: Report) -> Iterator[tuple[str, str, str]]:
+    """(real path, path, path inside the folder) of the photos and videos below it, in order.
+
+    Hidden files and what this program wrote before are left out; other files are counted by their endings in `others`.
+    """
+    def unreadable(error: OSError):
+        report.failed.append(f"{error.filename}: {error.strerror}")
+
+    for where, real, names in walk(folder, results.__contains__, unreadable):
+        inside = os.path.relpath(where, folder) if where != folder else ""
+        for name in names:
+            path = os.path.join(where, name)
+            if _ending(name) in ENDINGS and not name.startswith("."):
+                real_path = os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)
+                yield real_path, path, os.path.join(inside, name)
+            elif not name.startswith("."):
+                others[_ending(name) or "without an ending"] += 1
+
+
+def _ending(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _counts(others: Counter) -> str:
+    return ", ".join(f"{count} {ending}" for ending, count in others.most_common())
+
+
+def _name(files: list[tuple[str, str]]) -> list[Job]:
     """Names that differ even where capitals do not count. Files that differ in their ending keep it: a_jpg, a_png."""
-    stems = [str(Path(name).with_suffix("")) for _, name in files]
+    stems = [os.path.splitext(name)[0] for _, name in files]
     often = Counter(stem.lower() for stem in stems)
     taken, jobs = set(), []
     for (path, _), stem in zip(files, stems):
-        wanted = stem if often[stem.lower()] == 1 else f"{stem}_{path.suffix[1:]}"
+        wanted = stem if often[stem.lower()] == 1 else f"{stem}_{os.path.splitext(path)[1][1:]}"
         name, n = wanted, 2
         while name.lower() in taken:
             name, n = f"{wanted}_{n}", n + 1
@@ -174,41 +209,47 @@ def _name(files: list[tuple[Path, str]]) -> list[Job]:
 # ----------------------------------------------------------------------------------------------------------------------
 # photos
 
-def parse_photos(parser: Parser, jobs: list[Job], out: Path, batch: int, masks: bool, probs: bool, report: Report):
-    """Parse and write; threads read ahead and write behind."""
+def parse_photos(parser: Parser, jobs: list[Job], args: argparse.Namespace, report: Report) -> list[Job]:
+    """Parse and write; threads read ahead and write behind. Returns those that are no pictures but videos."""
+    videos, writing = [], []
+
+    def finish():
+        for future in writing:
+            future.result()
+        bar.update(len(writing))
+        writing.clear()
+
     with ThreadPoolExecutor(THREADS) as pool, tqdm(total=len(jobs), unit="photo", disable=not jobs) as bar:
-        for chunk in _batches(inference.read_ahead(_read, jobs, THREADS), batch):
-            good = []
-            for job, image in chunk:
-                if isinstance(image, UserError):
-                    report.failed.append(str(image))
-                else:
-                    good.append((job, image))
-            if probs:
-                labels = [parser.save_probabilities(_place(out, "probs", job.name, ".npy"), image)
-                          for job, image in good]
-            else:
-                labels = parser.parse_batch([image for _, image in good])
-            writing = [pool.submit(_write, parser, out, job.name, image, label, masks, report)
-                       for (job, image), label in zip(good, labels)]
-            for future in writing:
-                future.result()
-            bar.update(len(chunk))
+        try:
+            for group in _groups(inference.read_ahead(_read, jobs, THREADS), args.batch):
+                good = [(job, image) for job, image in group if isinstance(image, np.ndarray)]
+                for job, fault in group:
+                    if isinstance(fault, NotAPicture) and video.is_video(job.path):
+                        videos.append(job)
+                    elif isinstance(fault, UserError):
+                        report.failed.append(str(fault))
+                bar.update(len(group) - len(good))
+                parsed = _parse(parser, good, args, report)
+                finish()                                   # the group before, written while this one was parsed
+                writing += [pool.submit(_write, parser, *one, args, report) for one in parsed]
+        finally:
+            finish()
+    return videos
 
 
 def _read(job: Job) -> np.ndarray | UserError:
     """The photo's pixels or its fault."""
     try:
-        return read_photo(job.path)
+        return read_photo(job.path, ALL_FORMATS)
     except UserError as error:
         return error
 
 
-def _batches(items: Iterable[tuple[Job, np.ndarray | UserError]], limit: int) -> Iterator[list]:
-    """Groups of at most `limit` photos and `BATCH_PIXELS` pixels (one photo may have more)."""
+def _groups(items: Iterable[tuple[Job, np.ndarray | UserError]], limit: int) -> Iterator[list]:
+    """At most `limit` photos and `BATCH_PIXELS` pixels each (one photo may have more)."""
     group, pixels = [], 0
     for job, image in items:
-        size = 0 if isinstance(image, UserError) else image.shape[0] * image.shape[1]
+        size = image.shape[0] * image.shape[1] if isinstance(image, np.ndarray) else 0
         if group and (len(group) == limit or pixels + size > BATCH_PIXELS):
             yield group
             group, pixels = [], 0
@@ -218,14 +259,31 @@ def _batches(items: Iterable[tuple[Job, np.ndarray | UserError]], limit: int) ->
         yield group
 
 
-def _write(parser: Parser, out: Path, name: str, image: np.ndarray, label: np.ndarray, masks: bool,
-           report: Report):
-    pictures.save_palette_png(_place(out, "labels", name, ".png"), label, parser.palette)
-    pictures.save_jpeg(_place(out, "overlays", name, ".jpg"), parser.overlay(image, label))
-    for k, title in enumerate(parser.classes if masks else ()):
-        title = re.sub(r"[^\w-]+", "_", title)
-        pictures.save_png(_place(out, "masks", f"{name}/{k:02d}_{title}", ".png"), np.uint8(255) * (label == k))
-    report.parsed.append(name)
+def _parse(parser: Parser, good: list[tuple[Job, np.ndarray]], args: argparse.Namespace,
+           report: Report) -> list[tuple[Job, np.ndarray, np.ndarray]]:
+    """(job, photo, label map) of those that could be parsed."""
+    parsed = []
+    if args.probs:
+        for job, image in good:
+            with report.work_on(job):
+                label = parser.save_probabilities(_place(args.out, "probs", job.name, ".npy"), image)
+                parsed.append((job, image, label))
+    else:
+        with report.work_on(*(job for job, _ in good)):
+            labels = parser.parse_batch([image for _, image in good])
+            parsed = [(job, image, label) for (job, image), label in zip(good, labels)]
+    return parsed
+
+
+def _write(parser: Parser, job: Job, image: np.ndarray, label: np.ndarray, args: argparse.Namespace, report: Report):
+    with report.work_on(job):
+        for k, title in enumerate(parser.classes if args.masks else ()):
+            title = re.sub(r"[^\w-]+", "_", title)
+            path = _place(args.out, "masks", f"{job.name}/{k:02d}_{title}", ".png")
+            pictures.save_png(path, np.uint8(255) * (label == k))
+        pictures.save_jpeg(_place(args.out, "overlays", job.name, ".jpg"), parser.overlay(image, label))
+        pictures.save_palette_png(_place(args.out, "labels", job.name, ".png"), label, parser.palette)
+        report.parsed.append(job.name)
 
 
 def _place(out: Path, kind: str, name: str, ending: str) -> Path:
@@ -263,21 +321,20 @@ def run(args: argparse.Namespace, report: Report):
     photos, videos, cameras = collect(args.inputs, args.out, report)
     if not photos and not videos and not cameras:
         raise UserError("; ".join(report.failed) or f"no photo or video in {', '.join(args.inputs)}")
+    usable_folder(args.out)
     parser = Parser(args.run, args.tta, args.size, args.device)
     print(f"{parser.path}: {len(parser.classes)} classes of {parser.labels.name}" + (", with TTA" if args.tta else ""))
     for job in photos + videos:
-        if Path(job.name).name != job.path.stem:
+        if os.path.basename(job.name) != os.path.splitext(os.path.basename(job.path))[0]:
             print(f"{job.path} is called {job.name} in the results: another input has its name")
     if (videos or cameras) and (args.masks or args.probs):
         print("--masks and --probs are for photos: videos get overlays, and label maps with --frames")
-    parse_photos(parser, photos, args.out, args.batch, args.masks, args.probs, report)
-    for source, name in [(job.path, job.name) for job in videos] + [(n, f"webcam_{n}") for n in cameras]:
-        labels = args.out / "labels" / name if args.frames else None
-        try:
-            video.parse_video(parser, source, _place(args.out, "overlays", name, ".mp4"), labels, args.batch)
-            report.parsed.append(name)
-        except UserError as error:
-            report.failed.append(str(error))
+    videos += parse_photos(parser, photos, args, report)
+    for job, source in [(job, job.path) for job in videos] + [(Job(f"webcam {n}", f"webcam_{n}"), n) for n in cameras]:
+        with report.work_on(job):
+            labels = args.out / "labels" / job.name if args.frames else None
+            video.parse_video(parser, source, _place(args.out, "overlays", job.name, ".mp4"), labels, args.batch)
+            report.parsed.append(job.name)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -287,10 +344,6 @@ def main(argv: list[str] | None = None) -> int:
         run(args, report)
     except KeyboardInterrupt:
         stopped = True
-    except torch.OutOfMemoryError:
-        report.failed.append("out of GPU memory: try a smaller --batch or --size, or --device cpu")
-    except OSError as error:
-        report.failed.append(f"{error.filename or args.out}: {error.strerror or error}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -21,6 +21,7 @@ from config import user_path
 from datasets import LabelSet
 from engine.errors import UserError
 from files import weights
+from files.walk import walk
 from files.whole import whole
 from model import SCHNet
 
@@ -106,7 +107,7 @@ def read_last(folder: Path) -> tuple[dict, Path, list[tuple[Path, str]]]:
 
 def newest_run(root: Path = Path("runs")) -> Path:
     """The folder below `root` whose checkpoint is the newest."""
-    found = [path for name in (LAST, BEST) for path in root.glob(f"**/{name}")]
+    found = [Path(folder) / name for folder, _, names in walk(root) for name in names if name in (LAST, BEST)]
     if not found:
         raise UserError(f"{root}/ holds no run yet: train one (`python train.py`) or name one with --run")
     return max(found, key=lambda path: path.stat().st_mtime).parent

@@ -1,7 +1,7 @@
 """How photos and labels are read, and what is said when they cannot be.
 
-Photos: JPEG, PNG, WebP, BMP in any colour mode, as RGB uint8 (H, W, 3). Labels: 8-bit PNG, grey or palette, whose
-pixel values are class numbers, as uint8 (H, W). Pillow decodes all of them: OpenCV takes two thirds of the time for a
+Photos: JPEG, PNG, WebP, BMP in any colour mode (to be parsed: many more formats), as RGB uint8 (H, W, 3). Labels: 8-bit
+PNG, grey or palette, whose pixel values are class numbers, as uint8 (H, W). Pillow decodes all of them: OpenCV takes two thirds of the time for a
 JPEG, but returns one that was cut off as if it were whole, and knows no palette's numbers.
 """
 
@@ -18,7 +18,11 @@ from config import IGNORE
 from engine.errors import UserError
 
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")              # of a data set
+Image.init()
+ALL_FORMATS = tuple(name for name in (*PHOTO_FORMATS, "AVIF", "GIF", "JPEG2000", "PCX", "PPM", "PSD", "QOI", "SGI", "TIFF",
+                                      "TGA") if name in Image.OPEN)      # what a photo to be parsed may be stored in
+ALL_ENDINGS = frozenset(ending for ending, name in Image.registered_extensions().items() if name in ALL_FORMATS) | {".mpo"}
 MAX_PIXELS = 1 << 28                                       # phones take 200 megapixels; tiny files can claim more
 ORIENTATION = 0x0112                                       # EXIF tag: which way up the camera was held
 
@@ -35,9 +39,13 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY           # image generators keep a whole workflow in one
 
 
-def read_photo(path: str | Path) -> np.ndarray:
-    """A photo as a viewer shows it: turned by its EXIF orientation."""
-    with _opened(path, PHOTO_FORMATS) as image:
+class NotAPicture(UserError):
+    """A file in another format than those asked for, or no picture at all."""
+
+
+def read_photo(path: str | Path, formats: tuple[str, ...] = PHOTO_FORMATS) -> np.ndarray:
+    """A photo as a viewer shows it: turned by its EXIF orientation; of a moving picture the first frame."""
+    with _opened(path, formats) as image:
         return _turned(_rgb(image), _orientation(image))
 
 
@@ -96,11 +104,18 @@ def _opened(path: str | Path, formats: tuple[str, ...]) -> Iterator[Image.Image]
     try:
         with Image.open(path, formats=formats) as image:
             yield image
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except Exception as error:                             # damaged files make the decoder raise a dozen kinds
-        raise UserError(f"{path}: {_what_is_wrong(Path(path), error, formats)}") from None
+        kind, reason = UserError, _what_is_wrong(Path(path), error, formats)
+        if not reason:
+            advice = ", whatever its name says" if Path(path).suffix.lower() in PHOTO_ENDINGS else ": convert it first"
+            kind, reason = NotAPicture, f"not a picture in {', '.join(formats)} format{advice}"
+        raise kind(f"{path}: {reason}") from None
 
 
 def _what_is_wrong(path: Path, error: Exception, formats: tuple[str, ...]) -> str:
+    """Why a file could not be read; "": it is in none of these formats."""
     if isinstance(error, FileNotFoundError):
         return f"a link to {path.readlink()}, which does not exist" if os.path.islink(path) else "no such file"
     if isinstance(error, PermissionError):
@@ -113,11 +128,11 @@ def _what_is_wrong(path: Path, error: Exception, formats: tuple[str, ...]) -> st
         return "does not fit into the memory"
     if isinstance(error, Image.DecompressionBombError):
         return f"too many pixels, make it smaller first ({error})"
-    reason = _refusal(path, formats) if isinstance(error, Image.UnidentifiedImageError) else str(error)
-    if not reason:
-        advice = ", whatever its name says" if path.suffix.lower() in PHOTO_ENDINGS else ": convert it first"
-        return f"not a picture in {', '.join(formats)} format{advice}"
-    return f"damaged or cut off ({' '.join(reason.split())})"
+    if isinstance(error, Image.UnidentifiedImageError):
+        reason = _refusal(path, formats)
+    else:
+        reason = str(error) or type(error).__name__
+    return reason and f"damaged or cut off ({' '.join(reason.split())})"
 
 
 def _refusal(path: Path, formats: tuple[str, ...]) -> str:
@@ -126,7 +141,7 @@ def _refusal(path: Path, formats: tuple[str, ...]) -> str:
     with open(path, "rb") as file:
         for decoder, begins in (Image.OPEN[name] for name in formats):
             file.seek(0)
-            if begins(file.read(16)):
+            if begins and begins(file.read(16)):           # TGA begins with nothing of its own
                 file.seek(0)
                 try:
                     decoder(file, "")
@@ -143,10 +158,12 @@ def _kind(image: Image.Image) -> str:
 def _rgb(image: Image.Image) -> np.ndarray:
     """The pixels as stored, of 8 bits; what is transparent is white."""
     kind, clear = _kind(image), image.info.get("transparency")           # a value as it is stored, or alpha of a palette
-    if kind == "I;16B":                                    # 16-bit grey, which Pillow would clip at 255
+    if kind == "I;16B" or image.mode.startswith("I;16"):   # 16-bit grey, which Pillow would clip at 255
         values = np.asarray(image)
         grey = np.where(values == clear, 255, values >> 8).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode in ("I", "F", "LAB"):
+        raise UserError(f"pixels of a kind (Pillow's {image.mode}) that has no one way to be shown: convert it to 8-bit RGB")
     image.load()
     if clear is not None and kind in TO_8_BITS:
         clear = np.minimum(np.array(clear) * TO_8_BITS[kind], 255).astype(int).tolist()

@@ -199,6 +199,15 @@ def test_which_checkpoint_a_run_means(tmp_path, monkeypatch):
         Path(name).write_bytes(b"")
         os.utime(name, (time.time() + n, time.time() + n))
     assert checkpoint.find(None) == Path("runs/ablation/new/last.pt")
+    Path("disk").mkdir()                                   # a run that lies elsewhere, and a link that leads back up
+    Path("disk/last.pt").write_bytes(b"")
+    os.utime("disk/last.pt", (time.time() + 9, time.time() + 9))
+    Path("runs/there").symlink_to(Path("disk").absolute())
+    Path("runs/ablation/up").symlink_to("..")
+    assert checkpoint.find(None) == Path("runs/there/last.pt")
+    Path("runs/there").unlink()
+    Path("runs/there").symlink_to("nowhere")
+    assert checkpoint.find(None) == Path("runs/ablation/new/last.pt")
     assert checkpoint.find("runs/old") == Path("runs/old/best.pt")
     assert checkpoint.find("runs/old/last.pt") == Path("runs/old/last.pt")
     with pytest.raises(UserError, match="runs/none: no such run or checkpoint"):

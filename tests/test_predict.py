@@ -1,5 +1,6 @@
 """predict.py and video.py: all kinds of files, names of outputs, exact results, honest reports."""
 
+import os
 import random
 import shutil
 import subprocess
@@ -18,7 +19,6 @@ from config import Config
 from datasets import LABEL_SETS
 from engine import checkpoint
 from engine.errors import UserError
-from files import images as image_files
 from model import build_model
 from predict import Parser, Report, collect
 from viz import pictures, video
@@ -160,11 +160,11 @@ def test_names_never_collide(tmp_path: Path):
     for _ in range(50):
         parts = ("", "b/", "B/"), ("a", "A", "a_jpg", "a_2"), (".jpg", ".JPG", ".png", ".mp4")
         names = ["".join(map(rng.choice, parts)) for _ in range(12)]
-        jobs = predict._name([(Path(name), name) for name in names])
+        jobs = predict._name([(name, name) for name in names])
         assert len({job.name.lower() for job in jobs}) == len(names)
-        assert [str(job.path) for job in jobs] == names
+        assert [job.path for job in jobs] == names
     names = ["a.jpg", "b.tar.jpg", "c/a.jpg"]
-    assert [job.name for job in predict._name([(Path(n), n) for n in names])] == ["a", "b.tar", "c/a"]
+    assert [job.name for job in predict._name([(n, n) for n in names])] == ["a", "b.tar", "c/a"]
 
 
 def test_inputs_are_found_once_in_folders_globs_and_by_name(tmp_path: Path, monkeypatch):
@@ -220,26 +220,147 @@ def test_interrupt_leaves_whole_files_and_says_so(run: Path, tmp_path: Path, mon
 
 
 def test_too_many_pixels_and_other_formats_are_one_line_each(run: Path, tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(image_files, "MAX_PIXELS", 100)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)                # Pillow refuses twice as many
     Image.new("RGB", (10, 10)).save(tmp_path / "fits.png")
-    Image.new("RGB", (101, 1)).save(tmp_path / "large.png")
-    Image.new("RGB", (9, 9)).save(tmp_path / "moves.gif")
+    Image.new("RGB", (10_001, 1)).save(tmp_path / "large.png")
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
     assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
     report = capsys.readouterr().err.partition("2 not parsed:")[2]
-    assert "large.png: too many pixels, make it smaller first (101 x 1 pixels)" in report
-    assert "moves.gif: not a picture in JPEG, PNG, WEBP, BMP format: convert it first" in report
+    assert "large.png: too many pixels, make it smaller first (Image size (10001 pixels) exceeds limit" in report
+    assert "phone.heic: not a picture in JPEG, PNG, WEBP, BMP, " in report and ": convert it first" in report
     assert files(tmp_path / "out") == ["labels/fits.png", "overlays/fits.jpg"]
 
 
-def test_a_full_disk_is_one_line(run: Path, tmp_path: Path, monkeypatch, capsys):
+def test_what_cannot_be_written_is_that_photos_failure(run: Path, tmp_path: Path, capsys):
+    """Whatever is in the way, whichever output it is; the others are done, and nothing hidden is named or left."""
+    for name in "abcdefgh":
+        Image.fromarray(photo(20, 30)).save(tmp_path / f"{name}.png")
+    out = tmp_path / "out"
+    for folder in ("labels/b.png", "overlays/d.jpg", "masks/e/00_Background.png", "probs/f.npy"):
+        (out / folder / "full").mkdir(parents=True)
+    (out / "masks/h").write_text("a file where a folder is to be")
+    arguments = [str(tmp_path), "--run", str(run), "--out", str(out), "--masks", "--probs", "--batch", "2"]
+    assert predict.main(arguments) == 1
+    printed = capsys.readouterr()
+    assert "3 parsed" in printed.out and "5 not parsed" in printed.err
+    lines = printed.err.partition("5 not parsed:\n")[2].splitlines()
+    assert sorted(line.split(":")[0].strip() for line in lines) == [str(tmp_path / f"{n}.png") for n in "bdefh"]
+    assert all(str(out) in line for line in lines) and "/." not in printed.err
+    assert {name for name in files(out) if "/." in name} == set()
+    for name in "acg":
+        assert len(list((out / "masks" / name).iterdir())) == 20 and (out / "labels" / f"{name}.png").is_file()
+
+
+def test_a_full_disk_is_told_for_each_photo(run: Path, tmp_path: Path, monkeypatch, capsys):
+    for name in "ab":
+        Image.fromarray(photo(20, 30)).save(tmp_path / f"{name}.png")
+
+    def full(picture, path, **_):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr().err
+    for name in "ab":
+        assert f"{tmp_path}/{name}.png: {tmp_path}/out/overlays/{name}.jpg could not be written (No space left" in printed
+
+
+def test_a_folder_that_takes_no_files_is_told_before_the_work(run: Path, tmp_path: Path, capsys):
     Image.fromarray(photo(20, 30)).save(tmp_path / "x.png")
-
-    def full(*_):
-        raise OSError(28, "No space left on device", "x_label")
-
-    monkeypatch.setattr(pictures, "save_palette_png", full)
+    (tmp_path / "out").write_text("a file")
     assert predict.main([str(tmp_path / "x.png"), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
-    assert "x_label: No space left on device" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert printed.err == f"error: {tmp_path}/out takes no files (File exists)\n" and not printed.out
+
+
+def test_a_photo_too_large_for_the_memory_is_its_own_failure(run: Path, tmp_path: Path, monkeypatch, capsys):
+    for size in (20, 30, 40):
+        Image.fromarray(photo(size, size)).save(tmp_path / f"{size}.png")
+    work = Parser.parse_batch
+
+    def scarce(self, images):
+        if any(len(image) == 30 for image in images):
+            raise MemoryError
+        return work(self, images)
+
+    monkeypatch.setattr(Parser, "parse_batch", scarce)
+    arguments = [str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out"), "--batch", "1"]
+    assert predict.main(arguments) == 1
+    printed = capsys.readouterr()
+    assert "30.png: out of memory: try a smaller --batch or --size" in printed.err and "2 parsed" in printed.out
+    assert files(tmp_path / "out/labels") == ["20.png", "40.png"]
+
+
+def test_a_bug_keeps_its_traceback(run: Path, tmp_path: Path, monkeypatch):
+    Image.fromarray(photo(20, 30)).save(tmp_path / "x.png")
+    monkeypatch.setattr(pictures, "save_palette_png", lambda *_: {}["a bug"])
+    with pytest.raises(KeyError, match="a bug"):
+        predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")])
+
+
+FORMATS = {"jpe": "JPEG", "jfif": "JPEG", "mpo": "MPO", "jp2": "JPEG2000", "tga": "TGA", "ppm": "PPM", "gif": "GIF",
+           "tif": "TIFF", "pcx": "PCX", "sgi": "SGI", "bmp": "BMP", "webp": "WEBP", "avif": "AVIF", "qoi": "QOI"}
+LOSSLESS = {"tga", "ppm", "tif", "pcx", "sgi", "bmp"}
+
+
+def test_a_photo_is_parsed_in_whatever_format_it_is(run: Path, tmp_path: Path, parser: Parser):
+    rgb, expected, written = Image.fromarray(photo(50, 70)), parser.parse(photo(50, 70)), []
+    for ending, name in FORMATS.items():
+        if ending not in ("avif", "qoi") or name in Image.SAVE:          # newer than the oldest Pillow
+            more = [Image.fromarray(photo(50, 70, 1))] if ending == "mpo" else []
+            rgb.save(tmp_path / f"{ending}.{ending}", format=name, **({"save_all": True, "append_images": more} if more else {}))
+            written.append(ending)
+    grey = np.tile(np.arange(70, dtype=np.uint16) * 900, (50, 1))
+    Image.fromarray(grey).save(tmp_path / "deep.tiff")
+    shutil.copy(tmp_path / "jpe.jpe", tmp_path / "is a jpeg.tga")
+    assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 0
+    assert files(tmp_path / "out/labels") == sorted(f"{name}.png" for name in (*written, "deep", "is a jpeg"))
+    for ending in written:
+        found = read(tmp_path / f"out/labels/{ending}.png")
+        assert found.shape == (50, 70) and (found == expected).mean() > (0.999 if ending in LOSSLESS else 0.9), ending
+    deep = np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    assert (read(tmp_path / "out/labels/deep.png") == parser.parse(deep)).mean() > 0.999
+    shutil.copy(tmp_path / "jpe.jpe", tmp_path / "no ending")            # by its name: whatever it is called
+    assert predict.main([str(tmp_path / "no ending"), "--run", str(run), "--out", str(tmp_path / "named")]) == 0
+    assert (read(tmp_path / "named/labels/no ending.png") == read(tmp_path / "out/labels/jpe.png")).all()
+
+
+def test_pixels_without_one_way_to_show_them_are_refused(run: Path, tmp_path: Path, capsys):
+    Image.fromarray(np.linspace(-1, 9, 30, dtype=np.float32).reshape(5, 6)).save(tmp_path / "depth.tiff")
+    assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
+    assert "depth.tiff: pixels of a kind (Pillow's F) that has no one way to be shown" in capsys.readouterr().err
+
+
+def test_what_is_passed_over_is_said(run: Path, tmp_path: Path, capsys):
+    Image.fromarray(photo(20, 30)).save(tmp_path / "x.png")
+    for name in ("a.txt", "b.txt", "raw.CR2", "README", ".hidden"):
+        (tmp_path / name).write_text("x")
+    assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 0
+    assert "passed over, by their endings no photos or videos: 2 .txt, 1 without an ending, 1 .cr2" in capsys.readouterr().out
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path, monkeypatch):
+    for name in ("album/a.jpg", "album/sub/b.jpg", "elsewhere/c.jpg", "elsewhere/deep/d.jpg", "out/labels/e.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    for link, target in {"album/0 more": "../elsewhere", "elsewhere/deep/up": "../../album", "album/1 sub": "sub",
+                         "album/self": ".", "album/gone": "nowhere", "album/results": "../out/labels", "way": "album",
+                         "album/f.jpg": "../elsewhere/c.jpg"}.items():
+        Path(link).symlink_to(target)
+    report = Report()
+    expected = ["a", "f", "sub/b", "0 more/deep/d"]        # f.jpg and 0 more/c.jpg are one file
+    for start in ("album", "way"):
+        assert [job.name for job in collect([start], Path("out"), report)[0]] == expected
+    assert len(collect(["."], Path("out"), report)[0]) == 4 and not report.failed
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_without_permission_is_reported(tmp_path: Path):
+    (tmp_path / "closed").mkdir(mode=0)
+    report = Report()
+    collect([str(tmp_path)], tmp_path / "out", report)
+    assert report.failed == [f"{tmp_path}/closed: Permission denied"]
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -19,6 +19,16 @@ from files.whole import whole
 from viz import pictures
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")      # what is wrong with a video is said here, once and in words
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+
+def is_video(path: str | Path) -> bool:
+    """Whether OpenCV reads more than one picture from a file: one alone may be a part of a photo that it does not know."""
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)  # others would take x1.hdr, x2.hdr, ... for a video
+    try:
+        return capture.grab() and capture.grab()
+    finally:
+        capture.release()
 
 
 def parse_video(parser, source: Path | int, target: Path, labels: Path | None = None, batch: int = 4) -> int:
@@ -36,7 +46,7 @@ def parse_video(parser, source: Path | int, target: Path, labels: Path | None = 
         if live:
             pairs, rate = _measure(pairs)
         with whole(target) as part, tqdm(pairs, total=expected or None, unit="frame", desc=Path(name).name) as bar:
-            count = _write(bar, parser, part, rate if 1 <= rate <= 240 else 25.0, labels, live)
+            count = _write(bar, parser, part, _writable(rate if 1 <= rate <= 240 else 25.0), labels, live)
             if not count:
                 raise UserError(f"{name}: no frame could be read" + ("" if live else ", not a video or damaged"))
     finally:
@@ -96,6 +106,12 @@ def _write(pairs, parser, path: Path, rate: float, labels: Path | None, live: bo
         if writer is not None:
             writer.release()
     return count
+
+
+def _writable(rate: float) -> float:
+    """The nearest rate that this encoder takes: a fraction with a numerator of 16 bits."""
+    digits = next(n for n in (3, 2, 1, 0) if rate * 10 ** n < 1 << 16)
+    return round(rate, digits)
 
 
 def _even(picture: np.ndarray) -> np.ndarray:
