@@ -355,10 +355,16 @@ def test_linked_folders_are_followed_once(tmp_path: Path, monkeypatch):
     assert len(collect(["."], Path("out"), report)[0]) == 4 and not report.failed
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_without_permission_is_reported(tmp_path: Path):
-    (tmp_path / "closed").mkdir(mode=0)
-    report = Report()
+def test_a_folder_without_permission_is_reported(tmp_path: Path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    scandir, report = os.scandir, Report()
+
+    def refusing(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
     collect([str(tmp_path)], tmp_path / "out", report)
     assert report.failed == [f"{tmp_path}/closed: Permission denied"]
 
@@ -389,13 +395,12 @@ def test_the_program_ends_with_the_honest_code(run: Path, tmp_path: Path):
 
 # ---- video
 
-def clip(path: Path, count: int = 7, size: tuple[int, int] = (50, 61)) -> list[np.ndarray]:
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 12, size[::-1])
-    frames = [photo(*size, seed=n) for n in range(count)]
-    for frame in frames:
-        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+def clip(path: Path, count: int = 7, size: tuple[int, int] = (50, 61), code: str = "MJPG", rate: float = 12):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*code), rate, size[::-1])
+    assert writer.isOpened()
+    for n in range(count):
+        writer.write(cv2.cvtColor(photo(*size, seed=n), cv2.COLOR_RGB2BGR))
     writer.release()
-    return frames
 
 
 def opened(path: Path) -> tuple[int, float, tuple[int, int]]:
@@ -421,16 +426,150 @@ def test_a_video_keeps_its_length_and_rate(run: Path, tmp_path: Path, parser: Pa
     assert files(out / "overlays") == ["walk.mp4"]
 
 
+VIDEOS = {"ts": "mpg2", "mts": "mp4v", "m2ts": "mpg2", "3gp": "mp4v", "flv": "FLV1", "mkv": "mp4v", "webm": "VP80", "mov": "mp4v",
+          "wmv": "WMV2", "vob": "mpg2", "m4v": "mp4v"}
+
+
+def test_a_video_is_parsed_in_whatever_container_it_is(run: Path, tmp_path: Path):
+    for ending, code in VIDEOS.items():
+        clip(tmp_path / f"in {ending}.{ending}", 6, (48, 64), code)
+    clip(tmp_path / "really.avi", 5, (48, 64))
+    (tmp_path / "really.avi").rename(tmp_path / "a video.jpg")
+    assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out"), "--size", "32"]) == 0
+    assert files(tmp_path / "out") == sorted(f"overlays/{name}.mp4" for name in [*(f"in {e}" for e in VIDEOS), "a video"])
+    for ending in VIDEOS:
+        count, rate, _ = opened(tmp_path / f"out/overlays/in {ending}.mp4")
+        assert count == 6 and rate == pytest.approx(12, rel=2e-3), ending              # some round times to milliseconds
+    assert opened(tmp_path / "out/overlays/a video.mp4")[:2] == (5, 12)
+
+
+def declared_as(path: Path, rate: float):
+    """Change what a .mkv says of its rate, the Matroska element DefaultDuration; the frames keep their times."""
+    content = bytearray(path.read_bytes())
+    at = content.index(b"\x23\xe3\x83")
+    size = content[at + 3] & 0x7f
+    content[at + 4:at + 4 + size] = int(1e9 / rate).to_bytes(size, "big")
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("real, declared", [(5, 60), (5, 1000), (0.2, 25), (12, 240), (25, 5)])
+def test_the_rate_is_that_of_the_frames_times(run: Path, tmp_path: Path, real: float, declared: float):
+    clip(tmp_path / "x.mkv", 40, (48, 64), "mp4v", real)
+    declared_as(tmp_path / "x.mkv", declared)
+    assert opened(tmp_path / "x.mkv")[1] == pytest.approx(declared, rel=1e-4)         # a player is told so
+    assert predict.main([str(tmp_path / "x.mkv"), "--run", str(run), "--out", str(tmp_path), "--size", "32"]) == 0
+    count, rate, _ = opened(tmp_path / "overlays/x.mp4")
+    assert count == 40 and rate == pytest.approx(real, rel=1e-3)
+
+
+@pytest.mark.parametrize("rate", [24000 / 1001, 25, 30000 / 1001, 59.94, 119.88, 12.5, 0.5])
+@pytest.mark.parametrize("ending", ["avi", "mkv", "mp4"])
+def test_a_rate_that_is_declared_rightly_is_kept(run: Path, tmp_path: Path, rate: float, ending: str):
+    clip(tmp_path / f"x.{ending}", 25, (48, 64), "MJPG" if ending == "avi" else "mp4v", rate)
+    declared = opened(tmp_path / f"x.{ending}")[1]
+    assert video._rate(video._look_through(tmp_path / f"x.{ending}")[0], declared) == declared
+    assert video._writable(declared) == pytest.approx(declared, abs=1e-3)
+
+
+def test_frames_at_varying_times_take_as_long_in_all():
+    times = [0, 100, 200, 300, 1300, 2300, 3300]           # milliseconds, as recorders of screens write them
+    assert video._rate(times, 1000.0) == pytest.approx(6 / 3.3)
+    assert video._rate([*times, 0.0], 1000.0) == pytest.approx(6 / 3.3)               # the last one has no time
+    assert video._rate([40.0], 50.0) == 50 and video._rate([0.0, 0.0], 0.0) == 25
+    film = [n * 1001 / 30 for n in range(20_000)]          # eleven minutes, in which 30 would lose two thirds of a second
+    assert video._rate(film, 30.0) == pytest.approx(30000 / 1001) and video._rate(film, 30000 / 1001) == 30000 / 1001
+
+
+def test_every_rate_can_be_written(tmp_path: Path):
+    for rate in (1e-4, 0.0333, 0.3333, 7.77777, 23.976, 65.5359, 71.23456, 217.3942, 655.351, 999.99, 1e5):
+        clip(tmp_path / "x.mp4", 3, (48, 64), "mp4v", video._writable(rate))
+        assert opened(tmp_path / "x.mp4")[1] == pytest.approx(min(max(rate, 0.01), 1000), rel=1e-3, abs=1e-3)
+
+
+def trimmed(path: Path):
+    """Halve the duration in an .mp4's edit list, as programs do that trim without encoding anew."""
+    content = bytearray(path.read_bytes())
+    at = content.index(b"elst") + 12                       # behind type, version and flags, number of entries
+    content[at:at + 4] = (int.from_bytes(content[at:at + 4], "big") // 2).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
+def test_a_trimmed_video_is_whole(run: Path, tmp_path: Path):
+    clip(tmp_path / "x.mp4", 48, (48, 64), "mp4v")
+    trimmed(tmp_path / "x.mp4")
+    assert cv2.VideoCapture(str(tmp_path / "x.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 48
+    assert predict.main([str(tmp_path / "x.mp4"), "--run", str(run), "--out", str(tmp_path), "--size", "32"]) == 0
+    assert opened(tmp_path / "overlays/x.mp4")[:2] == (24, 12)
+
+
+def streamable(path: Path):
+    """Move what an .mp4 says of its frames to its beginning, as files for the web have it."""
+    content, boxes, at = path.read_bytes(), {}, 0
+    while at < len(content):
+        size = int.from_bytes(content[at:at + 4], "big")
+        boxes[content[at + 4:at + 8]] = bytearray(content[at:at + size])
+        at += size
+    moov = boxes.pop(b"moov")
+    at = moov.index(b"stco") + 12                          # where the chunks are
+    for place in range(at, at + 4 * int.from_bytes(moov[at - 4:at], "big"), 4):
+        moov[place:place + 4] = (int.from_bytes(moov[place:place + 4], "big") + len(moov)).to_bytes(4, "big")
+    path.write_bytes(boxes.pop(b"ftyp") + moov + b"".join(boxes.values()))
+
+
+@pytest.mark.parametrize("name, code", [("x.avi", "MJPG"), ("x.mkv", "mp4v"), ("x.webm", "VP80"), ("x.mp4", "mp4v"),
+                                        ("x.ts", "mpg2"), ("x.flv", "FLV1")])
+def test_a_video_that_is_cut_off_is_parsed_as_far_as_it_goes_and_reported(run: Path, tmp_path: Path, capsys, name, code):
+    clip(tmp_path / name, 48, (48, 64), code)
+    if name == "x.mp4":
+        streamable(tmp_path / name)
+    data = (tmp_path / name).read_bytes()
+    arguments = [str(tmp_path / name), "--run", str(run), "--out", str(tmp_path), "--size", "32"]
+    assert predict.main(arguments) == 0 and opened(tmp_path / "overlays/x.mp4")[0] == 48
+    (tmp_path / name).write_bytes(data[:len(data) * 6 // 10])
+    assert predict.main(arguments) == 1
+    line = capsys.readouterr().err.partition("1 not parsed:")[2].strip()
+    count = opened(tmp_path / "overlays/x.mp4")[0]
+    assert 20 < count < 40 and line.startswith(f"{tmp_path / name}: damaged or cut off (")
+    assert line.endswith(f"); the {count} frames that could be read were parsed") and "\n" not in line
+
+
 def test_damaged_videos_are_reported(run: Path, tmp_path: Path, capsys):
     clip(tmp_path / "whole.avi", 20)
-    data = (tmp_path / "whole.avi").read_bytes()
+    clip(tmp_path / "headless.mp4", 20, code="mp4v")
+    data = (tmp_path / "headless.mp4").read_bytes()
+    (tmp_path / "headless.mp4").write_bytes(data[:len(data) // 2])
     (tmp_path / "noise.mp4").write_bytes(b"no video at all" * 99)
-    (tmp_path / "cut.avi").write_bytes(data[:len(data) // 2])
+    (tmp_path / "empty.mkv").write_bytes(b"")
     assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
-    report = capsys.readouterr().err.partition("2 not parsed:")[2]
-    assert "noise.mp4: no frame could be read" in report and "cut.avi: ends after" in report and "whole" not in report
-    assert "whole.mp4" in files(tmp_path / "out/overlays") and "noise.mp4" not in files(tmp_path / "out/overlays")
-    assert not [name for name in files(tmp_path / "out") if "part" in name]
+    report = capsys.readouterr().err.partition("3 not parsed:")[2]
+    for name in ("noise.mp4", "headless.mp4", "empty.mkv"):
+        assert f"{tmp_path / name}: no frame could be read (" in report
+    assert "moov atom not found" in report and "whole" not in report
+    assert files(tmp_path / "out") == ["overlays/whole.mp4"]
+
+
+def test_a_video_that_brings_the_decoder_down_is_reported(run: Path, tmp_path: Path, monkeypatch, capsys):
+    (tmp_path / "viz").mkdir()
+    (tmp_path / "viz/frame_times.py").write_text("import os; os.abort()")
+    monkeypatch.setattr(video, "__file__", str(tmp_path / "viz/video.py"))
+    clip(tmp_path / "x.avi")
+    assert predict.main([str(tmp_path / "x.avi"), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
+    assert "x.avi: the decoder breaks down on it (exit code " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no limit of a file's size")
+def test_a_disk_that_fills_up_under_a_video_is_reported(run: Path, tmp_path: Path, capsys):
+    """The writer says nothing of it."""
+    import resource
+    clip(tmp_path / "x.avi", 30)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        assert predict.main([str(tmp_path / "x.avi"), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"x.avi: {tmp_path}/out/overlays/x.mp4 could not be written whole" in capsys.readouterr().err
+    assert files(tmp_path / "out") == []
 
 
 def test_an_interrupted_video_leaves_nothing(parser: Parser, tmp_path: Path, monkeypatch):
@@ -453,6 +592,7 @@ def test_a_webcam_is_recorded_until_ctrl_c(run: Path, tmp_path: Path, monkeypatc
     class Camera:
         def __init__(self, source):
             assert source == 0
+            monkeypatch.undo()                             # what is written is looked at with OpenCV's own
             self.count = 0
 
         def get(self, key):
@@ -470,7 +610,6 @@ def test_a_webcam_is_recorded_until_ctrl_c(run: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(cv2, "VideoCapture", Camera)
     out = tmp_path / "out"
     assert predict.main(["0", "--run", str(run), "--out", str(out)]) == 0
-    monkeypatch.undo()
     assert files(out) == ["overlays/webcam_0.mp4"] and opened(out / "overlays/webcam_0.mp4")[0] == 4
 
 

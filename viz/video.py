@@ -1,10 +1,14 @@
 """Parse a video or a webcam frame by frame into an .mp4 of overlays with a legend, without sound.
 
-OpenCV decodes and encodes. Each frame is parsed for itself, so that a label may flicker where the network is unsure.
+OpenCV's FFmpeg decodes and encodes. Each frame is parsed for itself, so that a label may flicker where the network is
+unsure. What a container says of its rate and number of frames is often an estimate: a file is gone through once before,
+for the frames' own times and for what the decoder finds wrong.
 """
 
 import itertools
 import os
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -35,25 +39,48 @@ def parse_video(parser, source: Path | int, target: Path, labels: Path | None = 
     """Parse the file or webcam `source` into `target`, an .mp4; with the folder `labels`, also into label maps.
 
     Returns the number of frames. A webcam runs until q is pressed in its window (where there is a display) or Ctrl-C.
+    A file in which the decoder finds faults is parsed as far as it can be read, and then a `UserError`.
     """
     live = isinstance(source, int)
     name = f"webcam {source}" if live else str(source)
-    capture = cv2.VideoCapture(source if live else str(source))
-    expected = 0 if live else max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+    times, fault = ([], "") if live else _look_through(source)
+    capture = cv2.VideoCapture(source) if live else cv2.VideoCapture(name, cv2.CAP_FFMPEG)
     pairs = _parse(parser, capture, 1 if live else batch)
     try:
-        rate = capture.get(cv2.CAP_PROP_FPS)
+        rate = 0.0 if live else _rate(times, capture.get(cv2.CAP_PROP_FPS))
         if live:
             pairs, rate = _measure(pairs)
-        with whole(target) as part, tqdm(pairs, total=expected or None, unit="frame", desc=Path(name).name) as bar:
-            count = _write(bar, parser, part, _writable(rate if 1 <= rate <= 240 else 25.0), labels, live)
+        with whole(target) as part, tqdm(pairs, total=len(times) or None, unit="frame", desc=Path(name).name) as bar:
+            count = _write(bar, parser, part, _writable(rate), labels, live)
             if not count:
-                raise UserError(f"{name}: no frame could be read" + ("" if live else ", not a video or damaged"))
+                raise UserError(f"{name}: no frame could be read" + (f" ({fault})" if fault else ""))
+            if _frames(part) != count:                     # the writer does not say it
+                raise UserError(f"{target} could not be written whole: is there room on the disk?")
     finally:
         capture.release()
-    if count < 0.95 * expected:                            # containers only estimate the number
-        raise UserError(f"{name}: ends after {count} of {expected} frames, damaged or cut off; these were parsed")
+    if fault:
+        raise UserError(f"{name}: damaged or cut off ({fault}); the {count} frames that could be read were parsed")
     return count
+
+
+def _look_through(path: Path) -> tuple[list[float], str]:
+    """The times of a video's frames in milliseconds, and what the decoder finds wrong with the file, in its words."""
+    command = [sys.executable, Path(__file__).with_name("frame_times.py"), path]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise UserError(f"{path}: the decoder breaks down on it (exit code {done.returncode}), not a video or damaged")
+    times = [float(line) for line in done.stderr.splitlines() if re.fullmatch(r"[\d.e+-]+", line)]
+    said = re.search(r"\[OPENCV:FFMPEG:\d+\] *(.*)", done.stdout + done.stderr)
+    return times, said[1] if said else "" if times else "not a video or damaged"
+
+
+def _rate(times: list[float], declared: float) -> float:
+    """Frames a second by the frames' times; the declared rate where it says the same, for times are rounded."""
+    last = int(np.argmax(times)) if times else 0           # some containers have no time for the very last frame
+    seconds = (times[last] - times[0]) / 1000 if last else 0.0
+    if seconds <= 0:                                       # one frame, or none of them has a time
+        return declared if 1 <= declared <= 240 else 25.0
+    return declared if abs(declared * seconds - last) < 0.5 else last / seconds
 
 
 def _parse(parser, capture: cv2.VideoCapture, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -86,7 +113,7 @@ def _write(pairs, parser, path: Path, rate: float, labels: Path | None, live: bo
             picture = _even(parser.overlay(frame, label, range(len(parser.classes))))
             if writer is None:
                 size = picture.shape[1], picture.shape[0]
-                writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+                writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
                 if not writer.isOpened():
                     raise UserError(f"{path.parent}: this OpenCV cannot write a {size[0]} x {size[1]} video there")
             bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
@@ -108,9 +135,19 @@ def _write(pairs, parser, path: Path, rate: float, labels: Path | None, live: bo
     return count
 
 
+def _frames(path: Path) -> int:
+    """What a video written here says of its number of frames."""
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    try:
+        return int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    finally:
+        capture.release()
+
+
 def _writable(rate: float) -> float:
-    """The nearest rate that this encoder takes: a fraction with a numerator of 16 bits."""
-    digits = next(n for n in (3, 2, 1, 0) if rate * 10 ** n < 1 << 16)
+    """The nearest rate that can be written: OpenCV makes a fraction of it, to 0.001, of which MPEG-4 takes 16 bits."""
+    rate = min(max(rate, 0.01), 1000.0)
+    digits = next(n for n in (3, 2, 1) if rate * 10 ** n < 1 << 16)
     return round(rate, digits)
 
 

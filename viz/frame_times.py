@@ -1,0 +1,24 @@
+"""When each frame of a video is shown: decode it once, before anything else is done with it.
+
+    python viz/frame_times.py clip.mp4       # on stderr a line with milliseconds for each frame; what the decoder finds wrong
+
+A program of its own, because FFmpeg tells its errors only to the terminal, and because a damaged file can bring it down.
+"""
+
+import os
+import sys
+
+os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "16"                # errors; read when OpenCV first opens a video
+
+import cv2  # noqa: E402
+
+
+def main():
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)    # OpenCV's own remarks are not about the file
+    capture = cv2.VideoCapture(sys.argv[1], cv2.CAP_FFMPEG)
+    while capture.grab():
+        print(capture.get(cv2.CAP_PROP_POS_MSEC), file=sys.stderr)       # stdout is OpenCV's
+
+
+if __name__ == "__main__":
+    main()
