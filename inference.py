@@ -145,38 +145,49 @@ def probabilities(logits: list[Tensor], size: tuple[int, int], top: int, bottom:
     return total / len(logits)
 
 
-def strips(logits: list[Tensor], size: tuple[int, int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(top row, probabilities (K, rows, W), labels uint8 (rows, W)) of a photo of any size, from the top down."""
+def strips(logits: list[Tensor], size: tuple[int, int],
+           merge: Sequence[Sequence[int]] | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(top row, probabilities (K, rows, W), labels uint8 (rows, W)) of a photo of any size, from the top down.
+
+    With `merge` the classes are others, each the sum of the network's labels that it lists (classmap.py).
+    """
     height, width = size
     limit = CPU_STRIP if logits[0].device.type == "cpu" else GPU_STRIP
     rows = max(1, limit // (4 * width * logits[0].shape[0]))
     for top in range(0, height, rows):
         strip = probabilities(logits, size, top, min(top + rows, height))
+        if merge is not None:
+            # Added before the maximum is taken: what is 40 % skirt, 35 % shirt and 25 % coat is an upper garment. The
+            # label alone, renamed afterwards, would say skirt.
+            strip = torch.stack([strip[list(sources)].sum(0) for sources in merge])
         yield top, strip, strip.max(0).indices.to(torch.uint8)           # on a CPU argmax(0) takes four times as long
 
 
 @torch.inference_mode()
 def predict(model: nn.Module, image: np.ndarray, scales: Sequence[float] = (1.0,),
-            flip_pairs: Sequence[tuple[int, int]] | None = None) -> Tensor:
+            flip_pairs: Sequence[tuple[int, int]] | None = None,
+            merge: Sequence[Sequence[int]] | None = None) -> Tensor:
     """Class probabilities (K, H, W) of an RGB photo (H, W, 3) uint8, at its own size.
 
-    `scales` and `flip_pairs` (None: no flip; (): a flip without left and right) are §4.4's test-time augmentation.
+    `scales` and `flip_pairs` (None: no flip; (): a flip without left and right) are §4.4's test-time augmentation;
+    `merge`: as for `strips`.
     """
     logits = views(model, [image], scales, flip_pairs)[0]
-    result = logits[0].new_empty(len(logits[0]), *image.shape[:2])
-    for top, strip, _ in strips(logits, image.shape[:2]):
+    result = logits[0].new_empty(len(logits[0] if merge is None else merge), *image.shape[:2])
+    for top, strip, _ in strips(logits, image.shape[:2], merge):
         result[:, top:top + strip.shape[1]] = strip
     return result
 
 
 @torch.inference_mode()
 def predict_labels(model: nn.Module, images: list[np.ndarray], scales: Sequence[float] = (1.0,),
-                   flip_pairs: Sequence[tuple[int, int]] | None = None) -> list[np.ndarray]:
+                   flip_pairs: Sequence[tuple[int, int]] | None = None,
+                   merge: Sequence[Sequence[int]] | None = None) -> list[np.ndarray]:
     """Label maps (H, W) uint8 of RGB photos of any sizes, in bounded memory."""
     result = []
     for image, logits in zip(images, views(model, images, scales, flip_pairs)):
         label = np.empty(image.shape[:2], np.uint8)        # filled in: kept, the small parts would tear up the memory
-        for top, _, part in strips(logits, label.shape):
+        for top, _, part in strips(logits, label.shape, merge):
             label[top:top + len(part)] = part.cpu().numpy()
         result.append(label)
     return result

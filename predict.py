@@ -9,6 +9,8 @@
     masks/NAME/*.png     --masks: one black and white picture for each class
     probs/NAME.npy       --probs: probabilities (classes, H, W) in float16
 
+With --map configs/maps/atr.yaml (or tryon, viton_hd, coarse, or your own) all of these are in another numbering.
+
 Or from Python, for a photo (a path, or an RGB array) of any size:
 
     parser = Parser("runs/lip")
@@ -33,6 +35,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import classmap
 import inference
 from config import user_path
 from engine.errors import UserError, in_one_line
@@ -41,9 +44,10 @@ from files.walk import walk
 from files.whole import usable_folder, whole
 from viz import pictures, video
 
-VIDEO_ENDINGS = frozenset(".3g2 .3gp .asf .avi .divx .f4v .flv .m2ts .m2v .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts "
-                          ".vob .webm .wmv".split())
-ENDINGS = ALL_ENDINGS | VIDEO_ENDINGS | {".heic", ".heif"}  # what is looked for in a folder; the last two: nothing here reads them
+VIDEO_ENDINGS = frozenset(".3g2 .3gp .asf .avi .divx .f4v .flv .m2ts .m2v .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf "
+                          ".ogv .ts .vob .webm .wmv".split())
+ENDINGS = ALL_ENDINGS | VIDEO_ENDINGS | {".heic", ".heif"}               # in a folder; the last two cannot be read, and
+#                                                                          that is said
 KINDS = ("labels", "overlays", "masks", "probs")           # folders of the results
 BATCH_PIXELS = 32 << 20                                    # photos held at a time: very large ones stay in bounds
 THREADS = 4                                                # they read and write files while the network works
@@ -51,15 +55,21 @@ LESS_MEMORY = "a smaller --batch or --size, or --device cpu"
 
 
 class Parser:
-    """A trained network with what is needed around it. `run`: a folder or checkpoint, None for the newest run."""
+    """A trained network with what is needed around it. `run`: a folder or checkpoint, None for the newest run.
 
-    def __init__(self, run: str | Path | None = None, tta: bool = False, size: int | None = None, device: str = ""):
+    `class_map`: a file that merges its classes into others (classmap.py); `labels` is then the set of those.
+    """
+
+    def __init__(self, run: str | Path | None = None, tta: bool = False, size: int | None = None, device: str = "",
+                 class_map: str | Path | None = None):
         overrides = [] if size is None else [f"base_size={size}"]
         self.model, self.labels, self.path = inference.load_run(run, overrides, device)
-        self.classes, self.palette = self.labels.classes, self.labels.palette
-        self.scales, self.flip_pairs = ((1.0,), None)
+        self.scales, self.flip_pairs, self.merge = (1.0,), None, None
         if tta:
             self.scales, self.flip_pairs = self.model.cfg.tta_scales, self.labels.flip_pairs
+        if class_map is not None:
+            self.labels, self.merge = classmap.load(class_map, self.labels)
+        self.classes, self.palette = self.labels.classes, self.labels.palette
 
     def parse(self, photo: str | Path | np.ndarray) -> np.ndarray:
         """The label map (H, W) uint8 of a photo."""
@@ -67,11 +77,11 @@ class Parser:
 
     def parse_batch(self, images: list[np.ndarray]) -> list[np.ndarray]:
         """The label maps of RGB photos (H, W, 3) uint8 of any sizes, in one go."""
-        return inference.predict_labels(self.model, images, self.scales, self.flip_pairs)
+        return inference.predict_labels(self.model, images, self.scales, self.flip_pairs, self.merge)
 
     def probabilities(self, photo: str | Path | np.ndarray) -> np.ndarray:
         """Class probabilities (K, H, W) float32 of a photo."""
-        return inference.predict(self.model, _pixels(photo), self.scales, self.flip_pairs).cpu().numpy()
+        return inference.predict(self.model, _pixels(photo), self.scales, self.flip_pairs, self.merge).cpu().numpy()
 
     def overlay(self, image: np.ndarray, label: np.ndarray, shown: Iterable[int] | None = None) -> np.ndarray:
         """The photo under its label map, with a legend of the classes that occur (or of those `shown`)."""
@@ -86,7 +96,7 @@ class Parser:
         label = np.empty((height, width), np.uint8)
         with whole(path) as part:
             file = np.lib.format.open_memmap(part, "w+", np.float16, (len(self.classes), height, width))
-            for top, probabilities, labels in inference.strips(logits, (height, width)):
+            for top, probabilities, labels in inference.strips(logits, (height, width), self.merge):
                 label[top:top + len(labels)] = labels.cpu().numpy()
                 file[:, top:top + len(labels)] = probabilities.cpu().numpy()
             file.flush()
@@ -302,6 +312,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--run", help="folder of a run, or a checkpoint; the newest run if not given")
     parser.add_argument("--out", type=user_path, default=Path("predictions"),
                         help="folder of the results (predictions)")
+    parser.add_argument("--map", type=user_path, metavar="FILE",
+                        help="merge the classes into others: a file of configs/maps, or your own")
     parser.add_argument("--tta", action="store_true", help="average over scales and flips: slower, a little better")
     parser.add_argument("--size", type=int, help="long side of a photo as the network sees it; the run's if not given")
     parser.add_argument("--masks", action="store_true", help="photos: also a black and white picture for each class")
@@ -309,7 +321,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--frames", action="store_true", help="videos: also the label map of each frame")
     parser.add_argument("--batch", type=int, default=4, help="photos at a time (4)")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ...; the GPU if there is one")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.batch < 1:
         parser.error("--batch must be at least 1")
     if args.size is not None and args.size < 32:
@@ -322,7 +334,7 @@ def run(args: argparse.Namespace, report: Report):
     if not photos and not videos and not cameras:
         raise UserError("; ".join(report.failed) or f"no photo or video in {', '.join(args.inputs)}")
     usable_folder(args.out)
-    parser = Parser(args.run, args.tta, args.size, args.device)
+    parser = Parser(args.run, args.tta, args.size, args.device, args.map)
     print(f"{parser.path}: {len(parser.classes)} classes of {parser.labels.name}" + (", with TTA" if args.tta else ""))
     for job in photos + videos:
         if os.path.basename(job.name) != os.path.splitext(os.path.basename(job.path))[0]:

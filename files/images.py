@@ -1,8 +1,8 @@
 """How photos and labels are read, and what is said when they cannot be.
 
 Photos: JPEG, PNG, WebP, BMP in any colour mode (to be parsed: many more formats), as RGB uint8 (H, W, 3). Labels: 8-bit
-PNG, grey or palette, whose pixel values are class numbers, as uint8 (H, W). Pillow decodes all of them: OpenCV takes two thirds of the time for a
-JPEG, but returns one that was cut off as if it were whole, and knows no palette's numbers.
+PNG, grey or palette, whose pixel values are class numbers, as uint8 (H, W). Pillow decodes all of them: OpenCV takes two
+thirds of the time for a JPEG, but returns one that was cut off as if it were whole, and knows no palette's numbers.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from engine.errors import UserError
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")              # of a data set
 Image.init()
-ALL_FORMATS = tuple(name for name in (*PHOTO_FORMATS, "AVIF", "GIF", "JPEG2000", "PCX", "PPM", "PSD", "QOI", "SGI", "TIFF",
-                                      "TGA") if name in Image.OPEN)      # what a photo to be parsed may be stored in
-ALL_ENDINGS = frozenset(ending for ending, name in Image.registered_extensions().items() if name in ALL_FORMATS) | {".mpo"}
+MORE_FORMATS = ("AVIF", "GIF", "JPEG2000", "PCX", "PPM", "PSD", "QOI", "SGI", "TIFF", "TGA")
+ALL_FORMATS = PHOTO_FORMATS + tuple(name for name in MORE_FORMATS if name in Image.OPEN)     # of what is to be parsed
+ALL_ENDINGS = {ending for ending, name in Image.registered_extensions().items() if name in (*ALL_FORMATS, "MPO")}
 MAX_PIXELS = 1 << 28                                       # phones take 200 megapixels; tiny files can claim more
 ORIENTATION = 0x0112                                       # EXIF tag: which way up the camera was held
 
@@ -163,7 +163,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
         grey = np.where(values == clear, 255, values >> 8).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode in ("I", "F", "LAB"):
-        raise UserError(f"pixels of a kind (Pillow's {image.mode}) that has no one way to be shown: convert it to 8-bit RGB")
+        raise UserError(f"pixels of a kind (Pillow's {image.mode}) without one way to be shown: convert it to 8-bit RGB")
     image.load()
     if clear is not None and kind in TO_8_BITS:
         clear = np.minimum(np.array(clear) * TO_8_BITS[kind], 255).astype(int).tolist()

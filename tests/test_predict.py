@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import classmap
 import inference
 import predict
 from config import Config
@@ -146,6 +147,42 @@ def test_labels_are_the_argmax_of_the_networks_probabilities(run: Path, tmp_path
     assert files(tmp_path / "out/masks/x")[5] == "05_Upper-clothes.png"
 
 
+@pytest.mark.parametrize("name", ["atr", "tryon", "viton_hd", "coarse"])
+def test_all_results_follow_a_class_map(run: Path, tmp_path: Path, parser: Parser, name: str):
+    image, path = photo(50, 70), Path(predict.__file__).with_name("configs") / "maps" / f"{name}.yaml"
+    Image.fromarray(image).save(tmp_path / "x.png")
+    clip(tmp_path / "v.avi", 3)
+    target, merge = classmap.load(path, LABEL_SETS["lip"])
+    arguments = [str(tmp_path / "x.png"), "--run", str(run), "--map", str(path)]
+    assert predict.main([*arguments, "--out", str(tmp_path / "a"), "--probs", "--masks"]) == 0
+    assert predict.main([*arguments, str(tmp_path / "v.avi"), "--out", str(tmp_path / "b"), "--frames"]) == 0
+    plain = parser.probabilities(image)
+    expected = np.stack([plain[list(found)].sum(0) for found in merge])
+    np.testing.assert_allclose(np.load(tmp_path / "a/probs/x.npy"), expected, atol=1e-3)
+    best = np.sort(expected, 0)
+    clear = best[-1] - best[-2] > 1e-5
+    if name == "coarse":                                   # renamed labels would be wrong somewhere
+        assert (expected.argmax(0) != np.array(inverse(merge))[plain.argmax(0)]).any()
+    for label in (read(tmp_path / "a/labels/x.png"), read(tmp_path / "b/labels/x.png"),
+                  Parser(run, class_map=path).parse(image)):
+        assert (label == expected.argmax(0))[clear].all()
+    with Image.open(tmp_path / "a/labels/x.png") as picture:
+        assert picture.getpalette()[:3 * len(merge)] == [v for colour in target.palette for v in colour]
+    masks = np.stack([read(file) for file in sorted((tmp_path / "a/masks/x").iterdir())])
+    assert len(masks) == len(merge) and (masks.argmax(0) == read(tmp_path / "a/labels/x.png")).all()
+    frames = [read(file) for file in sorted((tmp_path / "b/labels/v").iterdir())]
+    assert len(frames) == 3 and max(frame.max() for frame in frames) < len(merge)
+    label = read(tmp_path / "a/labels/x.png")
+    drawn = pictures.with_legend(pictures.overlay(image, label, target.palette), target.classes, target.palette,
+                                 pictures.present(label))
+    assert np.abs(read(tmp_path / "a/overlays/x.jpg").astype(int) - drawn).mean() < 3
+
+
+def inverse(merge: classmap.Merge) -> list[int]:
+    """For each of the network's labels the target that takes it."""
+    return [next(t for t, found in enumerate(merge) if k in found) for k in range(20)]
+
+
 def test_size_is_the_long_side_the_network_sees(run: Path, monkeypatch):
     seen = []
     parser = Parser(run, size=160)
@@ -262,7 +299,8 @@ def test_a_full_disk_is_told_for_each_photo(run: Path, tmp_path: Path, monkeypat
     assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr().err
     for name in "ab":
-        assert f"{tmp_path}/{name}.png: {tmp_path}/out/overlays/{name}.jpg could not be written (No space left" in printed
+        overlay = tmp_path / f"out/overlays/{name}.jpg"
+        assert f"{tmp_path}/{name}.png: {overlay} could not be written (No space left" in printed
 
 
 def test_a_folder_that_takes_no_files_is_told_before_the_work(run: Path, tmp_path: Path, capsys):
@@ -307,8 +345,8 @@ def test_a_photo_is_parsed_in_whatever_format_it_is(run: Path, tmp_path: Path, p
     rgb, expected, written = Image.fromarray(photo(50, 70)), parser.parse(photo(50, 70)), []
     for ending, name in FORMATS.items():
         if ending not in ("avif", "qoi") or name in Image.SAVE:          # newer than the oldest Pillow
-            more = [Image.fromarray(photo(50, 70, 1))] if ending == "mpo" else []
-            rgb.save(tmp_path / f"{ending}.{ending}", format=name, **({"save_all": True, "append_images": more} if more else {}))
+            more = {"save_all": True, "append_images": [Image.fromarray(photo(50, 70, 1))]} if ending == "mpo" else {}
+            rgb.save(tmp_path / f"{ending}.{ending}", format=name, **more)
             written.append(ending)
     grey = np.tile(np.arange(70, dtype=np.uint16) * 900, (50, 1))
     Image.fromarray(grey).save(tmp_path / "deep.tiff")
@@ -328,7 +366,7 @@ def test_a_photo_is_parsed_in_whatever_format_it_is(run: Path, tmp_path: Path, p
 def test_pixels_without_one_way_to_show_them_are_refused(run: Path, tmp_path: Path, capsys):
     Image.fromarray(np.linspace(-1, 9, 30, dtype=np.float32).reshape(5, 6)).save(tmp_path / "depth.tiff")
     assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
-    assert "depth.tiff: pixels of a kind (Pillow's F) that has no one way to be shown" in capsys.readouterr().err
+    assert "depth.tiff: pixels of a kind (Pillow's F) without one way to be shown" in capsys.readouterr().err
 
 
 def test_what_is_passed_over_is_said(run: Path, tmp_path: Path, capsys):
@@ -336,7 +374,8 @@ def test_what_is_passed_over_is_said(run: Path, tmp_path: Path, capsys):
     for name in ("a.txt", "b.txt", "raw.CR2", "README", ".hidden"):
         (tmp_path / name).write_text("x")
     assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 0
-    assert "passed over, by their endings no photos or videos: 2 .txt, 1 without an ending, 1 .cr2" in capsys.readouterr().out
+    said = "passed over, by their endings no photos or videos: 2 .txt, 1 without an ending, 1 .cr2"
+    assert said in capsys.readouterr().out
 
 
 def test_linked_folders_are_followed_once(tmp_path: Path, monkeypatch):
@@ -372,6 +411,7 @@ def test_a_folder_without_permission_is_reported(tmp_path: Path, monkeypatch):
 @pytest.mark.parametrize("arguments, words", [
     (["nothing/"], "nothing: no such file or folder"), (["."], "no photo or video in ."),
     (["photo.png", "--run", "nowhere"], "nowhere: no such run"), (["photo.png"], "holds no run yet"),
+    (["photo.png", "--run", "RUN", "--map", "no.yaml"], "no.yaml: no such class map"),
     (["photo.png", "--run", "RUN", "--device", "warp"], "device 'warp' cannot be used"),
     (["photo.png", "--run", "RUN", "--device", "cuda:77"], "device 'cuda:77' cannot be used")])
 def test_mistakes_are_one_line(run: Path, tmp_path: Path, monkeypatch, capsys, arguments: list[str], words: str):
@@ -426,8 +466,8 @@ def test_a_video_keeps_its_length_and_rate(run: Path, tmp_path: Path, parser: Pa
     assert files(out / "overlays") == ["walk.mp4"]
 
 
-VIDEOS = {"ts": "mpg2", "mts": "mp4v", "m2ts": "mpg2", "3gp": "mp4v", "flv": "FLV1", "mkv": "mp4v", "webm": "VP80", "mov": "mp4v",
-          "wmv": "WMV2", "vob": "mpg2", "m4v": "mp4v"}
+VIDEOS = {"ts": "mpg2", "mts": "mp4v", "m2ts": "mpg2", "3gp": "mp4v", "flv": "FLV1", "mkv": "mp4v", "webm": "VP80",
+          "mov": "mp4v", "wmv": "WMV2", "vob": "mpg2", "m4v": "mp4v"}
 
 
 def test_a_video_is_parsed_in_whatever_container_it_is(run: Path, tmp_path: Path):
@@ -436,10 +476,11 @@ def test_a_video_is_parsed_in_whatever_container_it_is(run: Path, tmp_path: Path
     clip(tmp_path / "really.avi", 5, (48, 64))
     (tmp_path / "really.avi").rename(tmp_path / "a video.jpg")
     assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out"), "--size", "32"]) == 0
-    assert files(tmp_path / "out") == sorted(f"overlays/{name}.mp4" for name in [*(f"in {e}" for e in VIDEOS), "a video"])
+    names = [*(f"in {ending}" for ending in VIDEOS), "a video"]
+    assert files(tmp_path / "out") == sorted(f"overlays/{name}.mp4" for name in names)
     for ending in VIDEOS:
         count, rate, _ = opened(tmp_path / f"out/overlays/in {ending}.mp4")
-        assert count == 6 and rate == pytest.approx(12, rel=2e-3), ending              # some round times to milliseconds
+        assert count == 6 and rate == pytest.approx(12, rel=2e-3), ending    # some round times to milliseconds
     assert opened(tmp_path / "out/overlays/a video.mp4")[:2] == (5, 12)
 
 
@@ -476,7 +517,7 @@ def test_frames_at_varying_times_take_as_long_in_all():
     assert video._rate(times, 1000.0) == pytest.approx(6 / 3.3)
     assert video._rate([*times, 0.0], 1000.0) == pytest.approx(6 / 3.3)               # the last one has no time
     assert video._rate([40.0], 50.0) == 50 and video._rate([0.0, 0.0], 0.0) == 25
-    film = [n * 1001 / 30 for n in range(20_000)]          # eleven minutes, in which 30 would lose two thirds of a second
+    film = [n * 1001 / 30 for n in range(20_000)]          # eleven minutes, in which 30 would lose 0.7 seconds
     assert video._rate(film, 30.0) == pytest.approx(30000 / 1001) and video._rate(film, 30000 / 1001) == 30000 / 1001
 
 
@@ -518,7 +559,7 @@ def streamable(path: Path):
 
 @pytest.mark.parametrize("name, code", [("x.avi", "MJPG"), ("x.mkv", "mp4v"), ("x.webm", "VP80"), ("x.mp4", "mp4v"),
                                         ("x.ts", "mpg2"), ("x.flv", "FLV1")])
-def test_a_video_that_is_cut_off_is_parsed_as_far_as_it_goes_and_reported(run: Path, tmp_path: Path, capsys, name, code):
+def test_a_video_that_is_cut_off_is_parsed_as_far_as_it_goes(run: Path, tmp_path: Path, capsys, name, code):
     clip(tmp_path / name, 48, (48, 64), code)
     if name == "x.mp4":
         streamable(tmp_path / name)

@@ -1,8 +1,8 @@
-"""When each frame of a video is shown: decode it once, before anything else is done with it.
+"""When each frame of a video is shown, and what is wrong with the file: decode it once, before it is parsed.
 
-    python viz/frame_times.py clip.mp4       # on stderr a line with milliseconds for each frame; what the decoder finds wrong
+    python viz/frame_times.py clip.mp4                     # on stderr a line with milliseconds for each frame
 
-A program of its own, because FFmpeg tells its errors only to the terminal, and because a damaged file can bring it down.
+A program of its own, because FFmpeg tells its errors to the terminal alone, and because a file can bring it down.
 """
 
 import os

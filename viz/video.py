@@ -22,12 +22,12 @@ from engine.errors import UserError
 from files.whole import whole
 from viz import pictures
 
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")      # what is wrong with a video is said here, once and in words
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")      # what is wrong with a video is said here, once
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 def is_video(path: str | Path) -> bool:
-    """Whether OpenCV reads more than one picture from a file: one alone may be a part of a photo that it does not know."""
+    """Whether OpenCV reads more than one picture from a file: one alone may be a part of a photo (of a .heic)."""
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)  # others would take x1.hdr, x2.hdr, ... for a video
     try:
         return capture.grab() and capture.grab()
