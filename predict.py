@@ -3,6 +3,8 @@
     python predict.py photo.jpg                          # the newest run
     python predict.py photos/ "more/*.jpg" clip.mp4 --run runs/lip --tta --out parsed
     python predict.py 0                                  # a webcam, until q or Ctrl-C
+    torchrun --nproc_per_node 8 predict.py photos/ --out parsed --skip-existing
+                                                         # shared out, each process its own GPU; only what is missing
 
     labels/NAME.png      the label map at the photo's size: pixel values are classes, viewers show the palette's colours
     overlays/NAME.jpg    the photo under its label map, with a legend (a video: NAME.mp4, without sound)
@@ -21,12 +23,13 @@ Or from Python, for a photo (a path, or an RGB array) of any size:
 import argparse
 import contextlib
 import glob
+import itertools
 import os
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +42,7 @@ import classmap
 import inference
 from config import user_path
 from engine.errors import UserError, in_one_line
+from engine.processes import World, run_together
 from files.images import ALL_ENDINGS, ALL_FORMATS, NotAPicture, read_photo
 from files.walk import walk
 from files.whole import usable_folder, whole
@@ -48,8 +52,8 @@ VIDEO_ENDINGS = frozenset(".3g2 .3gp .asf .avi .divx .f4v .flv .m2ts .m2v .m4v .
                           ".ogv .ts .vob .webm .wmv".split())
 ENDINGS = ALL_ENDINGS | VIDEO_ENDINGS | {".heic", ".heif"}               # in a folder; the last two cannot be read, and
 #                                                                          that is said
-KINDS = ("labels", "overlays", "masks", "probs")           # folders of the results
-BATCH_PIXELS = 32 << 20                                    # photos held at a time: very large ones stay in bounds
+ENDING = {"labels": ".png", "overlays": ".jpg", "masks": ".png", "probs": ".npy"}    # in the folders of the results
+BATCH_PIXELS = 32 << 20                                    # of photos parsed at a time: very large ones stay in bounds
 THREADS = 4                                                # they read and write files while the network works
 LESS_MEMORY = "a smaller --batch or --size, or --device cpu"
 
@@ -60,7 +64,7 @@ class Parser:
     `class_map`: a file that merges its classes into others (classmap.py); `labels` is then the set of those.
     """
 
-    def __init__(self, run: str | Path | None = None, tta: bool = False, size: int | None = None, device: str = "",
+    def __init__(self, run: str | Path | None = None, tta: bool = False, size: int | None = None, device: str | torch.device = "",
                  class_map: str | Path | None = None):
         overrides = [] if size is None else [f"base_size={size}"]
         self.model, self.labels, self.path = inference.load_run(run, overrides, device)
@@ -141,7 +145,7 @@ class Report:
 def collect(inputs: list[str], out: Path, report: Report) -> tuple[list[Job], list[Job], list[int]]:
     """The photos, videos and webcams that the arguments mean, each file once. What is missing goes into the report."""
     found: dict[str, tuple[str, str]] = {}                 # real path: path as given, name
-    results = {os.path.realpath(out / kind) for kind in KINDS}
+    results = {os.path.realpath(out / kind) for kind in ENDING}
     cameras, others = [], Counter()
     folders = sum(os.path.isdir(text) for text in inputs)
     for text in inputs:
@@ -219,27 +223,33 @@ def _name(files: list[tuple[str, str]]) -> list[Job]:
 # ----------------------------------------------------------------------------------------------------------------------
 # photos
 
-def parse_photos(parser: Parser, jobs: list[Job], args: argparse.Namespace, report: Report) -> list[Job]:
-    """Parse and write; threads read ahead and write behind. Returns those that are no pictures but videos."""
+def parse_photos(parser: Parser, batches: list[list[Job]], done: set[str], args: argparse.Namespace, report: Report,
+                 bar: Callable[[int], object]) -> list[Job]:
+    """Parse and write; threads read ahead and write behind. Returns those that are no pictures but videos.
+
+    How a label comes out can depend, in its last bits, on what else is in the batch. So batches are always the same ones,
+    whoever parses them: the photos of a batch that are `done` go through the network too, but are not written again.
+    """
     videos, writing = [], []
 
     def finish():
         for future in writing:
             future.result()
-        bar.update(len(writing))
+        bar(len(writing))
         writing.clear()
 
-    with ThreadPoolExecutor(THREADS) as pool, tqdm(total=len(jobs), unit="photo", disable=not jobs) as bar:
+    reading = inference.read_ahead(_read, itertools.chain.from_iterable(batches), THREADS)
+    with ThreadPoolExecutor(THREADS) as pool:
         try:
-            for group in _groups(inference.read_ahead(_read, jobs, THREADS), args.batch):
-                good = [(job, image) for job, image in group if isinstance(image, np.ndarray)]
-                for job, fault in group:
+            for group in itertools.chain.from_iterable(_groups(itertools.islice(reading, len(b))) for b in batches):
+                faults = [(job, fault) for job, fault in group if isinstance(fault, UserError) and job.name not in done]
+                for job, fault in faults:
                     if isinstance(fault, NotAPicture) and video.is_video(job.path):
                         videos.append(job)
-                    elif isinstance(fault, UserError):
+                    else:
                         report.failed.append(str(fault))
-                bar.update(len(group) - len(good))
-                parsed = _parse(parser, good, args, report)
+                bar(len(faults))
+                parsed = _parse(parser, [pair for pair in group if isinstance(pair[1], np.ndarray)], done, args, report)
                 finish()                                   # the group before, written while this one was parsed
                 writing += [pool.submit(_write, parser, *one, args, report) for one in parsed]
         finally:
@@ -255,12 +265,12 @@ def _read(job: Job) -> np.ndarray | UserError:
         return error
 
 
-def _groups(items: Iterable[tuple[Job, np.ndarray | UserError]], limit: int) -> Iterator[list]:
-    """At most `limit` photos and `BATCH_PIXELS` pixels each (one photo may have more)."""
+def _groups(batch: Iterable[tuple[Job, np.ndarray | UserError]]) -> Iterator[list]:
+    """A batch in parts of at most `BATCH_PIXELS` pixels (one photo may have more)."""
     group, pixels = [], 0
-    for job, image in items:
+    for job, image in batch:
         size = image.shape[0] * image.shape[1] if isinstance(image, np.ndarray) else 0
-        if group and (len(group) == limit or pixels + size > BATCH_PIXELS):
+        if group and pixels + size > BATCH_PIXELS:
             yield group
             group, pixels = [], 0
         group.append((job, image))
@@ -269,37 +279,58 @@ def _groups(items: Iterable[tuple[Job, np.ndarray | UserError]], limit: int) -> 
         yield group
 
 
-def _parse(parser: Parser, good: list[tuple[Job, np.ndarray]], args: argparse.Namespace,
+def _parse(parser: Parser, group: list[tuple[Job, np.ndarray]], done: set[str], args: argparse.Namespace,
            report: Report) -> list[tuple[Job, np.ndarray, np.ndarray]]:
-    """(job, photo, label map) of those that could be parsed."""
-    parsed = []
+    """(job, photo, label map) of those that are to be parsed and could be."""
+    wanted, parsed = [(job, image) for job, image in group if job.name not in done], []
     if args.probs:
-        for job, image in good:
+        for job, image in wanted:
             with report.work_on(job):
-                label = parser.save_probabilities(_place(args.out, "probs", job.name, ".npy"), image)
-                parsed.append((job, image, label))
-    else:
-        with report.work_on(*(job for job, _ in good)):
-            labels = parser.parse_batch([image for _, image in good])
-            parsed = [(job, image, label) for (job, image), label in zip(good, labels)]
+                path = _with_folder(_path(args.out, "probs", job.name))
+                parsed.append((job, image, parser.save_probabilities(path, image)))
+    elif wanted:
+        with report.work_on(*(job for job, _ in wanted)):
+            labels = parser.parse_batch([image for _, image in group])
+            parsed = [(job, image, label) for (job, image), label in zip(group, labels) if job.name not in done]
     return parsed
 
 
 def _write(parser: Parser, job: Job, image: np.ndarray, label: np.ndarray, args: argparse.Namespace, report: Report):
     with report.work_on(job):
-        for k, title in enumerate(parser.classes if args.masks else ()):
-            title = re.sub(r"[^\w-]+", "_", title)
-            path = _place(args.out, "masks", f"{job.name}/{k:02d}_{title}", ".png")
-            pictures.save_png(path, np.uint8(255) * (label == k))
-        pictures.save_jpeg(_place(args.out, "overlays", job.name, ".jpg"), parser.overlay(image, label))
-        pictures.save_palette_png(_place(args.out, "labels", job.name, ".png"), label, parser.palette)
+        for k, path in enumerate(_masks(parser, job, args)):
+            pictures.save_png(_with_folder(path), np.uint8(255) * (label == k))
+        pictures.save_jpeg(_with_folder(_path(args.out, "overlays", job.name)), parser.overlay(image, label))
+        pictures.save_palette_png(_with_folder(_path(args.out, "labels", job.name)), label, parser.palette)
         report.parsed.append(job.name)
 
 
-def _place(out: Path, kind: str, name: str, ending: str) -> Path:
-    path = out / kind / f"{name}{ending}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+# ----------------------------------------------------------------------------------------------------------------------
+# where the results are
+
+def _path(out: Path, kind: str, name: str, ending: str = "") -> str:
+    return f"{out}/{kind}/{name}{ending or ENDING[kind]}"
+
+
+def _masks(parser: Parser, job: Job, args: argparse.Namespace) -> list[str]:
+    titles = [re.sub(r"[^\w-]+", "_", title) for title in parser.classes] if args.masks else []
+    return [_path(args.out, "masks", f"{job.name}/{k:02d}_{title}") for k, title in enumerate(titles)]
+
+
+def _with_folder(path: str) -> Path:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    return Path(path)
+
+
+def photo_is_done(parser: Parser, job: Job, args: argparse.Namespace) -> bool:
+    """Whether all that is wanted of a photo is there: a result has its name only when it is whole."""
+    kinds = ("labels", "overlays", "probs") if args.probs else ("labels", "overlays")
+    paths = itertools.chain((_path(args.out, kind, job.name) for kind in kinds), _masks(parser, job, args))
+    return all(map(os.path.exists, paths)) or video_is_done(job, args)   # it may have turned out to be a video
+
+
+def video_is_done(job: Job, args: argparse.Namespace) -> bool:
+    path, labels = _path(args.out, "overlays", job.name, ".mp4"), args.out / "labels" / job.name
+    return os.path.exists(path) and (not args.frames or len(list(labels.glob("[0-9]*.png"))) == video.frames(path))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -309,17 +340,21 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", type=os.path.expanduser, metavar="INPUT",
                         help="photo, video, folder, glob, or number of a webcam")
-    parser.add_argument("--run", help="folder of a run, or a checkpoint; the newest run if not given")
+    parser.add_argument("--run", "--checkpoint", help="folder of a run, or a checkpoint; the newest run if not given. "
+                        "Under torchrun, which has options that begin with --run, only --checkpoint")
     parser.add_argument("--out", type=user_path, default=Path("predictions"),
                         help="folder of the results (predictions)")
     parser.add_argument("--map", type=user_path, metavar="FILE",
                         help="merge the classes into others: a file of configs/maps, or your own")
+    parser.add_argument("--skip-existing", action="store_true",
+                        help="leave out what has all its results. The photos of a batch with one that has not are parsed "
+                        "too, so that results do not depend on it; with --batch 1 there are none")
     parser.add_argument("--tta", action="store_true", help="average over scales and flips: slower, a little better")
     parser.add_argument("--size", type=int, help="long side of a photo as the network sees it; the run's if not given")
     parser.add_argument("--masks", action="store_true", help="photos: also a black and white picture for each class")
     parser.add_argument("--probs", action="store_true", help="photos: also the probabilities, as .npy")
     parser.add_argument("--frames", action="store_true", help="videos: also the label map of each frame")
-    parser.add_argument("--batch", type=int, default=4, help="photos at a time (4)")
+    parser.add_argument("--batch", type=int, default=4, help="photos at a time per process (4)")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ...; the GPU if there is one")
     args = parser.parse_intermixed_args(argv)
     if args.batch < 1:
@@ -329,43 +364,81 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace, report: Report):
+def look(args: argparse.Namespace, report: Report) -> tuple[list[Job], list[Job], list[int]]:
+    """Photos, videos, webcams; what there is to say about them is said before the work."""
     photos, videos, cameras = collect(args.inputs, args.out, report)
     if not photos and not videos and not cameras:
         raise UserError("; ".join(report.failed) or f"no photo or video in {', '.join(args.inputs)}")
     usable_folder(args.out)
-    parser = Parser(args.run, args.tta, args.size, args.device, args.map)
-    print(f"{parser.path}: {len(parser.classes)} classes of {parser.labels.name}" + (", with TTA" if args.tta else ""))
-    for job in photos + videos:
-        if os.path.basename(job.name) != os.path.splitext(os.path.basename(job.path))[0]:
-            print(f"{job.path} is called {job.name} in the results: another input has its name")
+    renamed = [job for job in itertools.chain(photos, videos)
+               if os.path.basename(job.name) != os.path.splitext(os.path.basename(job.path))[0]]
+    for job in renamed[:10]:
+        print(f"{job.path} is called {job.name} in the results: another input has its name")
+    if len(renamed) > 10:
+        print(f"... and so are {len(renamed) - 10} more")
     if (videos or cameras) and (args.masks or args.probs):
         print("--masks and --probs are for photos: videos get overlays, and label maps with --frames")
-    videos += parse_photos(parser, photos, args, report)
-    for job, source in [(job, job.path) for job in videos] + [(Job(f"webcam {n}", f"webcam_{n}"), n) for n in cameras]:
+    return photos, videos, cameras
+
+
+def run(args: argparse.Namespace, world: World, report: Report):
+    start = time.monotonic()
+    with world.together():
+        found = look(args, report) if world.main else None
+    photos, videos, cameras = world.from_main(found)
+    with world.together():
+        parser = Parser(args.run, args.tta, args.size, world.device, args.map)
+        done = set()
+        if args.skip_existing and world.main:
+            done = {job.name for job in photos if photo_is_done(parser, job, args)}
+            done |= {job.name for job in videos if video_is_done(job, args)}
+    done = world.from_main(done)
+    world.say(f"{parser.path}: {len(parser.classes)} classes of {parser.labels.name}" + (", with TTA" if args.tta else "")
+              + (f"; {len(done)} left out, they have their results" if done else ""))
+    try:
+        work(parser, photos, videos, cameras, done, args, world, report)
+    except KeyboardInterrupt:
+        if world.size == 1:
+            tell(args, report, start)
+        raise
+    parts = world.gather((report.parsed, report.failed), patient=True)
+    report.parsed, report.failed = [list(itertools.chain.from_iterable(part)) for part in zip(*parts)]
+    if world.main:
+        tell(args, report, start)
+    world.gather(None)                                     # torchrun ends all when one leaves: not before that is told
+
+
+def work(parser: Parser, photos: list[Job], videos: list[Job], cameras: list[int], done: set[str],
+         args: argparse.Namespace, world: World, report: Report):
+    """This process's share: whole batches, so that they are the same for any number of processes, and whole videos."""
+    batches = [photos[a:a + args.batch] for a in range(0, len(photos), args.batch)]
+    batches = [batch for batch in batches if any(job.name not in done for job in batch)][world.rank::world.size]
+    videos = [job for job in videos if job.name not in done][world.rank::world.size]
+    count = sum(job.name not in done for batch in batches for job in batch) * world.size
+    with tqdm(total=count, unit="photo", disable=not (world.main and count)) as bar:
+        videos += parse_photos(parser, batches, done, args, report, lambda more: bar.update(more * world.size))
+    sources = [(job, job.path) for job in videos]
+    if world.main:
+        sources += [(Job(f"webcam {n}", f"webcam_{n}"), n) for n in cameras]
+    for job, source in sources:
         with report.work_on(job):
+            target = _with_folder(_path(args.out, "overlays", job.name, ".mp4"))
             labels = args.out / "labels" / job.name if args.frames else None
-            video.parse_video(parser, source, _place(args.out, "overlays", job.name, ".mp4"), labels, args.batch)
+            video.parse_video(parser, source, target, labels, args.batch, progress=world.main)
             report.parsed.append(job.name)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args, report, stopped = arguments(argv), Report(), False
-    start = time.monotonic()
-    try:
-        run(args, report)
-    except KeyboardInterrupt:
-        stopped = True
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def tell(args: argparse.Namespace, report: Report, start: float):
     seconds = time.monotonic() - start
-    print(f"{len(report.parsed)} parsed in {seconds:.1f} s" + (f", in {args.out}" if report.parsed else ""))
+    print(f"{len(report.parsed)} parsed in {seconds:.1f} s" + (f", in {args.out}" if report.parsed else ""), flush=True)
     if report.failed:
-        print(f"{len(report.failed)} not parsed:\n  " + "\n  ".join(report.failed), file=sys.stderr)
-    if stopped:
-        print("stopped: what is written is whole, the rest was not parsed", file=sys.stderr)
-    return 130 if stopped else 1 if report.failed else 0
+        print(f"{len(report.failed)} not parsed:\n  " + "\n  ".join(report.failed), file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, report = arguments(argv), Report()
+    run_together(lambda world: run(args, world, report), args.device, LESS_MEMORY)
+    return 1 if report.failed else 0
 
 
 if __name__ == "__main__":

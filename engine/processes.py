@@ -192,7 +192,7 @@ class World:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=meet(self.rank, self.size),
                                     rank=self.rank, world_size=self.size, timeout=PATIENCE)
             self.control = dist.new_group(backend="gloo", timeout=PATIENCE)
-            self.ring = dist.new_group(backend="gloo", timeout=timedelta(days=1000))
+            self.ring, self.patient = (dist.new_group(backend="gloo", timeout=timedelta(days=1000)) for _ in range(2))
             self.closing = threading.Event()
             self.watcher = threading.Thread(target=self._watch, daemon=True)
             self.watcher.start()
@@ -211,11 +211,11 @@ class World:
             dist.all_reduce(total, group=self.control)
         return total.tolist()
 
-    def gather(self, value) -> list:
-        """The values of all processes, by rank."""
+    def gather(self, value, patient: bool = False) -> list:
+        """The values of all processes, by rank. `patient`: some of them may come hours later than others."""
         found = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(found, value, group=self.control)
+            dist.all_gather_object(found, value, group=self.patient if patient else self.control)
         return found
 
     def from_main(self, value):

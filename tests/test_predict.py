@@ -2,23 +2,29 @@
 
 import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import Processes, wait_until
 
 import classmap
 import inference
 import predict
 from config import Config
 from datasets import LABEL_SETS
-from engine import checkpoint
+from engine import checkpoint, processes
 from engine.errors import UserError
 from model import build_model
 from predict import Parser, Report, collect
@@ -43,6 +49,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.mkdir()
     checkpoint.write(path / checkpoint.LAST, checkpoint.pack(model, labels, {}, {}))
     return path
+
+
+def parse(argv: list[str]) -> int:
+    """The program's exit code."""
+    try:
+        return predict.main(argv)
+    except SystemExit as left:
+        return left.code
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +108,7 @@ def odd_files(folder: Path) -> dict[str, tuple[int, int]]:
 def test_odd_files_are_parsed_at_their_size_or_reported(run: Path, tmp_path: Path, capsys):
     sizes = odd_files(tmp_path / "in")
     out = tmp_path / "out"
-    assert predict.main([str(tmp_path / "in"), "--run", str(run), "--out", str(out), "--batch", "3"]) == 1
+    assert parse([str(tmp_path / "in"), "--run", str(run), "--out", str(out), "--batch", "3"]) == 1
     assert files(out / "labels") == sorted(f"{name}.png" for name in sizes)
     assert files(out / "overlays") == sorted(f"{name}.jpg" for name in sizes)
     for name, size in sizes.items():
@@ -134,7 +148,7 @@ def test_labels_are_the_argmax_of_the_networks_probabilities(run: Path, tmp_path
     np.testing.assert_allclose(expected.sum(0), 1, atol=1e-5)
     monkeypatch.setattr(inference, "CPU_STRIP", 4 * 20 * size[1] * 7)           # strips of 7 rows, as a huge photo has
     arguments = [str(tmp_path / "x.png"), "--run", str(run), "--out", str(tmp_path / "out"), "--masks", "--probs"]
-    assert predict.main(arguments + ["--tta"] * tta) == 0
+    assert parse(arguments + ["--tta"] * tta) == 0
     label = read(tmp_path / "out/labels/x.png")
     best = np.sort(expected, 0)
     assert (label == expected.argmax(0))[best[-1] - best[-2] > 1e-5].all()
@@ -154,8 +168,8 @@ def test_all_results_follow_a_class_map(run: Path, tmp_path: Path, parser: Parse
     clip(tmp_path / "v.avi", 3)
     target, merge = classmap.load(path, LABEL_SETS["lip"])
     arguments = [str(tmp_path / "x.png"), "--run", str(run), "--map", str(path)]
-    assert predict.main([*arguments, "--out", str(tmp_path / "a"), "--probs", "--masks"]) == 0
-    assert predict.main([*arguments, str(tmp_path / "v.avi"), "--out", str(tmp_path / "b"), "--frames"]) == 0
+    assert parse([*arguments, "--out", str(tmp_path / "a"), "--probs", "--masks"]) == 0
+    assert parse([*arguments, str(tmp_path / "v.avi"), "--out", str(tmp_path / "b"), "--frames"]) == 0
     plain = parser.probabilities(image)
     expected = np.stack([plain[list(found)].sum(0) for found in merge])
     np.testing.assert_allclose(np.load(tmp_path / "a/probs/x.npy"), expected, atol=1e-3)
@@ -232,7 +246,7 @@ def test_results_beside_the_photos_are_not_parsed_again(run: Path, tmp_path: Pat
     Image.fromarray(photo(20, 30)).save(tmp_path / "x.png")
     before = (tmp_path / "x.png").read_bytes()
     for _ in range(2):
-        assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path)]) == 0
+        assert parse([str(tmp_path), "--run", str(run), "--out", str(tmp_path)]) == 0
     assert files(tmp_path) == ["labels/x.png", "overlays/x.jpg", "x.png"]
     assert (tmp_path / "x.png").read_bytes() == before
 
@@ -250,7 +264,7 @@ def test_interrupt_leaves_whole_files_and_says_so(run: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(Parser, "parse_batch", interrupted)
     out = tmp_path / "out"
-    assert predict.main([str(tmp_path), "--run", str(run), "--out", str(out), "--batch", "1"]) == 130
+    assert parse([str(tmp_path), "--run", str(run), "--out", str(out), "--batch", "1"]) == 130
     assert files(out) == ["labels/0.png", "labels/1.png", "overlays/0.jpg", "overlays/1.jpg"]
     printed = capsys.readouterr()
     assert "2 parsed" in printed.out and "stopped" in printed.err
@@ -261,7 +275,7 @@ def test_too_many_pixels_and_other_formats_are_one_line_each(run: Path, tmp_path
     Image.new("RGB", (10, 10)).save(tmp_path / "fits.png")
     Image.new("RGB", (10_001, 1)).save(tmp_path / "large.png")
     (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
-    assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
+    assert parse([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
     report = capsys.readouterr().err.partition("2 not parsed:")[2]
     assert "large.png: too many pixels, make it smaller first (Image size (10001 pixels) exceeds limit" in report
     assert "phone.heic: not a picture in JPEG, PNG, WEBP, BMP, " in report and ": convert it first" in report
@@ -277,7 +291,7 @@ def test_what_cannot_be_written_is_that_photos_failure(run: Path, tmp_path: Path
         (out / folder / "full").mkdir(parents=True)
     (out / "masks/h").write_text("a file where a folder is to be")
     arguments = [str(tmp_path), "--run", str(run), "--out", str(out), "--masks", "--probs", "--batch", "2"]
-    assert predict.main(arguments) == 1
+    assert parse(arguments) == 1
     printed = capsys.readouterr()
     assert "3 parsed" in printed.out and "5 not parsed" in printed.err
     lines = printed.err.partition("5 not parsed:\n")[2].splitlines()
@@ -296,7 +310,7 @@ def test_a_full_disk_is_told_for_each_photo(run: Path, tmp_path: Path, monkeypat
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(Image.Image, "save", full)
-    assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
+    assert parse([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr().err
     for name in "ab":
         overlay = tmp_path / f"out/overlays/{name}.jpg"
@@ -306,7 +320,7 @@ def test_a_full_disk_is_told_for_each_photo(run: Path, tmp_path: Path, monkeypat
 def test_a_folder_that_takes_no_files_is_told_before_the_work(run: Path, tmp_path: Path, capsys):
     Image.fromarray(photo(20, 30)).save(tmp_path / "x.png")
     (tmp_path / "out").write_text("a file")
-    assert predict.main([str(tmp_path / "x.png"), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
+    assert parse([str(tmp_path / "x.png"), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr()
     assert printed.err == f"error: {tmp_path}/out takes no files (File exists)\n" and not printed.out
 
@@ -323,7 +337,7 @@ def test_a_photo_too_large_for_the_memory_is_its_own_failure(run: Path, tmp_path
 
     monkeypatch.setattr(Parser, "parse_batch", scarce)
     arguments = [str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out"), "--batch", "1"]
-    assert predict.main(arguments) == 1
+    assert parse(arguments) == 1
     printed = capsys.readouterr()
     assert "30.png: out of memory: try a smaller --batch or --size" in printed.err and "2 parsed" in printed.out
     assert files(tmp_path / "out/labels") == ["20.png", "40.png"]
@@ -333,7 +347,7 @@ def test_a_bug_keeps_its_traceback(run: Path, tmp_path: Path, monkeypatch):
     Image.fromarray(photo(20, 30)).save(tmp_path / "x.png")
     monkeypatch.setattr(pictures, "save_palette_png", lambda *_: {}["a bug"])
     with pytest.raises(KeyError, match="a bug"):
-        predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")])
+        parse([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")])
 
 
 FORMATS = {"jpe": "JPEG", "jfif": "JPEG", "mpo": "MPO", "jp2": "JPEG2000", "tga": "TGA", "ppm": "PPM", "gif": "GIF",
@@ -351,7 +365,7 @@ def test_a_photo_is_parsed_in_whatever_format_it_is(run: Path, tmp_path: Path, p
     grey = np.tile(np.arange(70, dtype=np.uint16) * 900, (50, 1))
     Image.fromarray(grey).save(tmp_path / "deep.tiff")
     shutil.copy(tmp_path / "jpe.jpe", tmp_path / "is a jpeg.tga")
-    assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 0
+    assert parse([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 0
     assert files(tmp_path / "out/labels") == sorted(f"{name}.png" for name in (*written, "deep", "is a jpeg"))
     for ending in written:
         found = read(tmp_path / f"out/labels/{ending}.png")
@@ -359,13 +373,13 @@ def test_a_photo_is_parsed_in_whatever_format_it_is(run: Path, tmp_path: Path, p
     deep = np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
     assert (read(tmp_path / "out/labels/deep.png") == parser.parse(deep)).mean() > 0.999
     shutil.copy(tmp_path / "jpe.jpe", tmp_path / "no ending")            # by its name: whatever it is called
-    assert predict.main([str(tmp_path / "no ending"), "--run", str(run), "--out", str(tmp_path / "named")]) == 0
+    assert parse([str(tmp_path / "no ending"), "--run", str(run), "--out", str(tmp_path / "named")]) == 0
     assert (read(tmp_path / "named/labels/no ending.png") == read(tmp_path / "out/labels/jpe.png")).all()
 
 
 def test_pixels_without_one_way_to_show_them_are_refused(run: Path, tmp_path: Path, capsys):
     Image.fromarray(np.linspace(-1, 9, 30, dtype=np.float32).reshape(5, 6)).save(tmp_path / "depth.tiff")
-    assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
+    assert parse([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
     assert "depth.tiff: pixels of a kind (Pillow's F) without one way to be shown" in capsys.readouterr().err
 
 
@@ -373,7 +387,7 @@ def test_what_is_passed_over_is_said(run: Path, tmp_path: Path, capsys):
     Image.fromarray(photo(20, 30)).save(tmp_path / "x.png")
     for name in ("a.txt", "b.txt", "raw.CR2", "README", ".hidden"):
         (tmp_path / name).write_text("x")
-    assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 0
+    assert parse([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 0
     said = "passed over, by their endings no photos or videos: 2 .txt, 1 without an ending, 1 .cr2"
     assert said in capsys.readouterr().out
 
@@ -418,7 +432,7 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, monkeypatch, capsys, a
     if arguments[0].endswith(".png"):
         Image.new("RGB", (4, 4)).save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
-    assert predict.main([str(run) if argument == "RUN" else argument for argument in arguments]) == 1
+    assert parse([str(run) if argument == "RUN" else argument for argument in arguments]) == 1
     printed = capsys.readouterr()
     assert words in printed.err and printed.err.startswith("error:")
     assert printed.err.count("\n") == 1 and not printed.out
@@ -431,6 +445,166 @@ def test_the_program_ends_with_the_honest_code(run: Path, tmp_path: Path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "bad.png" in done.stderr
     assert files(tmp_path / "out") == ["labels/good.png", "overlays/good.jpg"]
+
+
+# ---- many processes
+
+def parse_in_a_process(argv: list[str]):
+    sys.exit(predict.main(argv))
+
+
+@pytest.fixture(scope="module")
+def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos of several sizes in several folders, some too large for a batch, two that are none, and a video."""
+    folder = tmp_path_factory.mktemp("album")
+    for n in range(33):
+        (folder / "abc"[n % 3]).mkdir(exist_ok=True)
+        Image.fromarray(photo(*((50, 70), (70, 50), (64, 64), (33, 90))[n % 4], n)).save(folder / "abc"[n % 3] / f"{n}.png")
+    (folder / "b" / "empty.png").write_bytes(b"")
+    (folder / "c" / "text.jpg").write_text("not a picture")
+    clip(folder / "c" / "walk.avi", 4)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in files(folder) if "/." not in name}
+
+
+@pytest.fixture(scope="module")
+def alone(run: Path, album: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The results of one process, by name."""
+    folder = tmp_path_factory.mktemp("alone")
+    with Processes(folder, parse_in_a_process, arguments(run, album, folder / "out")) as one:
+        assert one.wait() == [1], one.said()
+        assert "34 parsed" in one.said() and "2 not parsed" in one.said()
+    return contents(folder / "out")
+
+
+def arguments(run: Path, album: Path, out: Path, *more: str) -> list[str]:
+    return [str(album), "--checkpoint", str(run), "--out", str(out), "--batch", "3", "--frames", "--masks", *more]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_many_processes_write_what_one_writes(run: Path, album: Path, tmp_path: Path, alone: dict[str, bytes], count: int):
+    with Processes(tmp_path, parse_in_a_process, arguments(run, album, tmp_path / "out"), count=count) as all_of_them:
+        assert all_of_them.wait() == [1] * count           # as alone
+        said = [all_of_them.said(rank) for rank in range(count)]
+    assert contents(tmp_path / "out") == alone
+    assert said[0].count("34 parsed in") == said[0].count("2 not parsed:") == 1
+    assert all(text.count("empty.png") == text.count("text.jpg") == (not rank) for rank, text in enumerate(said))
+    assert "photo" not in "".join(said[1:]).replace(str(album), "") and "Traceback" not in "".join(said)
+
+
+def test_every_photo_is_parsed_once(run: Path, album: Path, tmp_path: Path, alone: dict[str, bytes]):
+    """By one of the processes: the parts do not overlap, and are of about the same size."""
+    names = []
+    for rank in range(3):
+        args = predict.arguments(arguments(run, album, tmp_path / str(rank)))
+        report, world = Report(), SimpleNamespace(rank=rank, size=3, main=rank == 0)
+        predict.work(Parser(run), *collect(args.inputs, args.out, report)[:2], [], set(), args, world, report)
+        names.append(report.parsed)
+    assert sorted(sum(names, [])) == sorted(name[7:-4] for name in alone if re.fullmatch(r"labels/./\d+.png", name)) + ["c/walk"]
+    assert max(map(len, names)) - min(map(len, names)) <= 4
+
+
+@pytest.mark.parametrize("more", [[], ["--probs"]])
+def test_what_is_there_is_left_out(run: Path, album: Path, tmp_path: Path, alone: dict[str, bytes], capsys, more: list[str]):
+    out = tmp_path / "out"
+    argv = arguments(run, album, out, "--skip-existing", *more)
+    torch.set_num_threads(1)
+    assert parse(argv) == 1
+    first = contents(out)
+    assert {name: first[name] for name in alone} == alone
+    lost = ["labels/a/0.png", "overlays/b/4.jpg", "masks/c/8/07_Coat.png", "overlays/c/walk.mp4", *["probs/a/21.npy"][:len(more)]]
+    for name in lost:
+        (out / name).unlink()
+    before = {name: (out / name).stat().st_mtime_ns for name in files(out)}
+    capsys.readouterr()
+    assert parse(argv) == 1                                # the two that are no pictures are tried again
+    said = capsys.readouterr()
+    assert f"; {34 - len(lost)} left out, they have their results" in said.out and f"{len(lost)} parsed" in said.out
+    assert contents(out) == first
+    written = {name for name, time in before.items() if (out / name).stat().st_mtime_ns != time}
+    assert {"/".join(name.split("/")[1:3]).rsplit(".", 1)[0] for name in written} == {
+        "a/0", "b/4", "c/8", "c/walk", *["a/21"][:len(more)]}
+    (out / "labels/c/walk/000002.png").unlink()            # the overlay is whole, the label maps are not
+    assert parse(argv) == 1 and contents(out) == first
+
+
+def test_killed_and_gone_on_with_is_as_never_stopped(run: Path, album: Path, tmp_path: Path, alone: dict[str, bytes]):
+    """Three times, by different numbers of processes."""
+    out = tmp_path / "out"
+    for n, count in enumerate((2, 1, 3)):
+        argv, already = arguments(run, album, out, "--skip-existing"), len(list(out.glob("labels/?/*.png")))
+        with Processes(tmp_path, parse_in_a_process, argv, count=count) as some:
+            wait_until(lambda: len(list(out.glob("labels/?/*.png"))) > already + 3 or some.all[0].exitcode is not None)
+            for rank in range(count):
+                some.send(signal.SIGKILL, rank)
+            some.wait()
+        assert contents(out).items() < alone.items(), n    # what is there is whole, and it is not all
+    with Processes(tmp_path, parse_in_a_process, argv, count=2) as both:
+        assert both.wait() == [1, 1]
+        assert re.search(r"; \d+ left out", both.said()) and both.said(1) == ""
+    assert contents(out) == alone
+
+
+def slow_in_the_first(argv: list[str]):
+    """Process 0 works on while the other is killed."""
+    if os.environ["RANK"] == "0":
+        parse_batch = Parser.parse_batch
+        Parser.parse_batch = lambda *args: (time.sleep(1), parse_batch(*args))[1]
+    processes.GRACE = 1.0
+    sys.exit(predict.main(argv))
+
+
+def test_a_process_that_dies_ends_the_run_with_a_word(run: Path, album: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    with Processes(tmp_path, slow_in_the_first, arguments(run, album, out), count=2) as both:
+        wait_until(lambda: len(list(out.glob("labels/?/*.png"))) > 3)
+        both.send(signal.SIGKILL, 1)
+        assert both.wait(60) == [1, -9]
+        assert "another process of this run has ended" in both.said() and "Traceback" not in both.said()
+
+
+@pytest.mark.parametrize("mistake, words", [
+    (["--checkpoint", "nowhere"], "nowhere: no such run"), (["--map", "no.yaml"], "no.yaml: no such class map"),
+    (["--device", "warp"], "device 'warp' cannot be used")])
+def test_a_mistake_is_told_once(run: Path, album: Path, tmp_path: Path, mistake: list[str], words: str):
+    with Processes(tmp_path, parse_in_a_process, [*arguments(run, album, tmp_path / "out"), *mistake], count=2) as both:
+        assert both.wait() == [1, 1]
+        assert (both.said(0) + both.said(1)).count("error") == 1 and words in both.said(0)
+
+
+def test_torchrun_starts_it(run: Path, album: Path, tmp_path: Path, alone: dict[str, bytes]):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", predict.__file__,
+               *arguments(run, album, tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1 and contents(tmp_path / "out") == alone
+    assert done.stdout.count("34 parsed in") == 1 and done.stderr.count("2 not parsed:") == 1
+
+
+def test_torchrun_lets_the_options_through():
+    """It refuses what might be short for one of its own, as --run is for --run-path on Python 3.11."""
+    from torch.distributed.run import parse_args
+    mine = ("x --checkpoint runs/x --out y --map m --skip-existing --tta --size 64 --masks --probs --frames --batch 2 "
+            "--device cpu z").split()
+    assert parse_args(["--nproc_per_node", "4", "predict.py", *mine]).training_script_args == mine
+    args = predict.arguments(mine)
+    assert (args.run, args.inputs, args.skip_existing, args.batch) == ("runs/x", ["x", "z"], True, 2)
+
+
+def test_many_files_take_few_bytes_each(tmp_path: Path):
+    """Of listing and naming them; a thousand folders of twenty photos."""
+    for n in range(1000):
+        (tmp_path / "in" / f"{n:04d}").mkdir(parents=True)
+        for k in range(20):
+            (tmp_path / "in" / f"{n:04d}" / f"{k:02d}.jpg").touch()
+    tracemalloc.start()
+    photos, _, _ = collect([str(tmp_path / "in")], tmp_path / "out", Report())
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(photos) == 20_000 and photos[21].name == "0001/01"
+    assert held / 20_000 < 500 and most / 20_000 < 1500
 
 
 # ---- video
@@ -455,7 +629,7 @@ def opened(path: Path) -> tuple[int, float, tuple[int, int]]:
 def test_a_video_keeps_its_length_and_rate(run: Path, tmp_path: Path, parser: Parser):
     clip(tmp_path / "walk.avi")
     out = tmp_path / "out"
-    assert predict.main([str(tmp_path), "--run", str(run), "--out", str(out), "--frames", "--batch", "3"]) == 0
+    assert parse([str(tmp_path), "--run", str(run), "--out", str(out), "--frames", "--batch", "3"]) == 0
     count, rate, (height, width) = opened(out / "overlays/walk.mp4")
     assert (count, round(rate, 3)) == (7, 12) and height % 2 == width % 2 == 0 and height >= 50 and width >= 61
     assert files(out / "labels/walk") == [f"{n:06d}.png" for n in range(1, 8)]
@@ -475,7 +649,7 @@ def test_a_video_is_parsed_in_whatever_container_it_is(run: Path, tmp_path: Path
         clip(tmp_path / f"in {ending}.{ending}", 6, (48, 64), code)
     clip(tmp_path / "really.avi", 5, (48, 64))
     (tmp_path / "really.avi").rename(tmp_path / "a video.jpg")
-    assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out"), "--size", "32"]) == 0
+    assert parse([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out"), "--size", "32"]) == 0
     names = [*(f"in {ending}" for ending in VIDEOS), "a video"]
     assert files(tmp_path / "out") == sorted(f"overlays/{name}.mp4" for name in names)
     for ending in VIDEOS:
@@ -498,7 +672,7 @@ def test_the_rate_is_that_of_the_frames_times(run: Path, tmp_path: Path, real: f
     clip(tmp_path / "x.mkv", 40, (48, 64), "mp4v", real)
     declared_as(tmp_path / "x.mkv", declared)
     assert opened(tmp_path / "x.mkv")[1] == pytest.approx(declared, rel=1e-4)         # a player is told so
-    assert predict.main([str(tmp_path / "x.mkv"), "--run", str(run), "--out", str(tmp_path), "--size", "32"]) == 0
+    assert parse([str(tmp_path / "x.mkv"), "--run", str(run), "--out", str(tmp_path), "--size", "32"]) == 0
     count, rate, _ = opened(tmp_path / "overlays/x.mp4")
     assert count == 40 and rate == pytest.approx(real, rel=1e-3)
 
@@ -539,7 +713,7 @@ def test_a_trimmed_video_is_whole(run: Path, tmp_path: Path):
     clip(tmp_path / "x.mp4", 48, (48, 64), "mp4v")
     trimmed(tmp_path / "x.mp4")
     assert cv2.VideoCapture(str(tmp_path / "x.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 48
-    assert predict.main([str(tmp_path / "x.mp4"), "--run", str(run), "--out", str(tmp_path), "--size", "32"]) == 0
+    assert parse([str(tmp_path / "x.mp4"), "--run", str(run), "--out", str(tmp_path), "--size", "32"]) == 0
     assert opened(tmp_path / "overlays/x.mp4")[:2] == (24, 12)
 
 
@@ -565,9 +739,9 @@ def test_a_video_that_is_cut_off_is_parsed_as_far_as_it_goes(run: Path, tmp_path
         streamable(tmp_path / name)
     data = (tmp_path / name).read_bytes()
     arguments = [str(tmp_path / name), "--run", str(run), "--out", str(tmp_path), "--size", "32"]
-    assert predict.main(arguments) == 0 and opened(tmp_path / "overlays/x.mp4")[0] == 48
+    assert parse(arguments) == 0 and opened(tmp_path / "overlays/x.mp4")[0] == 48
     (tmp_path / name).write_bytes(data[:len(data) * 6 // 10])
-    assert predict.main(arguments) == 1
+    assert parse(arguments) == 1
     line = capsys.readouterr().err.partition("1 not parsed:")[2].strip()
     count = opened(tmp_path / "overlays/x.mp4")[0]
     assert 20 < count < 40 and line.startswith(f"{tmp_path / name}: damaged or cut off (")
@@ -581,7 +755,7 @@ def test_damaged_videos_are_reported(run: Path, tmp_path: Path, capsys):
     (tmp_path / "headless.mp4").write_bytes(data[:len(data) // 2])
     (tmp_path / "noise.mp4").write_bytes(b"no video at all" * 99)
     (tmp_path / "empty.mkv").write_bytes(b"")
-    assert predict.main([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
+    assert parse([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
     report = capsys.readouterr().err.partition("3 not parsed:")[2]
     for name in ("noise.mp4", "headless.mp4", "empty.mkv"):
         assert f"{tmp_path / name}: no frame could be read (" in report
@@ -594,7 +768,7 @@ def test_a_video_that_brings_the_decoder_down_is_reported(run: Path, tmp_path: P
     (tmp_path / "viz/frame_times.py").write_text("import os; os.abort()")
     monkeypatch.setattr(video, "__file__", str(tmp_path / "viz/video.py"))
     clip(tmp_path / "x.avi")
-    assert predict.main([str(tmp_path / "x.avi"), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
+    assert parse([str(tmp_path / "x.avi"), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
     assert "x.avi: the decoder breaks down on it (exit code " in capsys.readouterr().err
 
 
@@ -606,7 +780,7 @@ def test_a_disk_that_fills_up_under_a_video_is_reported(run: Path, tmp_path: Pat
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        assert predict.main([str(tmp_path / "x.avi"), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
+        assert parse([str(tmp_path / "x.avi"), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert f"x.avi: {tmp_path}/out/overlays/x.mp4 could not be written whole" in capsys.readouterr().err
@@ -650,18 +824,18 @@ def test_a_webcam_is_recorded_until_ctrl_c(run: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(cv2, "VideoCapture", Camera)
     out = tmp_path / "out"
-    assert predict.main(["0", "--run", str(run), "--out", str(out)]) == 0
+    assert parse(["0", "--run", str(run), "--out", str(out)]) == 0
     assert files(out) == ["overlays/webcam_0.mp4"] and opened(out / "overlays/webcam_0.mp4")[0] == 4
 
 
 def test_no_webcam_is_reported(run: Path, tmp_path: Path, capsys):
-    assert predict.main(["97", "--run", str(run), "--out", str(tmp_path)]) == 1
+    assert parse(["97", "--run", str(run), "--out", str(tmp_path)]) == 1
     assert "webcam 97: no frame could be read" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="the photos for trials are not here")
 def test_real_photos(run: Path, tmp_path: Path):
-    assert predict.main([str(PHOTOS), "--run", str(run), "--out", str(tmp_path)]) == 0
+    assert parse([str(PHOTOS), "--run", str(run), "--out", str(tmp_path)]) == 0
     for path in PHOTOS.iterdir():
         with Image.open(path) as image:
             assert read(tmp_path / "labels" / f"{path.stem}.png").shape == (image.height, image.width)

@@ -35,7 +35,8 @@ def is_video(path: str | Path) -> bool:
         capture.release()
 
 
-def parse_video(parser, source: Path | int, target: Path, labels: Path | None = None, batch: int = 4) -> int:
+def parse_video(parser, source: Path | int, target: Path, labels: Path | None = None, batch: int = 4,
+                progress: bool = True) -> int:
     """Parse the file or webcam `source` into `target`, an .mp4; with the folder `labels`, also into label maps.
 
     Returns the number of frames. A webcam runs until q is pressed in its window (where there is a display) or Ctrl-C.
@@ -50,11 +51,12 @@ def parse_video(parser, source: Path | int, target: Path, labels: Path | None = 
         rate = 0.0 if live else _rate(times, capture.get(cv2.CAP_PROP_FPS))
         if live:
             pairs, rate = _measure(pairs)
-        with whole(target) as part, tqdm(pairs, total=len(times) or None, unit="frame", desc=Path(name).name) as bar:
+        with whole(target) as part, tqdm(pairs, total=len(times) or None, unit="frame", desc=Path(name).name,
+                                         disable=not progress) as bar:
             count = _write(bar, parser, part, _writable(rate), labels, live)
             if not count:
                 raise UserError(f"{name}: no frame could be read" + (f" ({fault})" if fault else ""))
-            if _frames(part) != count:                     # the writer does not say it
+            if frames(part) != count:                      # the writer does not say it
                 raise UserError(f"{target} could not be written whole: is there room on the disk?")
     finally:
         capture.release()
@@ -135,7 +137,7 @@ def _write(pairs, parser, path: Path, rate: float, labels: Path | None, live: bo
     return count
 
 
-def _frames(path: Path) -> int:
+def frames(path: str | Path) -> int:
     """What a video written here says of its number of frames."""
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     try:
