@@ -13,7 +13,7 @@
 
 With --map configs/maps/atr.yaml (or tryon, viton_hd, coarse, or your own) all of these are in another numbering.
 
-Or from Python, for a photo (a path, or an RGB array) of any size:
+Or from Python, for a photo (a path, a PIL image or an RGB array) of any size; see `Parser`:
 
     parser = Parser("runs/lip")
     label = parser.parse("photo.jpg")                    # (H, W) uint8, 255 classes at most
@@ -27,6 +27,7 @@ import itertools
 import os
 import re
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +37,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import classmap
@@ -43,7 +45,7 @@ import inference
 from config import user_path
 from engine.errors import UserError, in_one_line
 from engine.processes import World, run_together
-from files.images import ALL_ENDINGS, ALL_FORMATS, NotAPicture, read_photo
+from files.images import ALL_ENDINGS, ALL_FORMATS, NotAPicture, as_shown, read_photo
 from files.walk import walk
 from files.whole import usable_folder, whole
 from viz import pictures, video
@@ -53,39 +55,67 @@ VIDEO_ENDINGS = frozenset(".3g2 .3gp .asf .avi .divx .f4v .flv .m2ts .m2v .m4v .
 ENDINGS = ALL_ENDINGS | VIDEO_ENDINGS | {".heic", ".heif"}               # in a folder; the last two cannot be read, and
 #                                                                          that is said
 ENDING = {"labels": ".png", "overlays": ".jpg", "masks": ".png", "probs": ".npy"}    # in the folders of the results
+BATCH = 4                                                  # photos parsed at a time
 BATCH_PIXELS = 32 << 20                                    # of photos parsed at a time: very large ones stay in bounds
 THREADS = 4                                                # they read and write files while the network works
 LESS_MEMORY = "a smaller --batch or --size, or --device cpu"
 
 
-class Parser:
-    """A trained network with what is needed around it. `run`: a folder or checkpoint, None for the newest run.
+Photo = str | Path | Image.Image | np.ndarray              # a path, a PIL image, or RGB (H, W, 3) uint8; of any size
 
-    `class_map`: a file that merges its classes into others (classmap.py); `labels` is then the set of those.
+
+class Parser:
+    """A trained network with what is needed around it.
+
+        parser = Parser("runs/lip")
+        label = parser.parse("photo.jpg")                                # (H, W) uint8
+        chosen = [parser.classes.index(name) for name in ("Upper-clothes", "Coat", "Dress")]
+        mask = np.isin(label, chosen)                                    # (H, W) bool
+        Image.fromarray(mask).save("upper.png")
+
+    `run`: a folder or checkpoint, None for the newest run. `tta`: average over scales and flips. `size`: the long side of
+    a photo as the network sees it. `class_map`: a file that merges the network's classes into others (classmap.py);
+    `labels`, `classes` and `palette` are those of the results. A `UserError` says what is wrong with a run or a photo.
+
+    Threads may share a Parser: a lock lets one at a time through the network, photos are read outside it.
     """
 
-    def __init__(self, run: str | Path | None = None, tta: bool = False, size: int | None = None, device: str | torch.device = "",
-                 class_map: str | Path | None = None):
+    def __init__(self, run: str | Path | None = None, tta: bool = False, size: int | None = None,
+                 device: str | torch.device = "", class_map: str | Path | None = None):
         overrides = [] if size is None else [f"base_size={size}"]
         self.model, self.labels, self.path = inference.load_run(run, overrides, device)
-        self.scales, self.flip_pairs, self.merge = (1.0,), None, None
-        if tta:
-            self.scales, self.flip_pairs = self.model.cfg.tta_scales, self.labels.flip_pairs
+        self.tta, self.flip_pairs, self.merge = tta, self.labels.flip_pairs, None
         if class_map is not None:
             self.labels, self.merge = classmap.load(class_map, self.labels)
         self.classes, self.palette = self.labels.classes, self.labels.palette
+        self.lock = threading.Lock()
 
-    def parse(self, photo: str | Path | np.ndarray) -> np.ndarray:
-        """The label map (H, W) uint8 of a photo."""
-        return self.parse_batch([_pixels(photo)])[0]
+    def parse(self, photo: Photo | list[Photo], tta: bool | None = None) -> np.ndarray | list[np.ndarray]:
+        """The label map (H, W) uint8 of a photo; of a list of photos, whose sizes may differ, a list of them.
 
-    def parse_batch(self, images: list[np.ndarray]) -> list[np.ndarray]:
+        `tta`: otherwise than the Parser was made for.
+        """
+        if not isinstance(photo, list):
+            return self.parse_batch([_pixels(photo)], tta)[0]
+        labels = []
+        for start in range(0, len(photo), BATCH):
+            labels += self.parse_batch([_pixels(one) for one in photo[start:start + BATCH]], tta)
+        return labels
+
+    def parse_batch(self, images: list[np.ndarray], tta: bool | None = None) -> list[np.ndarray]:
         """The label maps of RGB photos (H, W, 3) uint8 of any sizes, in one go."""
-        return inference.predict_labels(self.model, images, self.scales, self.flip_pairs, self.merge)
+        with self.lock:
+            return inference.predict_labels(self.model, images, *self._views(tta), self.merge)
 
-    def probabilities(self, photo: str | Path | np.ndarray) -> np.ndarray:
+    def probabilities(self, photo: Photo, tta: bool | None = None) -> np.ndarray:
         """Class probabilities (K, H, W) float32 of a photo."""
-        return inference.predict(self.model, _pixels(photo), self.scales, self.flip_pairs, self.merge).cpu().numpy()
+        image = _pixels(photo)
+        with self.lock:
+            return inference.predict(self.model, image, *self._views(tta), self.merge).cpu().numpy()
+
+    def _views(self, tta: bool | None) -> tuple:
+        """The scales and flips of a photo."""
+        return (self.model.cfg.tta_scales, self.flip_pairs) if (self.tta if tta is None else tta) else ((1.0,), None)
 
     def overlay(self, image: np.ndarray, label: np.ndarray, shown: Iterable[int] | None = None) -> np.ndarray:
         """The photo under its label map, with a legend of the classes that occur (or of those `shown`)."""
@@ -96,7 +126,8 @@ class Parser:
     def save_probabilities(self, path: Path, image: np.ndarray) -> np.ndarray:
         """Write the probabilities as .npy strip by strip, so that no photo is too large. Returns the label map."""
         height, width = image.shape[:2]
-        logits = inference.views(self.model, [image], self.scales, self.flip_pairs)[0]
+        with self.lock:
+            logits = inference.views(self.model, [image], *self._views(None))[0]
         label = np.empty((height, width), np.uint8)
         with whole(path) as part:
             file = np.lib.format.open_memmap(part, "w+", np.float16, (len(self.classes), height, width))
@@ -107,9 +138,11 @@ class Parser:
         return label
 
 
-def _pixels(photo: str | Path | np.ndarray) -> np.ndarray:
+def _pixels(photo: Photo) -> np.ndarray:
+    if isinstance(photo, Image.Image):
+        return as_shown(photo)
     if not isinstance(photo, np.ndarray):
-        return read_photo(photo)
+        return read_photo(photo, ALL_FORMATS)
     if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
         raise UserError(f"a photo must be RGB, (H, W, 3) uint8, not {photo.shape} {photo.dtype}")
     return np.ascontiguousarray(photo)
@@ -227,8 +260,8 @@ def parse_photos(parser: Parser, batches: list[list[Job]], done: set[str], args:
                  bar: Callable[[int], object]) -> list[Job]:
     """Parse and write; threads read ahead and write behind. Returns those that are no pictures but videos.
 
-    How a label comes out can depend, in its last bits, on what else is in the batch. So batches are always the same ones,
-    whoever parses them: the photos of a batch that are `done` go through the network too, but are not written again.
+    How a label comes out can depend, in the last bits, on what else is in the batch. So batches are always the same ones,
+    whoever parses them: photos of a batch that are `done` go through the network too, but are not written again.
     """
     videos, writing = [], []
 
@@ -347,14 +380,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--map", type=user_path, metavar="FILE",
                         help="merge the classes into others: a file of configs/maps, or your own")
     parser.add_argument("--skip-existing", action="store_true",
-                        help="leave out what has all its results. The photos of a batch with one that has not are parsed "
-                        "too, so that results do not depend on it; with --batch 1 there are none")
+                        help="leave out what has all its results. Photos that share a batch with one that has not go "
+                        "through the network again, so that all comes out as in one go; with --batch 1 there are none")
     parser.add_argument("--tta", action="store_true", help="average over scales and flips: slower, a little better")
     parser.add_argument("--size", type=int, help="long side of a photo as the network sees it; the run's if not given")
     parser.add_argument("--masks", action="store_true", help="photos: also a black and white picture for each class")
     parser.add_argument("--probs", action="store_true", help="photos: also the probabilities, as .npy")
     parser.add_argument("--frames", action="store_true", help="videos: also the label map of each frame")
-    parser.add_argument("--batch", type=int, default=4, help="photos at a time per process (4)")
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"photos at a time per process ({BATCH})")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ...; the GPU if there is one")
     args = parser.parse_intermixed_args(argv)
     if args.batch < 1:
@@ -393,7 +426,8 @@ def run(args: argparse.Namespace, world: World, report: Report):
             done = {job.name for job in photos if photo_is_done(parser, job, args)}
             done |= {job.name for job in videos if video_is_done(job, args)}
     done = world.from_main(done)
-    world.say(f"{parser.path}: {len(parser.classes)} classes of {parser.labels.name}" + (", with TTA" if args.tta else "")
+    world.say(f"{parser.path}: {len(parser.classes)} classes of {parser.labels.name}"
+              + (", with TTA" if args.tta else "")
               + (f"; {len(done)} left out, they have their results" if done else ""))
     try:
         work(parser, photos, videos, cameras, done, args, world, report)

@@ -46,7 +46,12 @@ class NotAPicture(UserError):
 def read_photo(path: str | Path, formats: tuple[str, ...] = PHOTO_FORMATS) -> np.ndarray:
     """A photo as a viewer shows it: turned by its EXIF orientation; of a moving picture the first frame."""
     with _opened(path, formats) as image:
-        return _turned(_rgb(image), _orientation(image))
+        return as_shown(image)
+
+
+def as_shown(image: Image.Image) -> np.ndarray:
+    """The pixels of a picture as a viewer shows it: what is transparent in white, turned by its EXIF orientation."""
+    return _turned(_rgb(image), _orientation(image))
 
 
 def read_label(path: str | Path, num_classes: int) -> np.ndarray:
@@ -151,8 +156,9 @@ def _refusal(path: Path, formats: tuple[str, ...]) -> str:
 
 
 def _kind(image: Image.Image) -> str:
-    """How an opened PNG that is not yet decoded stores its pixels."""
-    return image.tile[0][3] if image.tile else ""
+    """How an opened PNG that is not yet decoded stores its pixels; "" for a picture that is in the memory."""
+    tile = getattr(image, "tile", None)
+    return tile[0][3] if tile else ""
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

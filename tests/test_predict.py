@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -447,6 +448,104 @@ def test_the_program_ends_with_the_honest_code(run: Path, tmp_path: Path):
     assert files(tmp_path / "out") == ["labels/good.png", "overlays/good.jpg"]
 
 
+# ---- from Python
+
+def test_a_photo_may_be_a_path_a_picture_or_an_array(run: Path, tmp_path: Path, parser: Parser):
+    rgb = Image.fromarray(photo(50, 70))
+    expected = parser.parse(photo(50, 70))
+    rgb.save(tmp_path / "x.png")
+    rgb.save(tmp_path / "x.tga")
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    rgb.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "turned.png", exif=exif)
+    clear = rgb.convert("RGBA")
+    clear.putalpha(Image.fromarray(np.uint8(255) * (np.arange(70) < 40)[None].repeat(50, 0)))
+    white = photo(50, 70)
+    white[:, 40:] = 255
+    for same in (tmp_path / "x.png", str(tmp_path / "x.tga"), rgb, Image.open(tmp_path / "x.png"), rgb.convert("RGBA"),
+                 Image.open(tmp_path / "turned.png"), photo(50, 70)[::-1][::-1]):
+        assert (parser.parse(same) == expected).all()
+        np.testing.assert_array_equal(parser.probabilities(same).argmax(0) == expected, True)
+    assert (parser.parse(clear) == parser.parse(white)).all() and clear.mode == "RGBA"   # it is the caller's: as it was
+    deep = Image.fromarray((np.arange(3500, dtype=np.uint16) * 18).reshape(50, 70))
+    grey = (np.asarray(deep) >> 8).astype(np.uint8)
+    assert (parser.parse(deep) == parser.parse(np.stack([grey] * 3, -1))).all()
+    for wrong, words in ((photo(5, 5)[..., 0], "must be RGB"), (photo(5, 5) / 255, "must be RGB"),
+                         (tmp_path / "no.png", "no such file"), (Image.new("F", (5, 5)), "without one way to be shown")):
+        with pytest.raises(UserError, match=words):
+            parser.parse(wrong)
+
+
+def test_a_list_of_photos_of_mixed_sizes(run: Path, tmp_path: Path, parser: Parser):
+    photos = [photo(*size, seed) for seed, size in enumerate([(50, 70), (1, 1), (300, 20), (64, 64), (20, 90), (50, 70)])]
+    Image.fromarray(photos[1]).save(tmp_path / "1.png")
+    mixed = [photos[0], tmp_path / "1.png", Image.fromarray(photos[2]), *photos[3:]]
+    for labels in (parser.parse(mixed), parser.parse(mixed, tta=False)):
+        assert [label.shape for label in labels] == [image.shape[:2] for image in photos]
+        assert all((label == parser.parse(image)).mean() > 0.999 for label, image in zip(labels, photos))
+    assert parser.parse([]) == []
+
+
+def test_tta_by_photo(run: Path, parser: Parser):
+    image, always = photo(50, 70), Parser(run, tta=True)
+    plain, averaged = parser.probabilities(image), always.probabilities(image)
+    assert np.abs(plain - averaged).max() > 0.01
+    np.testing.assert_array_equal(parser.probabilities(image, tta=True), averaged)
+    np.testing.assert_array_equal(always.probabilities(image, tta=False), plain)
+    assert (parser.parse(image, tta=True) == always.parse(image)).all()
+    assert (always.parse([image], tta=False)[0] == parser.parse(image)).all()
+
+
+def test_threads_may_share_a_parser(run: Path, parser: Parser, monkeypatch):
+    """One at a time goes through the network, and each gets what it would get alone."""
+    images = [photo(40 + n, 60, n) for n in range(24)]
+    expected = [parser.parse(image) for image in images]
+    inside, most, forward = [], [], parser.model.forward
+
+    def watched(image):
+        inside.append(0)
+        most.append(len(inside))
+        time.sleep(0.002)
+        logits = forward(image)
+        inside.pop()
+        return logits
+
+    monkeypatch.setattr(parser.model, "forward", watched)
+    with ThreadPoolExecutor(8) as pool:
+        labels = list(pool.map(parser.parse, images))
+        shares = list(pool.map(parser.probabilities, images[:8]))
+    assert max(most) == 1 and len(most) == 32
+    assert all((label == wanted).all() for label, wanted in zip(labels, expected))
+    assert all((share.argmax(0) == wanted).all() for share, wanted in zip(shares, expected))
+
+
+def test_the_example_of_the_docstring(run: Path, tmp_path: Path, monkeypatch):
+    lines = [line[8:] for line in Parser.__doc__.splitlines() if line.startswith(" " * 8)]
+    assert len(lines) == 5
+    Image.fromarray(photo(50, 70)).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names = {"Parser": Parser, "np": np, "Image": Image}
+    exec("\n".join(lines).replace("runs/lip", str(run)), names)
+    assert names["label"].shape == names["mask"].shape == (50, 70)
+    label, chosen = names["label"], [5, 7, 6]
+    assert (read(tmp_path / "upper.png") == (label == chosen[0]) | (label == chosen[1]) | (label == chosen[2])).all()
+
+
+@pytest.mark.parametrize("before", ["import datasets", "import evaluate", ""])
+def test_the_names_of_hugging_face(tmp_path: Path, before: str):
+    """Whether theirs are imported before, or only stand first in the path."""
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets/__init__.py").write_text("")
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate/__init__.py").write_text("import datasets")    # as the real one does
+    root = str(Path(predict.__file__).parent)
+    program = f"import sys\nsys.path[:0] = [{str(tmp_path)!r}]\n{before}\nsys.path.insert({0 if before else 1}, {root!r})\n"
+    done = subprocess.run([sys.executable, "-c", program + "import predict"], capture_output=True, text=True, cwd=tmp_path)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("ImportError: SCHNet's datasets.py cannot be imported beside")
+    assert str(tmp_path / "datasets") in last and "use SCHNet in a process that does not import them" in last
+
+
 # ---- many processes
 
 def parse_in_a_process(argv: list[str]):
@@ -459,7 +558,8 @@ def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("album")
     for n in range(33):
         (folder / "abc"[n % 3]).mkdir(exist_ok=True)
-        Image.fromarray(photo(*((50, 70), (70, 50), (64, 64), (33, 90))[n % 4], n)).save(folder / "abc"[n % 3] / f"{n}.png")
+        size = ((50, 70), (70, 50), (64, 64), (33, 90))[n % 4]
+        Image.fromarray(photo(*size, n)).save(folder / "abc"[n % 3] / f"{n}.png")
     (folder / "b" / "empty.png").write_bytes(b"")
     (folder / "c" / "text.jpg").write_text("not a picture")
     clip(folder / "c" / "walk.avi", 4)
@@ -485,7 +585,7 @@ def arguments(run: Path, album: Path, out: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_many_processes_write_what_one_writes(run: Path, album: Path, tmp_path: Path, alone: dict[str, bytes], count: int):
+def test_many_processes_write_what_one_writes(run: Path, album: Path, tmp_path: Path, alone: dict, count: int):
     with Processes(tmp_path, parse_in_a_process, arguments(run, album, tmp_path / "out"), count=count) as all_of_them:
         assert all_of_them.wait() == [1] * count           # as alone
         said = [all_of_them.said(rank) for rank in range(count)]
@@ -503,19 +603,21 @@ def test_every_photo_is_parsed_once(run: Path, album: Path, tmp_path: Path, alon
         report, world = Report(), SimpleNamespace(rank=rank, size=3, main=rank == 0)
         predict.work(Parser(run), *collect(args.inputs, args.out, report)[:2], [], set(), args, world, report)
         names.append(report.parsed)
-    assert sorted(sum(names, [])) == sorted(name[7:-4] for name in alone if re.fullmatch(r"labels/./\d+.png", name)) + ["c/walk"]
+    expected = [name[7:-4] for name in alone if re.fullmatch(r"labels/./\d+.png", name)]
+    assert sorted(sum(names, [])) == sorted([*expected, "c/walk"])
     assert max(map(len, names)) - min(map(len, names)) <= 4
 
 
 @pytest.mark.parametrize("more", [[], ["--probs"]])
-def test_what_is_there_is_left_out(run: Path, album: Path, tmp_path: Path, alone: dict[str, bytes], capsys, more: list[str]):
+def test_what_is_there_is_left_out(run: Path, album: Path, tmp_path: Path, alone: dict, capsys, more: list[str]):
     out = tmp_path / "out"
     argv = arguments(run, album, out, "--skip-existing", *more)
     torch.set_num_threads(1)
     assert parse(argv) == 1
     first = contents(out)
     assert {name: first[name] for name in alone} == alone
-    lost = ["labels/a/0.png", "overlays/b/4.jpg", "masks/c/8/07_Coat.png", "overlays/c/walk.mp4", *["probs/a/21.npy"][:len(more)]]
+    lost = ["labels/a/0.png", "overlays/b/4.jpg", "masks/c/8/07_Coat.png", "overlays/c/walk.mp4"]
+    lost += ["probs/a/21.npy"] if more else []
     for name in lost:
         (out / name).unlink()
     before = {name: (out / name).stat().st_mtime_ns for name in files(out)}
@@ -526,7 +628,7 @@ def test_what_is_there_is_left_out(run: Path, album: Path, tmp_path: Path, alone
     assert contents(out) == first
     written = {name for name, time in before.items() if (out / name).stat().st_mtime_ns != time}
     assert {"/".join(name.split("/")[1:3]).rsplit(".", 1)[0] for name in written} == {
-        "a/0", "b/4", "c/8", "c/walk", *["a/21"][:len(more)]}
+        "a/0", "b/4", "c/8", "c/walk", *(["a/21"] if more else [])}
     (out / "labels/c/walk/000002.png").unlink()            # the overlay is whole, the label maps are not
     assert parse(argv) == 1 and contents(out) == first
 
