@@ -82,16 +82,16 @@ ROWS = {
     "ftm": Row("SAM, FTM without SRM", "full", ("srm=false",)),
     "scratch": Row("all trained from random weights", "full", ("freeze=false",), frozen="", time="full"),
     "scratch_long": Row("the same, with the time of pretraining", "full", ("freeze=false",), frozen="", time="long"),
-    "f'": Row("full, f'_i as Eq. 6's residual", "full", ("ftm_residual=f'",)),
-    "f' scaled": Row("full, f'_i and 1/sqrt(C)", "full", ("ftm_residual=f'", "ftm_scale_logits=true")),
-    "f' rho": Row("full, f'_i and rho from 0.1", "full", ("ftm_residual=f'", "rho_init=0.1")),
-    "eps": Row("full, AdamW's eps 1e-15", "full", eps=1e-15),
+    "printed": Row("full, f_i as Eq. 6's residual", "full", ("ftm_residual=f",)),
+    "printed_eps": Row("the same, AdamW's eps 1e-15", "full", ("ftm_residual=f",), eps=1e-15),
+    "scaled": Row("full, 1/sqrt(C) in Eq. 5", "full", ("ftm_scale_logits=true",)),
+    "rho": Row("full, rho from 0.1", "full", ("rho_init=0.1",)),
 }
 PAPER = {"clip": (86.09, 68.01, 51.89), "sam": (87.20, 69.49, 54.61), "srm": (89.27, 76.86, 61.85),
          "full": (89.54, 78.12, 62.98)}                    # pixel accuracy, mean accuracy, mIoU: LIP, Table 6
 PAIRS = (("sam", "clip"), ("srm", "sam"), ("full", "srm"), ("full", "scratch"), ("full", "scratch_long"),
          ("full", "random"), ("srm", "random_clip"), ("srm", "shuffled"), ("ftm", "sam"), ("full", "ftm"),
-         ("f'", "full"), ("f' scaled", "full"), ("f' rho", "full"), ("eps", "full"))
+         ("full", "printed"), ("printed", "srm"), ("printed_eps", "printed"), ("scaled", "full"), ("rho", "full"))
 CURVES = ("clip", "sam", "srm", "full", "random", "scratch_long")
 
 
@@ -103,7 +103,7 @@ class Job:
     seed: int
 
     def path(self, args: argparse.Namespace) -> Path:
-        return args.out / f"{self.row.replace(chr(39), '1').replace(' ', '_')}_seed{self.seed}.json"
+        return args.out / f"{self.row}_seed{self.seed}.json"
 
 
 def settings(job: Job, args: argparse.Namespace) -> Config:
