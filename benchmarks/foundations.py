@@ -1,6 +1,6 @@
 """Two small foundations, made the way CLIP and SAM were, and saved as files with the official names.
 
-    python benchmarks/foundations.py                       # clip.pt, sam.pth and scores.json in runs/table6/foundations
+    python benchmarks/foundations.py                       # clip.pt, sam.pth in runs/table6/foundations
     python benchmarks/foundations.py clip_dim=128          # other sizes: any key of the config
 
 Both see drawn people (synthetic), other ones than those SCHNet is later trained or scored on.
@@ -11,7 +11,7 @@ Both see drawn people (synthetic), other ones than those SCHNet is later trained
     one label. A small decoder reads the point; it is kept in the file, under SAM's name for it, and nobody loads it.
 The sizes have the official ones' relations: SAM is a third wider than CLIP and twice as deep, with windows on all layers but
 the last of each quarter; CLIP is trained on smaller pictures than it later sees. What they have learnt is measured on
-held-out figures. Both files are kept: a second call says what is in scores.json and trains nothing.
+held-out figures, and stands in clip.json and sam.json. What is made is kept: a second call trains nothing.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from clip_vit import CLIP  # noqa: E402
-from config import Config, load_config, to_yaml, user_path  # noqa: E402
+from config import Config, load_config, user_path  # noqa: E402
 from datasets import label_set, open_split, train_loader  # noqa: E402
 from engine.errors import UserError, run_program  # noqa: E402
 from files.whole import whole, write_text  # noqa: E402
@@ -51,6 +51,7 @@ DATA = ["dataset=synthetic", "synthetic_size=[128, 64]", "crop_size=[128, 64]", 
 CLIP_RUN = ["iters=1000", "batch_size=64", "lr=1e-3", "warmup_iters=50", "crop_size=[64, 64]", "scale_range=[0.5, 1.5]",
             "synthetic_train=4000"]
 SAM_RUN = ["iters=2500", "batch_size=8", "lr=1e-3", "warmup_iters=50", "scale_range=[1.0, 1.5]", "synthetic_train=4000"]
+FILES = ("clip.pt", "sam.pth")
 FIRST_SEED = 1_000_000                                     # figures that no training of SCHNet sees
 POINTS = 32                                                # prompts per picture
 SEEN = 12                                                  # pixels of a class that a picture must show to be said to
@@ -63,11 +64,6 @@ def vocabulary() -> str:
     if not found.exists():
         raise UserError(f"{mine}: no such file; `python download.py` fetches CLIP's vocabulary")
     return str(found)
-
-
-def settings(run: list[str], seed: int, changes: list[str] = ()) -> Config:
-    return load_config(None, [*DATA, *SIZES, *run, f"vocab={vocabulary()}", "sam_weights=", "clip_weights=",
-                              f"seed={FIRST_SEED + seed}", "out=", *changes])
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -141,14 +137,13 @@ def retrieval(clip: CLIP, cfg: Config) -> dict[str, float]:
     return {"retrieval": found.mean().item(), "chance": matches.mean(1)[some].mean().item()}
 
 
-def make_clip(path: Path, cfg: Config, seed: int, tick: Callable[[], None]) -> dict:
-    torch.manual_seed(seed)
+def make_clip(path: Path, cfg: Config, rng: np.random.Generator, tick: Callable[[], None]) -> dict:
     clip, tokens = small_clip(cfg), prompts(cfg)
     seconds = fit(clip, lambda image, label: contrast(clip, tokens, image, label), cfg, tick)
     with torch.no_grad():
         clip.logit_scale.clamp_(max=math.log(100))
     save(path, clip.state_dict())
-    return {"seconds": seconds, "iters": cfg.iters, **retrieval(clip.eval(), cfg),
+    return {"seconds": seconds, **retrieval(clip.eval(), cfg),
             "scale": clip.logit_scale.exp().item()}
 
 
@@ -218,15 +213,14 @@ def mask_iou(sam: SAMViT, decoder: PointDecoder, cfg: Config) -> float:
     return torch.cat(ious).mean().item()
 
 
-def make_sam(path: Path, cfg: Config, seed: int, tick: Callable[[], None]) -> dict:
-    torch.manual_seed(seed)
+def make_sam(path: Path, cfg: Config, rng: np.random.Generator, tick: Callable[[], None]) -> dict:
     sam = SAMViT(cfg.sam_dim, cfg.sam_depth, cfg.sam_heads, cfg.sam_window, cfg.sam_grid)
-    decoder, rng = PointDecoder(cfg.sam_dim), np.random.default_rng(seed)
+    decoder = PointDecoder(cfg.sam_dim)
     both = nn.ModuleDict({"image_encoder": sam, "mask_decoder": decoder})
     untrained = mask_iou(sam, decoder, cfg)
     seconds = fit(both, lambda image, label: mask_loss(sam, decoder, rng, image, label), cfg, tick)
     save(path, both.state_dict())
-    return {"seconds": seconds, "iters": cfg.iters, "mask_iou": mask_iou(sam, decoder, cfg), "untrained": untrained}
+    return {"seconds": seconds, "mask_iou": mask_iou(sam, decoder, cfg), "untrained": untrained}
 
 
 # ------------------------------------------------------------------------------------------------------------- program
@@ -236,37 +230,38 @@ def save(path: Path, tensors: dict[str, Tensor]):
         torch.save(tensors, part)
 
 
-def make(folder: Path, seed: int = 0, changes: list[str] = (), iters: tuple[int, int] | None = None) -> dict:
-    """Both files in `folder`, and what they cost and can do: scores.json, which is returned. `iters`: of CLIP, of SAM."""
+def make(folder: Path, seed: int = 0, changes: Sequence[str] = (), iters: Sequence[int] = (0, 0)) -> dict:
+    """Both files in `folder`; what each cost and can do. `iters`: of CLIP, of SAM, if not the usual ones."""
     folder.mkdir(parents=True, exist_ok=True)
-    cfgs = {name: settings([*run, *([f"iters={count}"] if count else [])], seed, list(changes))
-            for name, run, count in zip(("clip", "sam"), (CLIP_RUN, SAM_RUN), iters or (0, 0))}
-    asked = {name: to_yaml(cfg) for name, cfg in cfgs.items()}
-    if (folder / "scores.json").exists():
-        scores = json.loads((folder / "scores.json").read_text())
-        if {name: scores[name]["config"] for name in asked} != asked:
-            raise UserError(f"{folder}: holds foundations that were made with other settings: choose another --out")
-        return scores
-    scores = {"machine": f"{processor()}, torch {torch.__version__}"}
-    for name, train, file in (("clip", make_clip, "clip.pt"), ("sam", make_sam, "sam.pth")):
-        with tqdm(total=cfgs[name].iters, desc=name, unit="it", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
-            scores[name] = train(folder / file, cfgs[name], seed, bar.update) | {"config": asked[name]}
-    write_text(folder / "scores.json", json.dumps(scores, indent=1))     # comes last: where it is, both are whole
-    return scores
+    made = {}
+    for name, file, run, train, count in zip(("clip", "sam"), FILES, (CLIP_RUN, SAM_RUN), (make_clip, make_sam), iters):
+        asked = [*DATA, *SIZES, *run, *([f"iters={count}"] if count else []), *changes, f"seed={FIRST_SEED + seed}"]
+        record = folder / f"{name}.json"
+        if not record.exists():
+            cfg = load_config(None, [*asked, f"vocab={vocabulary()}", "sam_weights=", "clip_weights="])
+            torch.manual_seed(seed)
+            with tqdm(total=cfg.iters, desc=name, unit="it", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+                found = train(folder / file, cfg, np.random.default_rng(seed), bar.update)
+            write_text(record, json.dumps({"machine": f"{processor()}, torch {torch.__version__}", "iters": cfg.iters}
+                                          | found | {"settings": asked}, indent=1))
+        made[name] = json.loads(record.read_text())
+        if made[name]["settings"] != asked:
+            raise UserError(f"{record}: was made with other settings: choose another --out")
+    return made
 
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=user_path, default="runs/table6/foundations")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--iters", type=int, nargs=2, metavar=("CLIP", "SAM"))
+    parser.add_argument("--iters", type=int, nargs=2, default=(0, 0), metavar=("CLIP", "SAM"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config, for both")
     args = parser.parse_intermixed_args(argv)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    scores = make(Path(args.out), args.seed, args.overrides, args.iters)
-    clip, sam = scores["clip"], scores["sam"]
-    print(f"{scores['machine']}, one thread\n"
+    made = make(Path(args.out), args.seed, args.overrides, args.iters)
+    clip, sam = made["clip"], made["sam"]
+    print(f"{clip['machine']}, one thread\n"
           f"CLIP: {clip['seconds']:.0f} s of CPU time, retrieval {100 * clip['retrieval']:.1f} "
           f"(chance {100 * clip['chance']:.1f}), scale {clip['scale']:.1f}\n"
           f"SAM:  {sam['seconds']:.0f} s of CPU time, mask IoU {100 * sam['mask_iou']:.1f} "

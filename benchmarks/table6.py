@@ -53,7 +53,7 @@ from viz import pictures, plots  # noqa: E402
 
 SMALL = [*foundations.DATA, "scale_range=[1.0, 1.0]", "photometric=false", "synthetic_train=3000", "clip_taps=[0, 1, 2, 3]",
          "clip_heads=2", "text_heads=1", "ftm_tokens=16", "prior_dim=32", "deform_heads=4", "deform_points=2",
-         "drop_path=0.0", "head_dim=48", "head_dropout=0.0", "aux_weight=0.0", "batch_size=8", "lr=2e-3",
+         "drop_path=0.0", "head_dim=48", "head_dropout=0.0", "aux_weight=0.0", "batch_size=4", "lr=3e-3",
          "betas=[0.9, 0.98]", "iters=500", "warmup_iters=25", "out="]
 QUICK = ["iters=6", "warmup_iters=1", "synthetic_train=64", "synthetic_val=8"]
 LOOKS = 5                                                  # scored after each fifth of a run
@@ -135,8 +135,8 @@ def budget(job: Job, args: argparse.Namespace) -> float:
     if not kind:
         return math.inf
     seconds = record(Job("full", job.seed), args)["looks"][-1]["seconds"]
-    made = json.loads((args.out / "foundations" / "scores.json").read_text())
-    return seconds + (made["clip"]["seconds"] + made["sam"]["seconds"] if kind == "long" else 0)
+    made = [json.loads((args.out / "foundations" / f"{name}.json").read_text()) for name in ("clip", "sam")]
+    return seconds + (sum(one["seconds"] for one in made) if kind == "long" else 0)
 
 
 def train_one(job: Job, args: argparse.Namespace):
