@@ -25,6 +25,7 @@ import json
 import math
 import multiprocessing
 import queue
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -189,7 +190,8 @@ def record(job: Job, args: argparse.Namespace) -> dict | None:
 # ----------------------------------------------------------------------------------------------------------- all runs
 
 def start_process(news):
-    """In each process: one thread, and the way back to the bar."""
+    """In each process: one thread, Ctrl-C ends it without a word, and the way back to the bar."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     start_process.news = news
