@@ -15,6 +15,7 @@ held-out figures, and stands in clip.json and sam.json. What is made is kept: a 
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import math
@@ -34,12 +35,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from clip_vit import CLIP  # noqa: E402
+from clip_vit import CLIP, load_clip  # noqa: E402
 from config import Config, load_config, user_path  # noqa: E402
-from datasets import label_set, open_split, train_loader  # noqa: E402
+from datasets import DrawnSet, label_set, open_split, train_loader  # noqa: E402
 from engine.errors import UserError, run_program  # noqa: E402
 from files.whole import whole, write_text  # noqa: E402
-from sam_vit import SAMViT  # noqa: E402
+from sam_vit import SAMViT, load_sam  # noqa: E402
 from tokenizer import tokenize  # noqa: E402
 from train import get_lr  # noqa: E402
 
@@ -88,7 +89,11 @@ def fit(module: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], cfg: Con
 
 
 def held_out(cfg: Config, batch: int = 20) -> Iterator[tuple[Tensor, Tensor]]:
-    pairs = open_split(cfg, "val")
+    return pictures(open_split(cfg, "val"), batch)
+
+
+def pictures(pairs: DrawnSet, batch: int = 20) -> Iterator[tuple[Tensor, Tensor]]:
+    """RGB in [0, 1], (B, 3, H, W), and label (B, H, W), of a whole set."""
     for start in range(0, len(pairs), batch):
         images, labels = zip(*(pairs.read(i) for i in range(start, min(start + batch, len(pairs)))))
         yield (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255, torch.from_numpy(np.stack(labels)))
@@ -223,6 +228,51 @@ def make_sam(path: Path, cfg: Config, rng: np.random.Generator, tick: Callable[[
     return {"seconds": seconds, "mask_iou": mask_iou(sam, decoder, cfg), "untrained": untrained}
 
 
+# ------------------------------------------------------------------------------------------- what an encoder has learnt
+
+@torch.no_grad()
+def explained(features: Callable[[Tensor], Tensor], cfg: Config, fitted: int = 600) -> float:
+    """How much of what a patch holds its tokens tell a linear map: each class's share of the pixels of a patch, predicted
+    by ridge regression from `features`, image (B, 3, H, W) -> (B, h, w, C). R^2 on held-out figures, mean of the classes."""
+    count, samples = len(label_set(cfg).classes), []
+    for batches in (pictures(open_split(dataclasses.replace(cfg, synthetic_train=fitted), "train")), held_out(cfg)):
+        x, y = zip(*((features(image).flatten(0, 2), shares(label, count)) for image, label in batches))
+        samples.append((torch.cat(x).double(), torch.cat(y).double()))
+    (x, y), (x_new, y_new) = samples
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    x, x_new = ((v - mean) / std for v in (x, x_new))
+    weights = torch.linalg.solve(x.T @ x + len(x) * 1e-3 * torch.eye(x.shape[1], dtype=x.dtype), x.T @ (y - y.mean(0)))
+    error = (y_new - y.mean(0) - x_new @ weights).square().sum(0)
+    spread = (y_new - y.mean(0)).square().sum(0)
+    return (1 - error / spread)[spread > 0].mean().item()
+
+
+def shares(label: Tensor, classes: int) -> Tensor:
+    """The part of each 16 x 16 patch that each class takes: label (B, H, W) -> (B h w, K)."""
+    one_hot = F.one_hot(label.long().clamp(max=classes), classes + 1)[..., :classes].permute(0, 3, 1, 2).float()
+    return F.avg_pool2d(one_hot, 16).permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def place(image: Tensor) -> Tensor:
+    """Features that say where a patch is and nothing else."""
+    h, w = image.shape[2] // 16, image.shape[3] // 16
+    return torch.eye(h * w).view(1, h, w, h * w).expand(len(image), -1, -1, -1)
+
+
+def probe(folder: Path, changes: Sequence[str] = ()) -> dict[str, float]:
+    """`explained` for both foundations, the same encoders with random weights, the place of the patch, and its colours."""
+    cfg = load_config(None, [*DATA, *SIZES, *changes, "vocab=", "sam_weights=", "clip_weights="])
+    torch.manual_seed(0)
+    sam, clip = SAMViT(cfg.sam_dim, cfg.sam_depth, cfg.sam_heads, cfg.sam_window, cfg.sam_grid), small_clip(cfg)
+    encoders = {"SAM": load_sam(str(folder / "sam.pth")), "SAM, random": sam,
+                "CLIP": load_clip(folder / "clip.pt", cfg.clip_taps, cfg.clip_heads, cfg.text_heads), "CLIP, random": clip}
+    features = {name: (lambda image, e=encoder: e(image)[-1]) if isinstance(encoder, SAMViT) else
+                (lambda image, e=encoder: e.encode_image(image)[1][-1]) for name, encoder in encoders.items()}
+    features |= {"place": place, "pixels": lambda image: torch.cat(
+        [F.unfold(image, 16, stride=16).transpose(1, 2).unflatten(1, (image.shape[2] // 16, -1)), place(image)], -1)}
+    return {name: explained(of, cfg) for name, of in features.items()}
+
+
 # ------------------------------------------------------------------------------------------------------------- program
 
 def save(path: Path, tensors: dict[str, Tensor]):
@@ -266,6 +316,8 @@ def main(argv: list[str] | None = None):
           f"(chance {100 * clip['chance']:.1f}), scale {clip['scale']:.1f}\n"
           f"SAM:  {sam['seconds']:.0f} s of CPU time, mask IoU {100 * sam['mask_iou']:.1f} "
           f"(untrained {100 * sam['untrained']:.1f})")
+    for name, value in probe(Path(args.out), args.overrides).items():
+        print(f"{name:14} tells {100 * value:5.1f} % of the classes' shares in a patch to a linear map")
 
 
 if __name__ == "__main__":
