@@ -83,11 +83,11 @@ class FTM(nn.Module):
         self.second = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
         self.third = nn.Linear(hidden, dim)
         self.logit_scale = dim ** -0.5 if scale_logits else 1.0          # Eq. 5 prints none; Rein has 1/sqrt(C)
-        self.residual = residual                                         # Eq. 6 prints f_i; Rein returns f'_i
+        self.residual = residual                                         # Eq. 6 prints f_i: then tokens learn nothing
         init_linears(self)
         for mlp in (self.value, self.out):                               # Rein leaves these two at torch's default
             mlp.reset_parameters()
-        _zero(self.third)                                                # at the start SAM's features pass unchanged
+        _zero(self.third)                                                # at the start SAM's features pass, but for rho
 
     def forward(self, f: Tensor, i: int) -> Tensor:
         # The rows of a softmax sum to 1, so Eq. 5's outer MLP may act on the m values instead of the h w pixels.
