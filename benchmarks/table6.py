@@ -81,10 +81,10 @@ ROWS = {
     "random_clip": Row("SRM, CLIP random", "sam_clip_srm", frozen="sam"),
     "shuffled": Row("SRM, f_sim of other pictures", "sam_clip_srm", shuffled=True),
     "ftm": Row("SAM, FTM without SRM", "full", ("srm=false",)),
-    "scratch": Row("all trained from random weights", "full", ("freeze=false",), frozen="", time="full"),
-    "scratch_long": Row("the same, with the time of pretraining", "full", ("freeze=false",), frozen="", time="long"),
+    "scratch": Row("from scratch, the same time", "full", ("freeze=false",), frozen="", time="full"),
+    "scratch_long": Row("from scratch, time of pretraining added", "full", ("freeze=false",), frozen="", time="long"),
     "printed": Row("full, f_i as Eq. 6's residual", "full", ("ftm_residual=f",)),
-    "printed_eps": Row("the same, AdamW's eps 1e-15", "full", ("ftm_residual=f",), eps=1e-15),
+    "printed_eps": Row("full, f_i and AdamW's eps 1e-15", "full", ("ftm_residual=f",), eps=1e-15),
     "scaled": Row("full, 1/sqrt(C) in Eq. 5", "full", ("ftm_scale_logits=true",)),
     "rho": Row("full, rho from 0.1", "full", ("rho_init=0.1",)),
 }
@@ -93,7 +93,8 @@ PAPER = {"clip": (86.09, 68.01, 51.89), "sam": (87.20, 69.49, 54.61), "srm": (89
 PAIRS = (("sam", "clip"), ("srm", "sam"), ("full", "srm"), ("full", "scratch"), ("full", "scratch_long"),
          ("full", "random"), ("srm", "random_clip"), ("srm", "shuffled"), ("ftm", "sam"), ("full", "ftm"),
          ("full", "printed"), ("printed", "srm"), ("printed_eps", "printed"), ("scaled", "full"), ("rho", "full"))
-CURVES = ("clip", "sam", "srm", "full", "random", "scratch_long")
+CURVES = {"mIoU (%)": ("clip", "sam", "srm", "full", "random", "scratch"),
+          "mIoU (%), frozen and from scratch": ("full", "random", "scratch", "scratch_long")}
 
 
 # ------------------------------------------------------------------------------------------------------------- one run
@@ -281,7 +282,7 @@ def differences(runs: dict[Job, dict]) -> list[str]:
 def sooner(runs: dict[Job, dict], rows: list[str]) -> list[str]:
     """CPU time until each row has what training from scratch ends with."""
     goals = {seed: value / 100 for seed, value in ends(runs, "scratch").items()}
-    lines = ["CPU seconds until the final mIoU of training from random weights, seed by seed (-: not reached)"]
+    lines = ["CPU seconds until the final mIoU of training from scratch for the same time, seed by seed (-: not reached)"]
     for row in rows if goals else []:
         times = [reached(run, goals[job.seed]) for job, run in runs.items() if job.row == row and job.seed in goals]
         lines.append(f"{ROWS[row].title:39}" + "".join(f"{t:8.0f}" if t < math.inf else f"{'-':>8}" for t in times))
@@ -301,15 +302,14 @@ def write_csv(path: Path, runs: dict[Job, dict], classes: tuple[str, ...]):
 
 def draw(path: Path, runs: dict[Job, dict]):
     panels = {}
-    for heading, key in (("validation mIoU (%)", "miou"), ("mean accuracy (%)", "mean_acc")):
-        series = {}
-        for row in CURVES:
+    for heading, rows in CURVES.items():
+        panels[heading] = series = {}
+        for row in rows:
             mine = [run["looks"] for job, run in runs.items() if job.row == row]
             if mine:
                 times = np.mean([[look["seconds"] for look in looks] for looks in mine], 0)
-                series[ROWS[row].title] = (times, [[100 * look[key] for look in looks] for looks in mine])
-        panels[heading] = series
-    pictures.save_png(path, plots.curves(panels, "CPU seconds of training, pretraining not counted", size=(420, 560)))
+                series[ROWS[row].title] = (times, [[100 * look["miou"] for look in looks] for looks in mine])
+    pictures.save_png(path, plots.curves(panels, "CPU seconds of training, pretraining not counted", size=(440, 600)))
 
 
 def report(jobs: list[Job], args: argparse.Namespace, made: dict):
