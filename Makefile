@@ -15,7 +15,9 @@ help:
 
 $(VENV)/run: requirements.txt constraints.txt
 	@echo "installing what SCHNet needs into $(VENV) ..."
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# a venv that has no working pip, as an interrupted make leaves it, is completed; if that fails, made anew
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) --requirement requirements.txt
 	@touch $@
 

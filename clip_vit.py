@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fast
 from engine.errors import UserError
 from files import weights
 from layers import resample_positions
@@ -32,12 +31,6 @@ class QuickGELU(nn.Module):
         return x * (1.702 * x).sigmoid()
 
 
-@fast.replaced_by(fast.clip_attention, on=("cpu",))
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of (B, heads, N, d)."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -49,7 +42,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                        # (B, N, 3D)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)         # (B, heads, N, D/heads)
-        x = attention(q, k, v, causal)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)                  # softmax(q k^T / sqrt(d)) v
         return self.out_proj(x.transpose(1, 2).flatten(2))                             # (B, N, D)
 
 

@@ -24,11 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import user_path
-from datasets import LabelSet, label_set, open_split
+from datasets import LabelSet, doubtful_labels, label_set, open_split
 from engine.errors import UserError
 from engine.processes import World, run_together
 from files import weights
-from files.whole import write_text
+from files.whole import usable_folder, write_text
 from inference import load_run, predict_labels, read_ahead
 from model import SCHNet
 from viz import reports
@@ -130,10 +130,15 @@ def run(args: argparse.Namespace, world: World):
     with world.together():
         model, labels, path = load_run(args.run, args.overrides, world.device)
         pairs = open_labelled(model, labels, path, args.split)
+        strange = doubtful_labels(pairs, labels.classes) if world.main else ""
+        folder = args.out or path.parent / ("evaluation_tta" if args.tta else "evaluation")
+        if world.main:
+            usable_folder(folder)
     labels = dataclasses.replace(labels, name=model.cfg.dataset)         # what is scored, not what was trained on
     scales, flip_pairs = (model.cfg.tta_scales, labels.flip_pairs) if args.tta else ((1.0,), None)
     how = f"scales {' '.join(map(str, scales))} and flips" if args.tta else "single scale"
-    world.say(f"{path}: {len(pairs)} images of {labels.name} {args.split}, {how}")
+    world.say(f"{path}: {len(pairs)} images of {labels.name} {args.split}, {how}"
+              + (f"\nwarning: {strange}" if strange else ""))
     start = time.monotonic()
     matrix, per_image = evaluate_split(model, pairs, len(labels.classes), scales, flip_pairs, args.batch, world,
                                        progress=world.main)
@@ -142,8 +147,6 @@ def run(args: argparse.Namespace, world: World):
         return
     result = scores(matrix)
     print(reports.table(result, labels, args.tta))
-    folder = args.out or path.parent / ("evaluation_tta" if args.tta else "evaluation")
-    folder.mkdir(parents=True, exist_ok=True)
     classes = zip(labels.classes, result["iou"], result["acc"])
     record = {"checkpoint": str(path), "sha256": weights.sha256(path), "data": labels.name, "split": args.split,
               "images": len(pairs), "scales": scales, "flip": args.tta, "seconds_per_image": seconds,

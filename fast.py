@@ -153,17 +153,6 @@ def _pieces(size: int, step: int) -> list[slice]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# clip_vit.attention, on a CPU: in bf16 in slices that stay in the cache
-
-def clip_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of (B, heads, N, d)."""
-    if causal or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    q, k, v = q * q.shape[-1] ** -0.5, k.contiguous().transpose(-1, -2), v.contiguous()
-    return torch.cat([(part @ k).softmax(-1) @ v for part in q.split(200, -2)], -2)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # adapter.ms_deform_attn: a sample is four weighted cells, so a query's head is one weighted sum of 4LP rows of `value`
 
 def ms_deform_attn(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:

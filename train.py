@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from config import Config, load_config
-from datasets import BatchOrder, label_set, open_split, train_loader
+from datasets import BatchOrder, doubtful_labels, label_set, open_split, train_loader
 from engine import checkpoint
 from engine.errors import UserError
 from engine.processes import StopSignal, World, memory, run_together
@@ -168,6 +168,8 @@ class Trainer:
             self.train_pairs, self.val_pairs = open_split(cfg, "train"), open_split(cfg, "val")
             BatchOrder(len(self.train_pairs), cfg, world.rank, world.size)           # refuses an uneven batch
             content = self.run.open(resume)
+            doubts = [doubtful_labels(pairs, self.labels.classes) for pairs in (self.train_pairs, self.val_pairs)
+                      if world.main]
         content = world.from_main(content)
         torch.manual_seed(cfg.seed)
         with world.together():
@@ -189,7 +191,8 @@ class Trainer:
                           "here on they come in another order than the run began with")
                 self.progress.images = len(self.train_pairs)
         self.saved = self.progress.iteration                             # what last.pt holds
-        world.say(describe(self.model, cfg, world, len(self.train_pairs)))
+        world.say("\n".join([describe(self.model, cfg, world, len(self.train_pairs)),
+                             *(f"warning: {doubt}" for doubt in doubts if doubt)]))
 
     def fit(self):
         cfg, now, world = self.cfg, self.progress, self.world
@@ -301,7 +304,7 @@ class Trainer:
         self.saved = self.progress.iteration
 
     def validate(self):
-        """Single-scale scores on the whole validation set, shared out over the processes."""
+        """Single-scale scores on the whole validation set, sharded over the processes."""
         now, world, run = self.progress, self.world, self.run
         if world.size > 1:                                               # BatchNorm's differ where there is no SyncBN
             for buffer in self.model.buffers():

@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import adapter  # noqa: E402
-import clip_vit  # noqa: E402
 import fast  # noqa: E402
 import losses  # noqa: E402
 import sam_vit  # noqa: E402
@@ -29,8 +28,7 @@ from model import build_model  # noqa: E402
 
 PAIRS = {
     "SAM's attention, a CPU's form": (sam_vit.Attention, "forward"), "SAM's attention, fused": (sam_vit.Attention, "attend"),
-    "CLIP's attention": (clip_vit, "attention"), "deformable attention": (adapter, "ms_deform_attn"),
-    "convolution of resized maps": (uperhead, "conv_of_resized"), "Lovasz, class by class": (losses, "lovasz_softmax"),
+    "deformable attention": (adapter, "ms_deform_attn"), "convolution of resized maps": (uperhead, "conv_of_resized"), "Lovasz, class by class": (losses, "lovasz_softmax"),
     "Lovasz weights": (losses, "lovasz_weights")}
 ALL = "all faster forms"
 

@@ -1,5 +1,6 @@
 """The one exception that is no bug, and what is said when a program cannot go on."""
 
+import io
 import sys
 from collections.abc import Callable
 
@@ -38,8 +39,16 @@ def in_one_line(error: BaseException, less_memory: str) -> str:
     return ""
 
 
+def escape_unprintable():
+    """Names of files and classes that the terminal's encoding lacks are printed escaped: no run ends on a print."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run_program(main: Callable[[], int | None], less_memory: str = "a smaller size"):
     """Run a program to its exit code: 0 all well, 1 an error (one line on stderr), 130 Ctrl-C. A bug has a traceback."""
+    escape_unprintable()
     try:
         sys.exit(main())
     except (Exception, KeyboardInterrupt) as error:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from engine.errors import UserError, in_one_line
+from engine.errors import UserError, escape_unprintable, in_one_line
 
 
 def run_together(work: Callable[["World"], None], device: str = "", less_memory: str = ""):
@@ -26,6 +26,7 @@ def run_together(work: Callable[["World"], None], device: str = "", less_memory:
     `device`: as for `pick_device`; `less_memory`: as for `in_one_line`.
     """
     world = None
+    escape_unprintable()
     try:
         world = World(device)
         work(world)

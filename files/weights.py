@@ -80,7 +80,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise _unreadable(path, error) from None
     except Exception as error:                             # a damaged file can raise anything at all
         refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if refused and not _breaks_off_in(path, refused[1]):
+        if refused:
             raise _refused(path, refused[1]) from None
         raise _damaged(path, error) from None
     for key in ("state_dict", "model"):
@@ -194,17 +194,9 @@ def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path}: is damaged or cut off ({reason or type(error).__name__}); {AGAIN}")
 
 
-def _breaks_off_in(path: Path, name: str) -> bool:
-    """Whether the file ends in the middle of the name that its pickle asks for: the reader takes the last letter for the
-    end of the line."""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 200))
-        last = file.read().rpartition(b"\n")[2]
-    return name.endswith(".") or len(last) > 1 and name.endswith("." + last[:-1].decode("latin-1"))
-
-
 def _refused(path: Path, name: str) -> UserError:
-    return UserError(f"{path}: refused and not executed: it does not hold tensors alone but wants to call {name}")
+    return UserError(f"{path}: refused and not executed: it does not hold tensors alone but wants to call {name} (or it is "
+                     f"cut off in the middle of that name; then {AGAIN})")
 
 
 def _read_zip(path: Path):

@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,17 @@ def whole(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def usable_folder(folder: str | Path) -> Path:
+    """The folder, made if it is not there. One that takes no files is a `UserError` now, not after the work."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise UserError(f"{folder} takes no files ({error.strerror or error})") from None
 
 
 def write_text(path: str | Path, text: str):

@@ -1,6 +1,10 @@
 """evaluate.py, reports.py: metrics against torchmetrics and counting loops, TTA against a naive loop over views."""
 
 import math
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +13,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import evaluate
 import inference
+import train
 from augment import flip_order
 from config import Config
 from datasets import LABEL_SETS
 from engine.errors import UserError
 from evaluate import confusion_matrix, evaluate_split, scores
 from inference import canvas, predict, predict_labels, probabilities
+from tiny import make_config
 from viz import reports
 
 CFG = Config(crop_size=(64, 64), base_size=64, precision="fp32", workers=2)
@@ -119,7 +126,7 @@ def test_table_has_the_papers_order_and_difference():
     assert len({len(line) for line in lines}) == 1         # columns stand below each other
     single = reports.table(result | {"acc": [math.nan] * 20, "iou": [math.nan] * 20}, LABEL_SETS["lip"], tta=False)
     assert single.splitlines()[1].split() == ["Hat", "-", "-", "72.87", "73.53", "-"]
-    assert single.splitlines()[-1].split() == ["mIoU", "52.00", "62.98", "64.25", "-10.98"]
+    assert single.splitlines()[-2].split() == ["mIoU", "52.00", "62.98", "64.25", "-10.98"]
     lines = reports.table({**result, "iou": [0.5] * 7, "acc": [0.5] * 7}, LABEL_SETS["ppp"], tta=True).splitlines()
     assert "paper" not in lines[0] and lines[-1].split() == ["mIoU", "52.00", "paper", "78.67", "(-26.67)"]
 
@@ -269,6 +276,61 @@ def test_a_missing_run_is_one_line(tmp_path, monkeypatch, capsys):
             evaluate.main(argv)
         lines = capsys.readouterr().err.splitlines()
         assert end.value.code == 1 and len(lines) == 1 and words in lines[0]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated")
+    train.main(["--cfg", make_config(folder)])
+    return folder / "run"
+
+
+def test_a_folder_that_takes_no_files_is_said_before_the_work(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(evaluate, "evaluate_split", lambda *_, **__: pytest.fail("the work has begun"))
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--run", str(run), "--out", str(tmp_path / "file" / "x")])
+    assert end.value.code == 1 and f"error: {tmp_path}/file/x takes no files (" in capsys.readouterr().err
+
+
+def test_the_table_is_printed_before_anything_is_written(run, tmp_path, capsys, monkeypatch):
+    def full(path, text):
+        raise UserError(f"{path} could not be written (No space left on device)")
+
+    monkeypatch.setattr(evaluate, "write_text", full)
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--run", str(run), "--out", str(tmp_path / "x")])
+    said = capsys.readouterr()
+    assert end.value.code == 1 and "No space left" in said.err and "pixel accuracy" in said.out
+
+
+def test_masks_of_0_and_255_are_warned_of_in_training_and_in_evaluation(tmp_path, capsys):
+    """255 is ignored: such a network is perfect, at one class."""
+    path = make_config(tmp_path)
+    for label in (tmp_path / "data/labels").rglob("*.png"):
+        Image.fromarray(np.where(np.array(Image.open(label)) > 0, 255, 0).astype(np.uint8)).save(label)
+    train.main(["--cfg", path, "classes=[ground, person]", "flip_pairs=[]"])
+    said = capsys.readouterr().out
+    for split in ("train", "val"):
+        assert re.search(rf"warning: .*labels/{split}: .*no label shows 1 person, but .* of the pixels are 255", said)
+    evaluate.main(["--run", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert "warning: " in said and "no label shows 1 person" in said and "the labels show ground alone" in said, said
+
+
+def test_names_that_the_terminal_cannot_show_end_nothing(tmp_path):
+    """Class names in Chinese and a file name that is no UTF-8, on a console of code page 1252."""
+    path = make_config(tmp_path)
+    for folder, ending in (("images", "png"), ("labels", "png")):
+        file = tmp_path / "data" / folder / "val" / f"0.{ending}"
+        file.rename(file.with_name(os.fsdecode(b"p\xe4.png")))
+    names = "classes=[背景, 上衣, 裤子]"
+    run = f"--run={tmp_path / 'run'}"
+    for argv in (["datasets.py", "--cfg", path, names, f"--out={tmp_path / 'sheets'}"], ["train.py", "--cfg", path, names],
+                 ["evaluate.py", run], ["predict.py", run, str(tmp_path / "data/images/val"), f"--out={tmp_path / 'parsed'}"]):
+        done = subprocess.run([sys.executable, *argv], cwd=Path(__file__).parents[1], capture_output=True,
+                              env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"})
+        assert done.returncode == 0, done.stderr.decode("cp1252")
 
 
 def test_a_run_is_not_scored_on_other_classes():

@@ -10,7 +10,6 @@ import torch
 
 import fast
 from adapter import ms_deform_attn
-from clip_vit import attention
 from losses import lovasz_softmax, lovasz_weights
 from sam_vit import Attention
 from uperhead import conv_of_resized
@@ -30,13 +29,6 @@ def sam(h, w, window, grid, dim, heads, pair=Attention.forward):
         x = random((2, h, w, dim)).to(dtype).requires_grad_()
         return (module, x), [x, *module.parameters()]
     return pair, make
-
-
-def clip(tokens, heads, width):
-    def make(random, dtype):
-        qkv = [random((2, heads, tokens, width)).to(dtype).requires_grad_() for _ in range(3)]
-        return (*qkv, False), qkv
-    return attention, make
 
 
 def deformable(shapes, queries, heads, points, width):
@@ -69,8 +61,6 @@ PAIRS = {
     "SAM, windows, ViT-L at 480 px": sam(30, 30, 14, 64, 1024, 16),
     "SAM, whole grid, ViT-L at 480 px": sam(30, 30, 0, 64, 1024, 16),
     "SAM, fused, ViT-L at 480 px": sam(30, 30, 0, 64, 1024, 16, Attention.attend),
-    "CLIP": clip(450, 3, 16),
-    "CLIP, ViT-B/16 at 480 px": clip(901, 12, 64),
     "deformable attention": deformable([(3, 5), (4, 2), (1, 1)], 4, 3, 2, 5),
     "deformable attention, injector at 480 px": deformable([(60, 60), (30, 30), (15, 15)], 900, 16, 4, 32),
     "deformable attention, extractor at 480 px": deformable([(30, 30)], 4725, 16, 4, 32),

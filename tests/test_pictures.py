@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from viz import pictures, plots
 
@@ -94,6 +94,33 @@ def test_wrapped_lines_fit_and_keep_the_text():
         assert max(pictures.text_width(line, 14) for line in lines) <= width
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     assert pictures.wrap("", 14, 50) == [""] and pictures.wrap("W", 40, 1) == ["W"]
+
+
+def test_letters_that_pillows_own_font_lacks_come_from_the_machines():
+    """Accents, Cyrillic and Greek are in DejaVu, which most machines have."""
+    try:
+        other = ImageFont.truetype("DejaVuSans.ttf", 20)
+    except OSError:
+        pytest.skip("this machine has no DejaVu")
+    assert not pictures._has_letters(ImageFont.load_default(20), "пальто")
+    for text in ("пальто", "αβγ", "Überhemd ńřő"):
+        assert pictures.text_width(text, 20) == math.ceil(other.getlength(text))
+        drawn, expected = pictures.paper(40, 300), pictures.paper(40, 300)
+        pictures.write(drawn[1], 4, 20, text, 20)
+        expected[1].text((4, 20), text, fill=pictures.INK, font=other, anchor="lm")
+        assert np.array_equal(drawn[0], expected[0])
+    assert pictures.font("plain", 20).getname() == ImageFont.load_default(20).getname()
+
+
+def test_a_name_without_any_font_is_drawn_as_boxes_and_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(pictures, "FONTS", ())
+    pictures._font_with.cache_clear()
+    pictures._say_once.cache_clear()
+    for text in ("上衣", "裤子", "上衣"):
+        assert pictures.text_width(text, 20) > 0
+    pictures._font_with.cache_clear()
+    assert capsys.readouterr().err.count("install the Noto fonts") == 1
+    assert pictures.text_width("bad\udce4name", 14) == pictures.text_width("bad\\udce4name", 14)
 
 
 def test_sheet_holds_pictures_of_all_sizes_and_long_texts():

@@ -4,7 +4,9 @@ Pillow, NumPy and OpenCV only. A picture is an array (H, W, 3), uint8, RGB; a la
 Every picture grows to hold its text: nothing is ever cut off.
 """
 
+import contextlib
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -94,18 +96,63 @@ def _hatch(height: int, width: int) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------------
 # text
 
+# Where Pillow's own font lacks a letter: fonts that systems have, found by name in the system's folders.
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf",
+         "NotoSansCJK-Regular.ttc", "DroidSansFallbackFull.ttf", "wqy-microhei.ttc", "PingFang.ttc", "msyh.ttc",
+         "YuGothM.ttc", "malgun.ttf", "NotoSansDevanagari-Regular.ttf", "NotoSansThai-Regular.ttf",
+         "NotoSansArabic-Regular.ttf", "NotoSansHebrew-Regular.ttf", "Nirmala.ttf")
+NO_LETTER = "\U0010ffff"                                   # what no font has is drawn as this is
+
+
+def font(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """The first font of this machine that has all letters of the text, Pillow's own (of one look everywhere) before the
+    others. Where there is none, that is said once."""
+    if text.isascii():
+        return _load_font("", size)
+    return _load_font(_font_with(text), size)
+
+
 @lru_cache
-def font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)                    # Pillow's own scalable font: the same look on every machine
+def _load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
+
+
+@lru_cache
+def _font_with(text: str) -> str:
+    for name in ("", *FONTS):
+        with contextlib.suppress(OSError):                 # this machine does not have it
+            if _has_letters(_load_font(name, 20), text):
+                return name
+    _say_once("note: no font of this machine has all letters of the names: pictures show boxes in their place; install the "
+              "Noto fonts")
+    return ""
+
+
+@lru_cache
+def _say_once(message: str):
+    print(message, file=sys.stderr)
+
+
+def _has_letters(font: ImageFont.FreeTypeFont, text: str) -> bool:
+    box = font.getmask(NO_LETTER)
+    return all(letter.isspace() or (mask := font.getmask(letter)).size != box.size or bytes(mask) != bytes(box)
+               for letter in set(text))
 
 
 def text_width(text: str, size: int) -> int:
-    return math.ceil(font(size).getlength(text))
+    text = _drawable(text)
+    return math.ceil(font(text, size).getlength(text))
 
 
 def write(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, size: int, anchor: str = "lm", colour=INK):
     """One line of text; `anchor` says where in it the point (x, y) lies: l, m, r across, m down."""
-    draw.text((x, y), text, fill=colour, font=font(size), anchor=anchor)
+    text = _drawable(text)
+    draw.text((x, y), text, fill=colour, font=font(text, size), anchor=anchor)
+
+
+def _drawable(text: str) -> str:
+    """A file name that is no valid UTF-8, with its bytes escaped: a font takes characters only."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def wrap(text: str, size: int, width: int) -> list[str]:
