@@ -1,6 +1,6 @@
 """The paper's Table 6 in miniature: small foundations, frozen; SRM, FTM, adapter and head trained on top.
 
-    python benchmarks/table6.py                            everything below: about 75 minutes on two CPU cores
+    python benchmarks/table6.py                            everything below: about an hour on two CPU cores
     python benchmarks/table6.py --rows sam full --seeds 0  some rows, some seeds
     python benchmarks/table6.py --quick                    a few steps of each row: does it all run? Figures mean nothing
 
