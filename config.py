@@ -105,6 +105,7 @@ class Config:
     ftm_tokens: int = 100                                  # m of Eq. 5; Rein
     ftm_ratio: float = 0.25                                # Eq. 6's bottleneck; ours: as srm_ratio
     ftm_scale_logits: bool = False                         # Eq. 5 prints no 1/sqrt(C); Rein has it
+    ftm_residual: str = "f'"                               # Eq. 6: Rein's; "f" as printed, by which tokens learn nothing
     rho_init: float = 1e-3                                 # Eq. 5: "begins from a very small value"; Rein
     prior_dim: int = 64                                    # ViT-Adapter-L: spatial prior's first width
     deform_heads: int = 16                                 # ViT-Adapter-L
@@ -271,6 +272,7 @@ def _check(cfg: Config):
     one_of("dataset", DATASETS)
     one_of("backbone", ("sam", "clip"))
     one_of("precision", ("bf16", "fp16", "fp32"))
+    one_of("ftm_residual", ("f", "f'"))
     for low, high, keys in RANGES:
         for key in keys.split():
             value = getattr(cfg, key)

@@ -71,7 +71,7 @@ class FTM(nn.Module):
     Differs from Rein as Eq. 5 does: no 1/sqrt(C), all tokens kept, no feature added inside the outer MLP.
     """
 
-    def __init__(self, depth: int, dim: int, tokens: int, ratio: float, rho: float, scale_logits: bool):
+    def __init__(self, depth: int, dim: int, tokens: int, ratio: float, rho: float, scale_logits: bool, residual: str):
         super().__init__()
         hidden = max(1, int(dim * ratio))                                # width not in the paper; as in SRM
         bound = (6 / (3 * 16 * 16 + dim)) ** 0.5                         # Rein's, with a 16 x 16 patch
@@ -83,10 +83,11 @@ class FTM(nn.Module):
         self.second = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
         self.third = nn.Linear(hidden, dim)
         self.logit_scale = dim ** -0.5 if scale_logits else 1.0          # Eq. 5 prints none; Rein has 1/sqrt(C)
+        self.residual = residual                                         # Eq. 6 prints f_i: then tokens learn nothing
         init_linears(self)
         for mlp in (self.value, self.out):                               # Rein leaves these two at torch's default
             mlp.reset_parameters()
-        _zero(self.third)                                                # at the start SAM's features pass unchanged
+        _zero(self.third)                                                # at the start SAM's features pass, but for rho
 
     def forward(self, f: Tensor, i: int) -> Tensor:
         # The rows of a softmax sum to 1, so Eq. 5's outer MLP may act on the m values instead of the h w pixels.
@@ -94,7 +95,7 @@ class FTM(nn.Module):
         attention = (self.logit_scale * (f @ self.tokens[i].T)).softmax(-1)              # (B, h, w, m)
         f_tokens = self.rho * (attention @ values) + f                                   # (B, h, w, C)  Eq. 5: f'_i
         squeezed = F.gelu(self.second[i](F.gelu(self.first(f_tokens))))                  # (B, h, w, C/4)
-        return self.third(squeezed) + f                                                  # Eq. 6: the residual is f_i, not f'_i
+        return self.third(squeezed) + (f if self.residual == "f" else f_tokens)          # Eq. 6
 
 
 class SCHNet(nn.Module):
@@ -123,7 +124,8 @@ class SCHNet(nn.Module):
             self.register_buffer("sim_scale", torch.tensor(float(sim_scale)))
             self.srm = SRM(num_classes, clip.dim, dim, cfg.srm_ratio)
         if cfg.ftm:
-            self.ftm = FTM(depth, dim, cfg.ftm_tokens, cfg.ftm_ratio, cfg.rho_init, cfg.ftm_scale_logits)
+            self.ftm = FTM(depth, dim, cfg.ftm_tokens, cfg.ftm_ratio, cfg.rho_init, cfg.ftm_scale_logits,
+                           cfg.ftm_residual)
         self.adapter = ViTAdapter(dim, cfg.prior_dim, cfg.deform_heads, cfg.deform_points, cfg.deform_ratio,
                                   cfg.cffn_ratio, cfg.drop_path)
         self.head = UPerHead(dim, cfg.head_dim, num_classes, cfg.head_dropout)

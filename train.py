@@ -197,6 +197,7 @@ class Trainer:
     def fit(self):
         cfg, now, world = self.cfg, self.progress, self.world
         self.begun = time.monotonic() - now.seconds
+        self.waited, self.logged = 0.0, time.monotonic()                 # seconds for data since the last entry of the log
         self.bar = tqdm(total=cfg.iters, initial=now.iteration, unit="it", disable=not world.main,
                         dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
         with StopSignal(world.main) as self.stop, self.bar:
@@ -205,7 +206,10 @@ class Trainer:
             batches = train_loader(cfg, self.train_pairs, world.rank, world.size, now.iteration)
             self.model.train()
             for it in range(now.iteration, cfg.iters):
-                stopping = self.step(it, [next(batches) for _ in range(cfg.accum_steps)])
+                begun = time.monotonic()
+                some = [next(batches) for _ in range(cfg.accum_steps)]
+                self.waited += time.monotonic() - begun
+                stopping = self.step(it, some)
 
                 # every log_every iterations: the mean since the last entry
                 if self.due(cfg.log_every):
@@ -273,9 +277,11 @@ class Trainer:
     def log(self, lr: float):
         now = self.progress
         means = {name: total / now.count for name, total in now.sums.items()}
-        self.run.note(iter=now.iteration, **means, lr=lr, seconds=round(time.monotonic() - self.begun, 1),
-                      gib=round(memory(self.world.device), 2))
+        time_now = time.monotonic()
+        self.run.note(iter=now.iteration, **means, lr=lr, seconds=round(time_now - self.begun, 1),
+                      waiting=round(self.waited / (time_now - self.logged), 3), gib=round(memory(self.world.device), 2))
         now.sums, now.count = {}, 0
+        self.waited, self.logged = 0.0, time_now
         self.attempt(self.run.write_log)
 
     def attempt(self, write, *args, must: bool = False) -> bool:

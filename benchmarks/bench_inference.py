@@ -40,9 +40,10 @@ SIZES, BATCHES = (320, 480, 640, 800, 1024, 1280), (1, 2, 4)
 
 
 def schnet() -> SCHNet:
-    """At its start, but for the injectors: their gamma is one, so that the pyramid reaches the encoder."""
+    """At its start, but for the injectors: their gamma is one, so that the pyramid reaches the encoder; and for rho, which
+    is zero, so that FTM passes SAM's features and the peers compute the same."""
     torch.manual_seed(0)
-    cfg = load_config(ROOT / "configs/lip.yaml", ["sam_weights=", "clip_weights=", "vocab=", "precision=fp32"])
+    cfg = load_config(ROOT / "configs/lip.yaml", ["sam_weights=", "clip_weights=", "vocab=", "precision=fp32", "rho_init=0"])
     model = build_model(cfg, LIP.classes).eval()
     for injector in model.adapter.injectors:
         torch.nn.init.ones_(injector.gamma)

@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import adapter  # noqa: E402
-import clip_vit  # noqa: E402
 from config import Config, load_config  # noqa: E402
 from datasets import label_set  # noqa: E402
 from inference import autocast, store_frozen  # noqa: E402
@@ -38,7 +37,7 @@ GIB = 2 ** 30
 def as_on_a_gpu():
     """The forms that a GPU takes; a CPU has others of its own."""
     Attention.forward = Attention.forward.plain            # its `attend` is the fused one
-    clip_vit.attention, adapter.ms_deform_attn = clip_vit.attention.plain, adapter.ms_deform_attn.plain
+    adapter.ms_deform_attn = adapter.ms_deform_attn.plain
 
 
 def network(cfg: Config) -> SCHNet:

@@ -27,6 +27,7 @@ from model import SCHNet
 
 FORMAT = 1
 RETIRED = ("compile",)                                     # keys that older checkpoints have; no result hangs on them
+BEFORE = {"ftm_residual": "f"}                             # what held before there was the key, where it is not the default
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 
 
@@ -89,6 +90,7 @@ def read(path: Path) -> dict:
         raise UserError(f"{path}: not a checkpoint of this program (format {FORMAT})")
     for key in RETIRED:
         content["config"].pop(key, None)
+    content["config"] = BEFORE | content["config"]
     return content
 
 

@@ -59,6 +59,15 @@ def test_a_restored_network_is_the_one_that_was_saved(saved):
         assert torch.equal(again(image), model.eval()(image))
 
 
+def test_a_network_from_before_eq_6_had_two_readings_keeps_its_own(tmp_path):
+    """It was trained with f_i as the residual; with the default of today it would compute something else."""
+    _, content = packed(dataclasses.replace(CFG, ftm_residual="f"))
+    del content["config"]["ftm_residual"]
+    checkpoint.write(tmp_path / "last.pt", content)
+    again, _ = inference.restore(checkpoint.read(tmp_path / "last.pt"), tmp_path / "last.pt")
+    assert again.cfg.ftm_residual == again.ftm.residual == "f"
+
+
 def test_overrides_reach_the_restored_network(saved):
     model, _ = inference.restore(checkpoint.read(saved), saved, ["precision=bf16", "data_root=/else"])
     assert model.cfg.precision == "bf16" and model.cfg.data_root == "/else"
@@ -76,7 +85,7 @@ def test_frozen_weights_in_half_precision_predict_the_same(saved):
 
 def test_the_newest_is_kept_and_the_one_before_it(tmp_path):
     for n in range(4):
-        checkpoint.write_last(tmp_path, {"format": 1, "model": {}, "n": n})
+        checkpoint.write_last(tmp_path, {"format": 1, "model": {}, "config": {}, "n": n})
         assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"][:n + 1]
         content, path, damaged = checkpoint.read_last(tmp_path)
         assert content["n"] == n and path.name == "last.pt" and not damaged

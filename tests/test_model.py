@@ -83,9 +83,10 @@ def test_eqs_2_and_4_srm():
                 torch.testing.assert_close(out[b, y, x], torch.tensor(expected, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("residual", ["f", "f'"])
 @pytest.mark.parametrize("scale_logits", [False, True])
-def test_eqs_5_and_6_ftm(scale_logits):
-    ftm = FTM(depth=2, dim=8, tokens=3, ratio=0.5, rho=1e-3, scale_logits=scale_logits).double()
+def test_eqs_5_and_6_ftm(scale_logits, residual):
+    ftm = FTM(depth=2, dim=8, tokens=3, ratio=0.5, rho=1e-3, scale_logits=scale_logits, residual=residual).double()
     shake(ftm)
     f = torch.randn(2, 1, 2, 8, dtype=torch.float64)
     for i in range(2):
@@ -99,12 +100,15 @@ def test_eqs_5_and_6_ftm(scale_logits):
                 mixed = [sum(w * v[c] for w, v in zip(softmax(logits), values)) for c in range(8)]
                 with_tokens = [ftm.rho.item() * o + a for o, a in zip(mlp(ftm.out, mixed), pixel)]                   # Eq. 5
                 third = mlp(ftm.third, gelu(mlp(ftm.second[i], gelu(mlp(ftm.first, with_tokens)))))
-                expected = [t + a for t, a in zip(third, pixel)]                         # Eq. 6, the residual is f_i
+                added = pixel if residual == "f" else with_tokens
+                expected = [t + a for t, a in zip(third, added)]                         # Eq. 6
                 torch.testing.assert_close(out[b, 0, x], torch.tensor(expected, dtype=torch.float64))
 
 
-def test_an_untrained_network_passes_sams_features_unchanged(monkeypatch):
-    model = small().eval()
+@pytest.mark.parametrize("changes, bound", [({"ftm_residual": "f"}, 0), ({"rho_init": 0.0}, 0), ({}, 5e-3)])
+def test_an_untrained_network_passes_sams_features(monkeypatch, changes, bound):
+    """Unchanged, but for Eq. 5's very small start, where Eq. 6 adds f'_i: a share of their size."""
+    model = small(**changes).eval()
     with torch.no_grad():
         for p in model.sam.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -117,7 +121,7 @@ def test_an_untrained_network_passes_sams_features_unchanged(monkeypatch):
         expected = model.sam(image)
     assert len(seen) == len(expected) == 4
     for ours, sams in zip(seen, expected):
-        assert torch.equal(ours, sams)
+        assert torch.equal(ours, sams) == (bound == 0) and (ours - sams).norm() <= bound * sams.norm()
     with torch.no_grad():                                                # and that the modules are really in the path
         model.ftm.third.bias.add_(1.0)
         seen.clear()

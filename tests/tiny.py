@@ -110,7 +110,7 @@ def worst(a: dict, b: dict) -> float:
 def logged(folder: Path) -> list[dict]:
     """The log without what depends on the machine."""
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in entry.items() if key not in ("seconds", "gib")} for entry in entries]
+    return [{key: value for key, value in entry.items() if key not in ("seconds", "waiting", "gib")} for entry in entries]
 
 
 def differences(a, b, where: str = "") -> list[str]:
