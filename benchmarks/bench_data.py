@@ -25,10 +25,7 @@ import albumentations as A  # noqa: E402
 from albumentations.pytorch import ToTensorV2  # noqa: E402
 
 from augment import BRIGHTNESS, HUE, MEAN_COLOUR, augment  # noqa: E402
-from config import (
-    IGNORE,
-    Config,  # noqa: E402
-)
+from config import IGNORE, Config  # noqa: E402
 from datasets import LABEL_SETS, random_numbers  # noqa: E402
 from files.images import read_label, read_photo_of  # noqa: E402
 

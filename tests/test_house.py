@@ -16,6 +16,8 @@ def tree() -> dict[str, int]:
     text, found, folder = (ROOT / "README.md").read_text(encoding="utf-8"), {}, ""
     for line in re.search(r"```text\n(.*?)```", text, re.S)[1].splitlines():
         entry = re.match(r"( *)([\w.]+/?) +(?:(\d+) )?", line)
+        if not entry:                                      # a heading
+            continue
         folder = entry[2] if not entry[1] else folder
         if entry[3]:
             found[folder + entry[2] if entry[1] else entry[2]] = int(entry[3])

@@ -22,13 +22,10 @@ from engine.errors import UserError
 from files.whole import whole
 from viz import pictures
 
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")      # what is wrong with a video is said here, once
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-
 
 def is_video(path: str | Path) -> bool:
     """Whether OpenCV reads more than one picture from a file: one alone may be a part of a photo (of a .heic)."""
-    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)  # others would take x1.hdr, x2.hdr, ... for a video
+    capture = _open(path)
     try:
         return capture.grab() and capture.grab()
     finally:
@@ -45,7 +42,7 @@ def parse_video(parser, source: Path | int, target: Path, labels: Path | None = 
     live = isinstance(source, int)
     name = f"webcam {source}" if live else str(source)
     times, fault = ([], "") if live else _look_through(source)
-    capture = cv2.VideoCapture(source) if live else cv2.VideoCapture(name, cv2.CAP_FFMPEG)
+    capture = _open(source)
     pairs = _parse(parser, capture, 1 if live else batch)
     try:
         rate = 0.0 if live else _rate(times, capture.get(cv2.CAP_PROP_FPS))
@@ -63,6 +60,15 @@ def parse_video(parser, source: Path | int, target: Path, labels: Path | None = 
     if fault:
         raise UserError(f"{name}: damaged or cut off ({fault}); the {count} frames that could be read were parsed")
     return count
+
+
+def _open(source: str | Path | int) -> cv2.VideoCapture:
+    """A file or a webcam. What is wrong with it is said by this program, once, and not by OpenCV too."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read when OpenCV first opens a video
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    if isinstance(source, int):
+        return cv2.VideoCapture(source)
+    return cv2.VideoCapture(str(source), cv2.CAP_FFMPEG)   # others would take x1.hdr, x2.hdr, ... for a video
 
 
 def _look_through(path: Path) -> tuple[list[float], str]:
@@ -139,7 +145,7 @@ def _write(pairs, parser, path: Path, rate: float, labels: Path | None, live: bo
 
 def frames(path: str | Path) -> int:
     """What a video written here says of its number of frames."""
-    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    capture = _open(path)
     try:
         return int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
     finally:

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(DEVICE.type == "cpu", reason="about CUDA itself")
 # GiB of a step, counted from what autograd keeps (docs/reproduce.md): images, checkpointing
-COUNTED = {(4, False): 9.7, (4, True): 6.5, (16, False): 32.9, (16, True): 20.5}
+COUNTED = {(4, False): 10.7, (4, True): 7.2, (16, False): 37.3, (16, True): 23.2}
 AIMS = {(4, False): 16, (4, True): 10}
 
 
