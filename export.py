@@ -6,6 +6,13 @@
     image           uint8 (N, H, W, 3), RGB              # any N; H and W are fixed
     probabilities   float32 (N, K, H, W)
 
+    python export.py --int8                              # and model_int8.onnx
+
+--int8 rounds the weights of the linear layers to 8 bits, one scale per output channel, and their inputs at run time
+(onnxruntime's dynamic quantisation); the file is written if at least --min-agreement of the pixels of drawn figures keep
+their class. In fp32 stay the convolutions (to round them, too, took another 30 % off the demo's file, no time, and ten
+times as many labels), the products of attention, which have no weights, and norms, softmax and sampling, which are small.
+
 Height and width are fixed because the network's structure follows them: which of SAM's windows the edges cut, the
 tables of positions, the bins of the pyramid pooling. Little is lost by it: predict.py, too, shows the network a canvas
 with the photo's long side at `base_size` and the rest in the mean colour, as examples/onnx_predict.py does. Several
@@ -20,6 +27,7 @@ import logging
 import re
 import shutil
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -38,6 +46,7 @@ from synthetic.draw import draw
 
 MAX_DIFFERENCE = 1e-4                                      # of probabilities
 MIN_AGREEMENT = 0.999                                      # share of pixels with the same class
+IR_VERSION = 8                                             # all that opset 18 needs; the exporter's 10 shuts out runtimes
 ONE_FILE_BYTES = 1 << 30                                   # larger weights get a file of their own: ONNX ends at 2 GiB
 
 
@@ -52,27 +61,76 @@ class Deployed(nn.Module):
         return self.model(image.permute(0, 3, 1, 2).float() / 255).softmax(1)
 
 
-def export(model: nn.Module, labels: LabelSet, source: Path, target: Path, size: tuple[int, int],
-           opset: int) -> tuple[float, float]:
-    """Write `target` (and `target`.data beside it if it is large); returns the largest difference and the agreement."""
-    model = Deployed(model).eval().requires_grad_(False)
+@contextlib.contextmanager
+def _whole(target: Path):
+    """A path to write to; what is there at the end, and beside it, gets `target`'s name and place, or nothing does."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".export", dir=target.parent))
     try:
         part = folder / target.name
-        apart = sum(p.nbytes for p in model.state_dict().values()) > ONE_FILE_BYTES
-        program = _translate(model, size, opset)
-        program.model.metadata_props.update(metadata(model.model.cfg, labels, source, size))
-        program.save(part, external_data=apart)
-        difference, agreement = check(model, part, size)
-        if not (difference <= MAX_DIFFERENCE and agreement >= MIN_AGREEMENT):
-            raise UserError(f"{target} was not written: probabilities differ from PyTorch's by {difference:.1e}, "
-                              f"{agreement:.2%} of the pixels have the same class")
+        yield part
         for file in sorted(folder.iterdir(), key=lambda file: file == part):     # the weights first
             file.replace(target.parent / file.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def export(model: nn.Module, labels: LabelSet, source: Path, target: Path, size: tuple[int, int],
+           opset: int) -> tuple[float, float]:
+    """Write `target` (and `target`.data beside it if it is large); returns the largest difference and the agreement."""
+    model = Deployed(model).eval().requires_grad_(False)
+    with _whole(target) as part:
+        program = _translate(model, size, opset)
+        program.model.metadata_props.update(metadata(model.model.cfg, labels, source, size))
+        program.save(part, external_data=sum(p.nbytes for p in model.state_dict().values()) > ONE_FILE_BYTES)
+        difference, agreement = check(model, part, size)
+        if not (difference <= MAX_DIFFERENCE and agreement >= MIN_AGREEMENT):
+            raise UserError(f"{target} was not written: probabilities differ from PyTorch's by {difference:.1e}, "
+                            f"{agreement:.2%} of the pixels have the same class")
     return difference, agreement
+
+
+def quantize(source: Path, target: Path, size: tuple[int, int], wanted: float = 0.99, figures: int = 16) -> str:
+    """Write an int8 `target` of the fp32 file `source`, if at least `wanted` of the pixels of drawn figures keep their
+    class; returns what there is to say about it. Times are medians of one figure at a time, the two files in turn."""
+    import onnx
+    from onnxruntime import quantization
+
+    with _whole(target) as part:
+        logging.getLogger().setLevel(logging.ERROR)        # it recommends a preparation that changes nothing here
+        quantization.quantize_dynamic(
+            source, part, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=quantization.QuantType.QInt8,
+            reduce_range=True,                             # 7 bits: CPUs without VNNI add up two products in 16
+            use_external_data_format=source.with_name(f"{source.name}.data").exists())
+        model = onnx.load(part, load_external_data=False)
+        mark = next(entry for entry in model.metadata_props if entry.key == "onnx.infer")
+        model.metadata_props.remove(mark)                  # the quantiser's own; all that stays is JSON
+        onnx.save(model, part)
+        runs, same, times = [session(path).run for path in (source, part)], [], []
+        for n in range(figures):
+            image, found = draw(1, n, size)[0][None], []
+            for run in runs:
+                begun = time.perf_counter()
+                found.append(run(["probabilities"], {"image": image})[0].argmax(1))
+                times.append(time.perf_counter() - begun)
+            same.append((found[0] == found[1]).mean())
+        agreement, before, after = np.mean(same), np.median(times[::2]), np.median(times[1::2])
+        if agreement < wanted:
+            raise UserError(f"{target} was not written: {agreement:.2%} of the pixels of {figures} drawn figures keep their "
+                            f"class, --min-agreement wants {wanted:.2%}")
+        sizes = [size_of(path) / 2 ** 20 for path in (source, part)]
+    return (f"{sizes[1]:.1f} MiB (fp32: {sizes[0]:.1f}), {1e3 * after:.0f} ms a picture (fp32: {1e3 * before:.0f}); "
+            f"{agreement:.2%} of the pixels of {figures} drawn figures keep their class")
+
+
+def session(path: Path):
+    import onnxruntime
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file and of the weights beside it."""
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
 
 
 def _translate(model: Deployed, size: tuple[int, int], opset: int):
@@ -96,6 +154,7 @@ def _translate(model: Deployed, size: tuple[int, int], opset: int):
     optimizer.inline(program.model)
     optimizer.fold_constants(program.model)
     optimizer.remove_unused_nodes(program.model)
+    program.model.ir_version = IR_VERSION
     return program
 
 
@@ -111,15 +170,12 @@ def metadata(cfg, labels: LabelSet, source: Path, size: tuple[int, int]) -> dict
 @torch.inference_mode()
 def check(model: Deployed, path: Path, size: tuple[int, int]) -> tuple[float, float]:
     """onnxruntime against PyTorch on a drawn figure, on noise, and on both at once."""
-    import onnxruntime
-
     noise = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     images = np.stack([draw(0, 0, size)[0], noise])
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    difference, same = 0.0, []
+    run, difference, same = session(path).run, 0.0, []
     for batch in (images[:1], images):
         expected = model(torch.from_numpy(batch)).numpy()
-        found = session.run(["probabilities"], {"image": batch})[0]
+        found = run(["probabilities"], {"image": batch})[0]
         difference = max(difference, float(np.abs(found - expected).max()))
         same.append((found.argmax(1) == expected.argmax(1)).mean())
     return difference, float(min(same))
@@ -145,10 +201,15 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--size", type=parse_size, action="append", metavar="HxW",
                         help="height and width in pixels; may be repeated")
     parser.add_argument("--opset", type=int, default=18, help="ONNX operator set, at least 18 (default: 18)")
+    parser.add_argument("--int8", action="store_true", help="also NAME_int8.onnx, smaller")
+    parser.add_argument("--min-agreement", type=float, default=0.99, metavar="SHARE",
+                        help="of pixels that must keep their class in int8 (default: 0.99)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run's config")
     args = parser.parse_args(argv)
     if args.opset < 18:
         parser.error("--opset must be at least 18")
+    if not 0 < args.min_agreement <= 1:
+        parser.error("--min-agreement is a share of pixels, above 0 and at most 1")
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -164,6 +225,9 @@ def main(argv: list[str] | None = None):
         difference, agreement = export(model, labels, source, path, (height, width), args.opset)
         print(f"{path}: {height} x {width}; beside PyTorch the probabilities differ by at most {difference:.1e}, "
               f"{agreement:.2%} of the pixels have the same class")
+        if args.int8:
+            small = path.with_stem(f"{path.stem}_int8")
+            print(f"{small}: {quantize(path, small, (height, width), args.min_agreement)}")
 
 
 if __name__ == "__main__":

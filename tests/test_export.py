@@ -137,3 +137,57 @@ def test_missing_packages_and_wrong_sizes_are_one_line(exported, monkeypatch, ca
             export.main(["--size", size])
         assert "multiples of 32" in capsys.readouterr().err
     assert export.default_size(CFG) == (96, 96) and export.default_size(Config(base_size=500)) == (512, 512)
+
+
+def test_the_file_asks_for_no_newer_runtime_than_it_needs(exported):
+    """onnxruntime 1.17 reads IR versions up to 9; opset 18 came with 8."""
+    assert onnx.load(exported[1]).ir_version == 8
+
+
+@pytest.fixture
+def translated(exported, monkeypatch):
+    """Half a minute less for each further file of the same network."""
+    monkeypatch.setattr(export, "_translate", lambda *_: exported[3])
+
+
+def test_int8_keeps_the_labels_and_what_the_file_says(exported, translated, tmp_path: Path, capsys):
+    run, path, model, _ = exported
+    export.main(["--run", str(run), "--out", str(tmp_path / "m.onnx"), "--size", "64x96", "--int8"])
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert sorted(os.listdir(tmp_path)) == ["m.onnx", "m_int8.onnx"]
+    small = onnxruntime.InferenceSession(tmp_path / "m_int8.onnx", providers=["CPUExecutionProvider"])
+    about, before = (onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map
+                     for file in (tmp_path / "m_int8.onnx", path))
+    assert before.items() <= about.items()                 # also of what training wrote into the fp32 file
+    weights = {x.name: x.data_type for x in onnx.load(tmp_path / "m_int8.onnx").graph.initializer}
+    assert sum(kind == onnx.TensorProto.INT8 for kind in weights.values()) > 50
+    image = export.draw(1, 0, SIZE)[0][None]
+    with torch.no_grad():
+        expected = model(torch.from_numpy(image).permute(0, 3, 1, 2) / 255).argmax(1).numpy()
+    share = (small.run(None, {"image": image})[0].argmax(1) == expected).mean()
+    assert 0.97 < share < 1 and str(tmp_path / "m_int8.onnx") in said and "MiB (fp32: " in said
+    photo, labels = tmp_path / "photo.png", tmp_path / "labels.png"
+    Image.fromarray(image[0]).save(photo)
+    script = Path(export.__file__).parent / "examples/onnx_predict.py"
+    done = subprocess.run([sys.executable, script, tmp_path / "m_int8.onnx", photo, labels], capture_output=True, text=True)
+    assert done.returncode == 0 and (np.asarray(Image.open(labels)) == expected[0]).mean() > 0.97
+
+
+def test_int8_that_loses_labels_is_not_written(exported, translated, tmp_path: Path, capsys):
+    run = exported[0]
+    with pytest.raises(export.UserError, match=r"m_int8.onnx was not written: 9\d.\d\d% .* --min-agreement wants 100.00%"):
+        export.main(["--run", str(run), "--out", str(tmp_path / "m.onnx"), "--size", "64x96", "--int8", "--min-agreement", "1"])
+    assert os.listdir(tmp_path) == ["m.onnx"]
+    for wrong in ("0", "1.5", "-1"):
+        with pytest.raises(SystemExit):
+            export.main(["--int8", "--min-agreement", wrong])
+        assert "share of pixels" in capsys.readouterr().err
+
+
+def test_int8_of_large_weights_lies_in_two_files_too(exported, translated, tmp_path: Path, monkeypatch):
+    run = exported[0]
+    monkeypatch.setattr(export, "ONE_FILE_BYTES", 1000)
+    export.main(["--run", str(run), "--out", str(tmp_path / "m.onnx"), "--size", "64x96", "--int8", "--min-agreement", "0.5"])
+    assert sorted(os.listdir(tmp_path)) == ["m.onnx", "m.onnx.data", "m_int8.onnx", "m_int8.onnx.data"]
+    session = onnxruntime.InferenceSession(tmp_path / "m_int8.onnx", providers=["CPUExecutionProvider"])
+    assert session.run(None, {"image": images(1, *SIZE)})[0].shape == (1, 20, *SIZE)
