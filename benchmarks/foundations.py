@@ -49,8 +49,8 @@ SIZES = ["sam_dim=128", "sam_depth=8", "sam_heads=2", "sam_window=4", "sam_grid=
          "text_heads=1"]
 DATA = ["dataset=synthetic", "synthetic_size=[128, 64]", "crop_size=[128, 64]", "base_size=128", "synthetic_val=200",
         "workers=0", "precision=fp32"]
-CLIP_RUN = ["iters=1000", "batch_size=64", "lr=1e-3", "warmup_iters=50", "crop_size=[64, 64]", "scale_range=[0.5, 1.5]",
-            "synthetic_train=4000"]
+CLIP_RUN = ["iters=6000", "batch_size=256", "lr=1e-3", "warmup_iters=50", "crop_size=[32, 32]", "scale_range=[0.75, 1.5]",
+            "synthetic_train=16000"]
 SAM_RUN = ["iters=2500", "batch_size=8", "lr=1e-3", "warmup_iters=50", "scale_range=[1.0, 1.5]", "synthetic_train=4000"]
 FILES = ("clip.pt", "sam.pth")
 FIRST_SEED = 1_000_000                                     # figures that no training of SCHNet sees

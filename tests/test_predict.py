@@ -18,38 +18,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import Processes, wait_until
+from tiny import Processes, small_run, wait_until
 
 import classmap
 import inference
 import predict
-from config import Config
 from datasets import LABEL_SETS
-from engine import checkpoint, processes
+from engine import processes
 from engine.errors import UserError
-from model import build_model
 from predict import Parser, Report, collect
 from viz import pictures, video
 
-SMALL = dict(
-    dataset="synthetic", crop_size=(64, 64), base_size=64, sam_weights="", clip_weights="", vocab="", sam_dim=32,
-    sam_depth=4, sam_heads=2, sam_window=3, sam_grid=4, clip_dim=32, clip_depth=4, clip_heads=2, clip_grid=4,
-    clip_taps=(0, 1, 2, 3), clip_embed=16, text_dim=16, text_depth=1, text_heads=2, ftm_tokens=8, prior_dim=8,
-    deform_heads=2, head_dim=16, aux_weight=0.0, tta_scales=(1.0, 1.5))
 PHOTOS = Path(__file__).parents[1] / "../shared/data/photos"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose small random network finds many classes in a photo."""
-    torch.manual_seed(0)
-    labels = LABEL_SETS["lip"]
-    model = build_model(Config(**SMALL), labels.classes)
-    torch.nn.init.normal_(model.head.conv_seg.weight, std=2.0)
-    path = tmp_path_factory.mktemp("runs") / "small"
-    path.mkdir()
-    checkpoint.write(path / checkpoint.LAST, checkpoint.pack(model, labels, {}, {}))
-    return path
+    return small_run(tmp_path_factory.mktemp("runs") / "small")
 
 
 def parse(argv: list[str]) -> int:

@@ -20,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train
 from config import Config
+from datasets import LABEL_SETS
+from engine import checkpoint
 from engine.processes import World
 from model import build_model
 
@@ -32,6 +34,24 @@ CONFIG = {
     "text_depth": 1, "text_heads": 2, "ftm_tokens": 4, "prior_dim": 8, "deform_heads": 2, "deform_points": 2,
     "head_dim": 8, "aux_dim": 8, "iters": 4, "batch_size": 4, "loss_group": 2, "lr": 1e-3, "warmup_iters": 1,
     "precision": "fp32", "log_every": 2, "eval_every": 2, "save_every": 1}
+
+
+SMALL = dict(
+    dataset="synthetic", crop_size=(64, 64), base_size=64, sam_weights="", clip_weights="", vocab="", sam_dim=32,
+    sam_depth=4, sam_heads=2, sam_window=3, sam_grid=4, clip_dim=32, clip_depth=4, clip_heads=2, clip_grid=4,
+    clip_taps=(0, 1, 2, 3), clip_embed=16, text_dim=16, text_depth=1, text_heads=2, ftm_tokens=8, prior_dim=8,
+    deform_heads=2, head_dim=16, aux_weight=0.0, tta_scales=(1.0, 1.5))
+
+
+def small_run(path: Path) -> Path:
+    """A run in the folder `path` whose small random network finds many of LIP's classes in a photo."""
+    torch.manual_seed(0)
+    labels = LABEL_SETS["lip"]
+    model = build_model(Config(**SMALL), labels.classes)
+    torch.nn.init.normal_(model.head.conv_seg.weight, std=2.0)
+    path.mkdir()
+    checkpoint.write(path / checkpoint.LAST, checkpoint.pack(model, labels, {}, {}))
+    return path
 
 
 def make_data(root: Path, train: int = 10, val: int = 7):

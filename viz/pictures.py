@@ -275,12 +275,16 @@ def save_jpeg(path: str | Path, rgb: np.ndarray):
 
 
 def save_palette_png(path: str | Path, label: np.ndarray, palette: Palette):
-    """A label map as an indexed PNG: the pixel values are the labels, a viewer shows the colours."""
+    _save(path, palette_picture(label, palette), format="PNG")
+
+
+def palette_picture(label: np.ndarray, palette: Palette) -> Image.Image:
+    """A label map as an indexed picture: the pixel values are the labels, a viewer shows the colours."""
     table = np.full((256, 3), HATCH[0][0], np.uint8)
     table[:len(palette)] = palette
     picture = Image.fromarray(np.ascontiguousarray(label))
     picture.putpalette(table.tobytes())
-    _save(path, picture, format="PNG")
+    return picture
 
 
 def _save(path: str | Path, picture: Image.Image, **options):
