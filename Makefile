@@ -1,5 +1,6 @@
 # make demo    install, train a small SCHNet on drawn people, score it, parse a few figures: pictures under runs/demo/
 # make test    install, the whole test suite
+# make test-oldest  the same with the oldest versions that requirements.txt allows, in .venv-oldest
 # make test-gpu  a GPU beside the CPU: three minutes on one card, nothing downloaded (without a GPU: skipped)
 # make lint    ruff over the code
 # make clean   remove the demo's run and what Python left behind (.venv, weights and other runs stay)
@@ -9,7 +10,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-gpu lint clean
+.PHONY: help demo test test-oldest test-gpu lint clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -39,6 +40,14 @@ demo: $(VENV)/run
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -q
+
+test-oldest:
+	@echo "installing the lower bounds of requirements.txt into $(VENV)-oldest ..."
+	@$(PYTHON) -m venv $(VENV)-oldest
+	@sed 's/>=/==/' requirements.txt > $(VENV)-oldest/oldest.txt
+	@$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+		--requirement requirements-dev.txt --constraint $(VENV)-oldest/oldest.txt
+	$(VENV)-oldest/bin/python -m pytest -q
 
 test-gpu: export SCHNET_TEST_DEVICE ?= cuda
 test-gpu: $(VENV)/dev
