@@ -7,15 +7,18 @@
 foundations.py makes a CLIP and a SAM of drawn people, in files of the official names. SCHNet takes them through
 `clip_weights` and `sam_weights` with `freeze: true`, as it takes the real ones, in the four rows of the paper's Table 6
 (configs/ablation/ with small sizes), and learns other drawn people. Beside them stand controls, which tell what causes
-what, and other readings of Eqs. 5 and 6.
+what, other readings of Eqs. 5 and 6, and other values of what the paper leaves open.
 
-All runs of a seed see the same pictures in the same order and all but "scratch" take the same number of steps. "scratch"
-trains every weight from random ones, and has the CPU time that the full row of its seed took: alone, or with the time
-that making the foundations took added ("scratch, long"); its learning rate follows the time used. The clock is the
-process's own CPU time, batches included and scoring not: it does not depend on who else runs.
+The last rows ask whether the foundations, made on drawn people, are of use on photos: the same ones, frozen, adapted to
+the street photos of --photos (labelled as in configs/custom.yaml). Without that folder they are left out.
+
+All runs of a seed see the same pictures in the same order and all but "from scratch" take the same number of steps.
+Those train every weight from random ones, and have the CPU time that the full row of their seed took: alone, or with the
+time that making the foundations took added; their learning rate follows the time used. The clock is the process's own
+CPU time, batches included and scoring not: it does not depend on who else runs.
 
 A run that is finished is kept: the same command goes on with what is missing. It leaves in --out: table.txt, table6.csv,
-curves.png, and a file for each run.
+photos.csv, curves.png, and a file for each run.
 """
 
 import argparse
@@ -57,6 +60,8 @@ SMALL = [*foundations.DATA, "scale_range=[1.0, 1.0]", "photometric=false", "synt
          "drop_path=0.0", "head_dim=48", "head_dropout=0.0", "aux_weight=0.0", "batch_size=4", "lr=3e-3",
          "betas=[0.9, 0.98]", "iters=500", "warmup_iters=25", "out="]
 QUICK = ["iters=6", "warmup_iters=1", "synthetic_train=64", "synthetic_val=8"]
+PHOTOS = ("dataset=custom", "crop_size=[128, 96]", "scale_range=[0.75, 1.25]", "flip_pairs=[]", "classes=[Background, Hat, "
+          "Hair, Glove, Sunglasses, Upper-clothes, Dress, Coat, Socks, Pants, Jumpsuits, Scarf, Skirt, Skin, Shoes]")
 LOOKS = 5                                                  # scored after each fifth of a run
 EPS = 1e-8                                                 # AdamW's
 
@@ -69,7 +74,8 @@ class Row:
     frozen: str = "sam clip"                               # foundations that are loaded; the others are random
     shuffled: bool = False                                 # SRM gets the class similarities of other pictures
     eps: float = EPS
-    time: str = ""                                         # "": steps; "full": the full row's seconds; "long": more
+    time_of: str = ""                                      # a row whose CPU seconds it gets; "": cfg.iters steps
+    long: bool = False                                     # and the foundations' seconds too
 
 
 ROWS = {
@@ -81,20 +87,32 @@ ROWS = {
     "random_clip": Row("SRM, CLIP random", "sam_clip_srm", frozen="sam"),
     "shuffled": Row("SRM, f_sim of other pictures", "sam_clip_srm", shuffled=True),
     "ftm": Row("SAM, FTM without SRM", "full", ("srm=false",)),
-    "scratch": Row("from scratch, the same time", "full", ("freeze=false",), frozen="", time="full"),
-    "scratch_long": Row("from scratch, time of pretraining added", "full", ("freeze=false",), frozen="", time="long"),
+    "scratch": Row("from scratch, the same time", "full", ("freeze=false",), frozen="", time_of="full"),
+    "scratch_long": Row("from scratch, time of pretraining added", "full", ("freeze=false",), frozen="", time_of="full",
+                        long=True),
     "printed": Row("full, f_i as Eq. 6's residual", "full", ("ftm_residual=f",)),
     "printed_eps": Row("full, f_i and AdamW's eps 1e-15", "full", ("ftm_residual=f",), eps=1e-15),
     "scaled": Row("full, 1/sqrt(C) in Eq. 5", "full", ("ftm_scale_logits=true",)),
     "rho": Row("full, rho from 0.1", "full", ("rho_init=0.1",)),
+    "scale": Row("full, sim_scale 1", "full", ("sim_scale=1.0",)),
+    "sites": Row("full, srm_sites 4", "full", ("srm_sites=4",)),
+    "rate": Row("full, lr 6e-4", "full", ("lr=6e-4",)),
+    "patches": Row("full, patch_embed_lr_mult 0.1", "full", ("patch_embed_lr_mult=0.1",)),
+    "photos": Row("photos: full, made on drawn people", "full", PHOTOS),
+    "photos_random": Row("photos: full, both encoders random", "full", PHOTOS, frozen=""),
+    "photos_scratch": Row("photos: from scratch, the same time", "full", (*PHOTOS, "freeze=false"), frozen="",
+                          time_of="photos"),
 }
 PAPER = {"clip": (86.09, 68.01, 51.89), "sam": (87.20, 69.49, 54.61), "srm": (89.27, 76.86, 61.85),
          "full": (89.54, 78.12, 62.98)}                    # pixel accuracy, mean accuracy, mIoU: LIP, Table 6
 PAIRS = (("sam", "clip"), ("srm", "sam"), ("full", "srm"), ("full", "scratch"), ("full", "scratch_long"),
          ("full", "random"), ("srm", "random_clip"), ("srm", "shuffled"), ("ftm", "sam"), ("full", "ftm"),
-         ("full", "printed"), ("printed", "srm"), ("printed_eps", "printed"), ("scaled", "full"), ("rho", "full"))
+         ("full", "printed"), ("printed", "srm"), ("printed_eps", "printed"), ("scaled", "full"), ("rho", "full"),
+         ("scale", "full"), ("sites", "full"), ("rate", "full"), ("patches", "full"), ("photos", "photos_random"),
+         ("photos", "photos_scratch"))
 CURVES = {"mIoU (%)": ("clip", "sam", "srm", "full", "random", "scratch"),
-          "mIoU (%), frozen and from scratch": ("full", "random", "scratch", "scratch_long")}
+          "mIoU (%), frozen and from scratch": ("full", "random", "scratch", "scratch_long"),
+          "mIoU (%), photos": ("photos", "photos_random", "photos_scratch")}
 
 
 # ------------------------------------------------------------------------------------------------------------- one run
@@ -108,6 +126,10 @@ class Job:
         return args.out / f"{self.row}_seed{self.seed}.json"
 
 
+def on_photos(row: str) -> bool:
+    return ROWS[row].changes[:len(PHOTOS)] == PHOTOS
+
+
 def settings(job: Job, args: argparse.Namespace) -> Config:
     """The row's config with small sizes, and its foundations; without one, the sizes that foundations.py gives it."""
     row, made = ROWS[job.row], args.out / "foundations"
@@ -115,7 +137,7 @@ def settings(job: Job, args: argparse.Namespace) -> Config:
     weights = [f"{name}_weights={path if name in row.frozen else ''}" for name, path in files.items()]
     return load_config(ROOT / "configs" / "ablation" / f"{row.config}.yaml", [
         *foundations.SIZES, *SMALL, *weights, f"vocab={foundations.vocabulary()}", *(QUICK if args.quick else []),
-        *row.changes, *args.overrides, f"seed={job.seed}"])
+        *row.changes, *([f"data_root={args.photos}"] if on_photos(job.row) else []), *args.overrides, f"seed={job.seed}"])
 
 
 def shuffle_similarities(model: SCHNet, pairs, count: int = 256):
@@ -133,12 +155,12 @@ def shuffle_similarities(model: SCHNet, pairs, count: int = 256):
 
 def budget(job: Job, args: argparse.Namespace) -> float:
     """Seconds of CPU time that a run may use; none, where it counts steps."""
-    kind = ROWS[job.row].time
-    if not kind:
+    row = ROWS[job.row]
+    if not row.time_of:
         return math.inf
-    seconds = record(Job("full", job.seed), args)["looks"][-1]["seconds"]
+    seconds = record(Job(row.time_of, job.seed), args)["looks"][-1]["seconds"]
     made = [json.loads((args.out / "foundations" / f"{name}.json").read_text()) for name in ("clip", "sam")]
-    return seconds + (sum(one["seconds"] for one in made) if kind == "long" else 0)
+    return seconds + (sum(one["seconds"] for one in made) if row.long else 0)
 
 
 def train_one(job: Job, args: argparse.Namespace):
@@ -174,7 +196,7 @@ def facts(job: Job, args: argparse.Namespace) -> dict:
     """What a record must have been made with, to be a result of today's command."""
     cfg = settings(job, args)
     files = {name: sha256(path) for name in ("sam_weights", "clip_weights") if (path := getattr(cfg, name))}
-    return {"config": to_yaml(dataclasses.replace(cfg, sam_weights="", clip_weights="", vocab="")), "files": files,
+    return {"config": to_yaml(dataclasses.replace(cfg, sam_weights="", clip_weights="", vocab="", data_root="")), "files": files,
             "eps": ROWS[job.row].eps}
 
 
@@ -253,7 +275,7 @@ def table(runs: dict[Job, dict], made: dict) -> str:
     lines = [f"foundations: CLIP {clip['seconds']:.0f} s, retrieval {100 * clip['retrieval']:.1f} "
              f"(chance {100 * clip['chance']:.1f}); SAM {sam['seconds']:.0f} s, mask IoU {100 * sam['mask_iou']:.1f} "
              f"(untrained {100 * sam['untrained']:.1f})", "",
-             "in percent: the paper's on LIP at full size, ours on drawn people at 128 x 64 (mean +- deviation of n seeds)",
+             "in percent: the paper's on LIP at full size, ours on drawn people at 128 x 64, or photos (mean +- deviation of n seeds)",
              f"{'':39}{'paper mIoU':>10}  {'mIoU':>14}{'pixel acc.':>16}{'mean acc.':>17}{'n':>4}{'steps':>7}{'CPU s':>7}"
              f"{'trained':>9}"]
     rows = [row for row in ROWS if ends(runs, row)]
@@ -281,10 +303,10 @@ def differences(runs: dict[Job, dict]) -> list[str]:
 
 def sooner(runs: dict[Job, dict], rows: list[str]) -> list[str]:
     """CPU time until each row has what training from scratch ends with."""
-    goals = {seed: value / 100 for seed, value in ends(runs, "scratch").items()}
     lines = ["CPU seconds until the final mIoU of training from scratch for the same time, seed by seed (-: not reached)"]
-    for row in rows if goals else []:
-        times = [reached(run, goals[job.seed]) for job, run in runs.items() if job.row == row and job.seed in goals]
+    for row in rows:
+        goals = ends(runs, "photos_scratch" if on_photos(row) else "scratch")
+        times = [reached(run, goals[job.seed] / 100) for job, run in runs.items() if job.row == row and job.seed in goals]
         lines.append(f"{ROWS[row].title:39}" + "".join(f"{t:8.0f}" if t < math.inf else f"{'-':>8}" for t in times))
     return lines
 
@@ -303,10 +325,10 @@ def write_csv(path: Path, runs: dict[Job, dict], classes: tuple[str, ...]):
 def draw(path: Path, runs: dict[Job, dict]):
     panels = {}
     for heading, rows in CURVES.items():
-        panels[heading] = series = {}
         for row in rows:
             mine = [run["looks"] for job, run in runs.items() if job.row == row]
             if mine:
+                series = panels.setdefault(heading, {})
                 times = np.mean([[look["seconds"] for look in looks] for looks in mine], 0)
                 series[ROWS[row].title] = (times, [[100 * look["miou"] for look in looks] for looks in mine])
     pictures.save_png(path, plots.curves(panels, "CPU seconds of training, pretraining not counted", size=(440, 600)))
@@ -317,7 +339,10 @@ def report(jobs: list[Job], args: argparse.Namespace, made: dict):
     place = f"{processor()}, torch {torch.__version__}, {args.processes} processes of one thread"
     text = f"{place}\n{'--quick: the figures mean nothing' + chr(10) if args.quick else ''}{table(runs, made)}\n"
     write_text(args.out / "table.txt", text)
-    write_csv(args.out / "table6.csv", runs, label_set(settings(jobs[0], args)).classes)
+    for name, photos in (("table6.csv", False), ("photos.csv", True)):
+        some = {job: run for job, run in runs.items() if on_photos(job.row) == photos}
+        if some:
+            write_csv(args.out / name, some, label_set(settings(next(iter(some)), args)).classes)
     draw(args.out / "curves.png", runs)
     print(text, end="")
 
@@ -331,17 +356,23 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--quick", action="store_true", help="a few steps of each run, in a folder of its own")
     parser.add_argument("--out", type=user_path, help="runs/table6, or runs/table6_quick")
+    parser.add_argument("--photos", type=user_path, default=str(ROOT.parent / "shared/data/ccp"),
+                        help="a data set as configs/custom.yaml describes it, with its classes (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config, for all rows")
     args = parser.parse_intermixed_args(argv)
+    args.photos = Path(args.photos).resolve()
+    if not args.photos.is_dir() and any(map(on_photos, args.rows)):
+        print(f"{args.photos}: no such folder, so the rows on photos are left out (--photos)", file=sys.stderr)
+        args.rows = [row for row in args.rows if not on_photos(row)]
     args.out = Path(args.out or f"runs/table6{'_quick' if args.quick else ''}").resolve()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     made = foundations.make(args.out / "foundations", **(
         {"iters": (5, 5), "changes": ["warmup_iters=1", "synthetic_train=64"]} if args.quick else {}))
     jobs = [Job(row, seed) for seed in args.seeds for row in args.rows]
-    timed = [job for job in jobs if ROWS[job.row].time]
-    full = [Job("full", job.seed) for job in timed]        # whose time they get
-    run_all(list(dict.fromkeys([*full, *(job for job in jobs if job not in timed)])), args)
+    timed = [job for job in jobs if ROWS[job.row].time_of]
+    first = [Job(ROWS[job.row].time_of, job.seed) for job in timed]
+    run_all(list(dict.fromkeys([*first, *(job for job in jobs if job not in timed)])), args)
     run_all(timed, args)
     report(jobs, args, made)
 

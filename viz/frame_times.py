@@ -9,12 +9,12 @@ import os
 import sys
 
 os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "16"                # errors; read when OpenCV first opens a video
+os.environ["OPENCV_LOG_LEVEL"] = "OFF"                     # OpenCV's own remarks are not about the file
 
 import cv2  # noqa: E402
 
 
 def main():
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)    # OpenCV's own remarks are not about the file
     capture = cv2.VideoCapture(sys.argv[1], cv2.CAP_FFMPEG)
     while capture.grab():
         print(capture.get(cv2.CAP_PROP_POS_MSEC), file=sys.stderr)       # stdout is OpenCV's

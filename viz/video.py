@@ -65,7 +65,7 @@ def parse_video(parser, source: Path | int, target: Path, labels: Path | None = 
 def _open(source: str | Path | int) -> cv2.VideoCapture:
     """A file or a webcam. What is wrong with it is said by this program, once, and not by OpenCV too."""
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read when OpenCV first opens a video
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    (cv2.utils.logging if hasattr(cv2.utils, "logging") else cv2).setLogLevel(0)         # OpenCV 5, OpenCV 4; 0: silent
     if isinstance(source, int):
         return cv2.VideoCapture(source)
     return cv2.VideoCapture(str(source), cv2.CAP_FFMPEG)   # others would take x1.hdr, x2.hdr, ... for a video
