@@ -44,7 +44,7 @@ test: $(VENV)/dev
 test-oldest:
 	@echo "installing the lower bounds of requirements.txt into $(VENV)-oldest ..."
 	@$(PYTHON) -m venv $(VENV)-oldest
-	@sed -n "s/>=\(.*\)/==\1.*/p; s/^opencv-python==/opencv-python-headless==/p" requirements.txt > $(VENV)-oldest/oldest.txt
+	@sed -n "s/ *\#.*//; s/>=\(.*\)/==\1.*/p; s/^opencv-python==/opencv-python-headless==/p" requirements.txt > $(VENV)-oldest/oldest.txt
 	@$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
 		--requirement requirements-dev.txt --constraint $(VENV)-oldest/oldest.txt
 	$(VENV)-oldest/bin/python -m pytest -q

@@ -46,6 +46,7 @@ from synthetic.draw import draw
 
 MAX_DIFFERENCE = 1e-4                                      # of probabilities
 MIN_AGREEMENT = 0.999                                      # share of pixels with the same class
+OLDEST_TORCH = (2, 10)                                     # the exporters of 2.8 and 2.9 cannot translate the network
 IR_VERSION = 8                                             # all that opset 18 needs; the exporter's 10 shuts out runtimes
 ONE_FILE_BYTES = 1 << 30                                   # larger weights get a file of their own: ONNX ends at 2 GiB
 
@@ -210,6 +211,10 @@ def main(argv: list[str] | None = None):
         parser.error("--opset must be at least 18")
     if not 0 < args.min_agreement <= 1:
         parser.error("--min-agreement is a share of pixels, above 0 and at most 1")
+    if torch.__version__ < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise UserError(f"torch {torch.__version__} cannot export this network, {oldest} and newer can: "
+                        f'pip install "torch>={oldest}" (for the export alone: the run may be of any version)')
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401

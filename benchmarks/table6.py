@@ -196,8 +196,8 @@ def facts(job: Job, args: argparse.Namespace) -> dict:
     """What a record must have been made with, to be a result of today's command."""
     cfg = settings(job, args)
     files = {name: sha256(path) for name in ("sam_weights", "clip_weights") if (path := getattr(cfg, name))}
-    return {"config": to_yaml(dataclasses.replace(cfg, sam_weights="", clip_weights="", vocab="", data_root="")), "files": files,
-            "eps": ROWS[job.row].eps}
+    here = dataclasses.replace(cfg, sam_weights="", clip_weights="", vocab="", data_root="")       # paths of a machine
+    return {"config": to_yaml(here), "files": files, "eps": ROWS[job.row].eps}
 
 
 def record(job: Job, args: argparse.Namespace) -> dict | None:
@@ -275,7 +275,7 @@ def table(runs: dict[Job, dict], made: dict) -> str:
     lines = [f"foundations: CLIP {clip['seconds']:.0f} s, retrieval {100 * clip['retrieval']:.1f} "
              f"(chance {100 * clip['chance']:.1f}); SAM {sam['seconds']:.0f} s, mask IoU {100 * sam['mask_iou']:.1f} "
              f"(untrained {100 * sam['untrained']:.1f})", "",
-             "in percent: the paper's on LIP at full size, ours on drawn people at 128 x 64, or photos (mean +- deviation of n seeds)",
+             "in percent, mean +- deviation of n seeds: the paper's on LIP at full size, ours on drawn people or photos",
              f"{'':39}{'paper mIoU':>10}  {'mIoU':>14}{'pixel acc.':>16}{'mean acc.':>17}{'n':>4}{'steps':>7}{'CPU s':>7}"
              f"{'trained':>9}"]
     rows = [row for row in ROWS if ends(runs, row)]

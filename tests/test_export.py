@@ -34,6 +34,8 @@ SIZE = (64, 96)                                            # tokens 4 x 6: windo
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory):
     """(run folder, file, PyTorch network, translation) of a small random network in which every part does something."""
+    if torch.__version__ < export.OLDEST_TORCH:
+        pytest.skip("this torch's exporter cannot translate the network")
     torch.manual_seed(0)
     labels = LABEL_SETS["lip"]
     model = build_model(CFG, labels.classes).eval()
@@ -137,6 +139,12 @@ def test_missing_packages_and_wrong_sizes_are_one_line(exported, monkeypatch, ca
             export.main(["--size", size])
         assert "multiples of 32" in capsys.readouterr().err
     assert export.default_size(CFG) == (96, 96) and export.default_size(Config(base_size=500)) == (512, 512)
+
+
+def test_a_torch_that_cannot_export_is_one_line(monkeypatch):
+    monkeypatch.setattr(export, "OLDEST_TORCH", (99, 1))
+    with pytest.raises(export.UserError, match='cannot export .* pip install "torch>=99.1"'):
+        export.main([])
 
 
 def test_the_file_asks_for_no_newer_runtime_than_it_needs(exported):
