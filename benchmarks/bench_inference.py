@@ -30,6 +30,7 @@ from augment import flip_order  # noqa: E402
 from config import load_config  # noqa: E402
 from datasets import LABEL_SETS  # noqa: E402
 from inference import predict, store_frozen  # noqa: E402
+from layers import resample_positions  # noqa: E402
 from model import SCHNet, build_model  # noqa: E402
 from viz.pictures import save_png  # noqa: E402
 from viz.plots import curves  # noqa: E402
@@ -72,7 +73,7 @@ def parts(model: SCHNet, image: torch.Tensor) -> dict:
         runs[f"CLIP, {name}"] = (lambda run=run: run(image), lambda: clip_outputs(model, image))
     head = peers.upernet(model.head.state_dict()).eval()
     runs["UperNet, transformers"] = (lambda: [head(maps)], lambda: [model.head(maps)])
-    positions = model.sam.positions((model.sam.pos_embed,), size // 16, size // 16)
+    positions = resample_positions(model.sam.pos_embed[0], size // 16, size // 16)[None]
     whole, normalized = baseline.from_schnet(model.state_dict(), 20, positions), model.sam.normalize(image)
     runs[BASELINE] = (lambda: [whole(normalized)], runs[OURS][0])
     return runs

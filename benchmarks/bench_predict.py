@@ -52,14 +52,25 @@ def figures(folder: Path, count: int, size: tuple[int, int] = (256, 128)) -> Pat
     return folder
 
 
+def copies(source: Path, folder: Path, count: int):
+    """`count` files in folders of a thousand; of each folder's first the others are hard links (ext4 allows 65,000)."""
+    for n in range(count):
+        target = folder / f"{n // 1000:03}" / f"{n:06}{source.suffix}"
+        if n % 1000 == 0:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            first = target.with_suffix(".first")
+            first.write_bytes(source.read_bytes())
+        if not target.exists():
+            os.link(first, target)
+        if n % 1000 == 999 or n == count - 1:
+            first.unlink()
+
+
 def listing(run: str, folder: Path, count: int):
     """Until the first result is there, and until it is known that all are."""
     photos, out = folder / "many", folder / "parsed"
     one = figures(folder / "one", 1, (8, 8)) / "00000.jpg"
-    for n in range(count):
-        target = photos / f"{n // 1000:03}" / f"{n:06}.jpg"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.link(one, target)
+    copies(one, photos, count)
     begun, peak = time.monotonic(), 0
     process = start(run, photos, out)
     while process.poll() is None and not any(out.glob("labels/*/*.png")):
@@ -69,12 +80,7 @@ def listing(run: str, folder: Path, count: int):
     process.kill()
     process.wait()
     for kind, ending in (("labels", ".png"), ("overlays", ".jpg")):
-        result = next(out.glob(f"{kind}/*/*{ending}"))
-        for n in range(count):
-            target = out / kind / f"{n // 1000:03}" / f"{n:06}{ending}"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists():
-                os.link(result, target)
+        copies(next(out.glob(f"{kind}/*/*{ending}")), out / kind, count)
     begun = time.monotonic()
     said = start(run, photos, out, "--skip-existing").communicate()[0]
     assert f"{count} left out" in said and "0 parsed" in said, said
