@@ -196,8 +196,9 @@ def facts(job: Job, args: argparse.Namespace) -> dict:
     """What a record must have been made with, to be a result of today's command."""
     cfg = settings(job, args)
     files = {name: sha256(path) for name in ("sam_weights", "clip_weights") if (path := getattr(cfg, name))}
-    here = dataclasses.replace(cfg, sam_weights="", clip_weights="", vocab="", data_root="")       # paths of a machine
-    return {"config": to_yaml(here), "files": files, "eps": ROWS[job.row].eps}
+    where = "" if on_photos(job.row) else cfg.data_root                                   # no paths of a machine
+    plain = dataclasses.replace(cfg, sam_weights="", clip_weights="", vocab="", data_root=where)
+    return {"config": to_yaml(plain), "files": files, "eps": ROWS[job.row].eps}
 
 
 def record(job: Job, args: argparse.Namespace) -> dict | None:
