@@ -53,17 +53,16 @@ def figures(folder: Path, count: int, size: tuple[int, int] = (256, 128)) -> Pat
 
 
 def copies(source: Path, folder: Path, count: int):
-    """`count` files in folders of a thousand; of each folder's first the others are hard links (ext4 allows 65,000)."""
+    """`count` files in folders of a thousand; a folder's others are hard links to its first (ext4 allows 65,000)."""
     for n in range(count):
         target = folder / f"{n // 1000:03}" / f"{n:06}{source.suffix}"
         if n % 1000 == 0:
             target.parent.mkdir(parents=True, exist_ok=True)
-            first = target.with_suffix(".first")
-            first.write_bytes(source.read_bytes())
-        if not target.exists():
+            first = target
+            if first != source:
+                first.write_bytes(source.read_bytes())
+        elif not target.exists():
             os.link(first, target)
-        if n % 1000 == 999 or n == count - 1:
-            first.unlink()
 
 
 def listing(run: str, folder: Path, count: int):

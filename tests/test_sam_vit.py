@@ -108,8 +108,7 @@ def large():
 @pytest.mark.parametrize("h, w", [(480, 480), (320, 544), (1024, 1024)])
 def test_full_size_parity(large, monkeypatch, h, w):
     image = torch.rand(1, 3, h, w, generator=torch.Generator().manual_seed(1))
-    peers = (official, hugging_face) if h < 1024 else (official,)                       # at 1024 half a minute each
-    wanted = [peer_outputs(peer, large, image, LARGE)[0] for peer in peers]
+    wanted = [peer_outputs(peer, large, image, LARGE)[0] for peer in (official, hugging_face)]
     for form in (True, False) if h == w == 480 else (True,):
         monkeypatch.setattr(fast, "ENABLED", form)
         outs = build(large, **LARGE)(image)
