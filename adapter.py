@@ -247,6 +247,7 @@ class ViTAdapter(nn.Module):
     def fuse(self, c1: torch.Tensor, c: torch.Tensor, outs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Pyramid plus the four stages' tokens (B, h, w, C), resized to strides 4 8 16 32: f1..f4."""
         c2, c3, c4 = split_maps(c, pyramid(*outs[0].shape[1:3]))
-        maps = [self.up(c2) + c1, c2, c3, c4]
+        weight = self.up.weight.contiguous(memory_format=torch.channels_last)   # tokens lie so: half of the time on a CPU
+        maps = [F.conv_transpose2d(c2, weight, self.up.bias, stride=2) + c1, c2, c3, c4]
         outs = [x.permute(0, 3, 1, 2) for x in outs]
         return [norm(m + resize(x, m.shape[2:])) for norm, m, x in zip(self.norms, maps, outs)]
