@@ -186,7 +186,7 @@ class BatchOrder:
         parts = world * cfg.accum_steps
         if cfg.batch_size % parts:
             raise UserError(f"batch_size ({cfg.batch_size}) must be a multiple of processes x accum_steps "
-                              f"({world} x {cfg.accum_steps})")
+                            f"({world} x {cfg.accum_steps})")
         self.count, self.seed, self.batch_size, self.start_iter = count, cfg.seed, cfg.batch_size, start_iter
         self.micro = cfg.batch_size // parts
         self.steps = range(rank * cfg.accum_steps, (rank + 1) * cfg.accum_steps)

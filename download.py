@@ -142,7 +142,7 @@ def _fill(url: str, part: Path, spec: FileSpec) -> None:
             failures = 1 if _size(part) - before >= CHUNK else failures + 1
             if failures == TRIES:
                 raise UserError(f"{url}: {fault} ({TRIES} tries); the same command resumes, "
-                                   "--mirror and --from are ways around a wall") from None
+                                "--mirror and --from are ways around a wall") from None
             print(f"{url}: {fault}; trying again in {2**failures} s", file=sys.stderr)
             time.sleep(2**failures)
 

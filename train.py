@@ -179,7 +179,7 @@ class Trainer:
                 checkpoint.load_state(self.model, content["model"], self.run.folder / checkpoint.LAST)
                 if content["official"] != self.official:
                     raise UserError(f"{self.run.folder} was trained on other official weights than "
-                                          f"{', '.join(self.official) or 'none'} now name")
+                                    f"{', '.join(self.official) or 'none'} now name")
         self.network, self.optimizer, self.scaler = prepare(self.model, cfg, world)
         self.progress = Progress(images=len(self.train_pairs))
         if content:

@@ -104,7 +104,7 @@ def read_last(folder: Path) -> tuple[dict, Path, list[tuple[Path, str]]]:
             except UserError as error:
                 damaged.append((folder / name, str(error)))
     raise UserError(f"{folder}: nothing to go on from ({'; '.join(why for _, why in damaged) or f'no {LAST}'}); "
-                          "begin anew in another folder with out=FOLDER")
+                    "begin anew in another folder with out=FOLDER")
 
 
 def newest_run(root: Path = Path("runs")) -> Path:

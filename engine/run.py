@@ -117,7 +117,7 @@ class Run:
         refused = [text for key, text in changed.items() if key not in HARMLESS]
         if refused:
             raise UserError(f"{path} was trained with another configuration ({', '.join(refused)}): restore it, or "
-                              "start a new run with out=FOLDER")
+                            "start a new run with out=FOLDER")
         now = content["progress"]
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         self.entries = [entry for entry in map(json.loads, lines)

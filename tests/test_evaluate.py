@@ -70,7 +70,7 @@ CASES = {
                               torch.where(torch.rand(40, 40, generator=g) < 0.3, 255,
                                           torch.randint(0, 6, (40, 40), generator=g))),
     "class absent from the ground truth": lambda g: (torch.randint(0, 6, (40, 40), generator=g),
-                                              torch.randint(0, 5, (40, 40), generator=g)),
+                                                     torch.randint(0, 5, (40, 40), generator=g)),
     "class absent from both": lambda g: (torch.randint(0, 5, (40, 40), generator=g),
                                          torch.randint(0, 5, (40, 40), generator=g)),
     "one class": lambda g: (torch.full((9, 9), 2), torch.full((9, 9), 2)),
