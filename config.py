@@ -27,7 +27,7 @@ SIZES = ("sam_dim", "sam_depth", "sam_heads", "sam_window", "sam_grid", "clip_di
 PATHS = ("data_root", "train_images", "train_labels", "val_images", "val_labels", "train_list", "val_list",
          "sam_weights", "clip_weights", "vocab", "out")    # keys in which ~ is the home folder
 
-# What each number may be, ends included; nobody needs more, and far beyond something gives way.
+# What each number may be, ends included: more than anybody needs, less than what memory or a counter cannot hold.
 RANGES = (
     (1, 16_384, "base_size synthetic_size sam_dim sam_heads sam_window sam_grid clip_dim clip_heads clip_grid "
                 "clip_embed text_dim text_heads ftm_tokens prior_dim deform_heads deform_points head_dim aux_dim"),
@@ -38,7 +38,7 @@ RANGES = (
     (1, 1_000_000_000, "synthetic_train synthetic_val log_every eval_every save_every"),
     (0, 1_000_000_000, "iters warmup_iters"),
     (1, 4_096, "batch_size accum_steps loss_group"),
-    (0, 2**31 - 3, "seed"),                                # the next two draw the figures of validation and demo
+    (0, 2**31 - 3, "seed"),                                # the next two seeds draw validation and demo figures
     (0.01, 16, "scale_range tta_scales srm_ratio ftm_ratio deform_ratio cffn_ratio"),
     (0, 1, "flip_prob max_class_share"),
     (0, 0.999, "drop_path head_dropout"),                  # what is left is divided by 1 - p
@@ -105,15 +105,15 @@ class Config:
     ftm_tokens: int = 100                                  # m of Eq. 5; Rein
     ftm_ratio: float = 0.25                                # Eq. 6's bottleneck; ours: as srm_ratio
     ftm_scale_logits: bool = False                         # Eq. 5 prints no 1/sqrt(C); Rein has it
-    ftm_residual: str = "f'"                               # Eq. 6: Rein's; "f" as printed, by which tokens learn nothing
+    ftm_residual: str = "f'"                               # Eq. 6: Rein's; "f" as printed, by which tokens hardly learn
     rho_init: float = 1e-3                                 # Eq. 5: "begins from a very small value"; Rein
     prior_dim: int = 64                                    # ViT-Adapter-L: spatial prior's first width
     deform_heads: int = 16                                 # ViT-Adapter-L
     deform_points: int = 4                                 # ViT-Adapter-L
     deform_ratio: float = 0.5                              # ViT-Adapter-L
     cffn_ratio: float = 0.25                               # ViT-Adapter-L
-    drop_path: float = 0.3                                 # ViT-Adapter-L, 480 px: in the extractors' FFN only
-    head_dim: int = 512                                    # UperNet of ViT-Adapter-L
+    drop_path: float = 0.3                                 # ViT-Adapter's BEiT-L: in the extractors' FFN only
+    head_dim: int = 512                                    # UperNet of ViT-Adapter's AugReg-L, Uni-Perceiver-L
     aux_dim: int = 256                                     # UperNet's auxiliary FCN head
     head_dropout: float = 0.1                              # mmsegmentation
 

@@ -41,7 +41,7 @@ def _device(args: tuple) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# sam_vit.Attention.attend, on a GPU: one fused kernel, and no array over all pairs of tokens
+# sam_vit.Attention.attend, on a GPU (a CPU has the form below): one fused kernel, and no array over all pairs of tokens
 
 def sam_attend(self, x: Tensor) -> Tensor:
     """Every token with every one of the window or grid: (B, h, w, C) -> (B, h, w, C)."""

@@ -83,7 +83,7 @@ class FTM(nn.Module):
         self.second = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
         self.third = nn.Linear(hidden, dim)
         self.logit_scale = dim ** -0.5 if scale_logits else 1.0          # Eq. 5 prints none; Rein has 1/sqrt(C)
-        self.residual = residual                                         # Eq. 6 prints f_i: then tokens learn nothing
+        self.residual = residual                                         # Eq. 6 prints f_i: tokens hardly learn then
         init_linears(self)
         for mlp in (self.value, self.out):                               # Rein leaves these two at torch's default
             mlp.reset_parameters()
@@ -95,7 +95,7 @@ class FTM(nn.Module):
         attention = (self.logit_scale * (f @ self.tokens[i].T)).softmax(-1)              # (B, h, w, m)
         f_tokens = self.rho * (attention @ values) + f                                   # (B, h, w, C)  Eq. 5: f'_i
         squeezed = F.gelu(self.second[i](F.gelu(self.first(f_tokens))))                  # (B, h, w, C/4)
-        return self.third(squeezed) + (f if self.residual == "f" else f_tokens)          # Eq. 6
+        return self.third(squeezed) + (f if self.residual == "f" else f_tokens)          # Eq. 6; f_tokens: as Rein
 
 
 class SCHNet(nn.Module):
@@ -150,7 +150,7 @@ class SCHNet(nn.Module):
     def forward_features(self, image: Tensor) -> list[Tensor]:
         """image (B, 3, H, W), sides multiples of 32 -> four maps (B, C, ., .) at strides 4, 8, 16, 32. This is Fig. 2.
 
-        Eq. 2 counts i = 1..5 but CLIP has four stages: the last two sites both take f_cv^4, the only 768-wide map there is.
+        Eq. 2 counts i = 1..5 but CLIP has four stages: the last two sites both take f_cv^4, for there is no f_cv^5.
         """
         if self.cfg.srm:
             f_sim, f_cv = self._semantics(image)                         # (B, K), 4 x (B, h, w, D)     Eq. 1

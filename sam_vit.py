@@ -134,7 +134,10 @@ class SAMViT(nn.Module):
         return self.blocks[i](x)
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """RGB in [0, 1], (B, 3, H, W) -> the output of each quarter of the blocks, 4 x (B, h, w, C)."""
+        """RGB in [0, 1], (B, 3, H, W) -> the output of each quarter of the blocks, 4 x (B, h, w, C).
+
+        SCHNet runs the layers itself, `SCHNet.forward_features`; this is the encoder alone, as the peers have it.
+        """
         x, outs = self.embed(image), []
         for i in range(self.depth):
             x = self.layer(i, x)

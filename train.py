@@ -6,7 +6,7 @@
     python train.py --cfg configs/cihp.yaml --resume                    go on from runs/cihp/last.pt, exactly
     python train.py --cfg configs/cihp.yaml iters=0                     a dry run: data, weights, memory, time per step
 
-One process or many, one machine or many, CPU or GPU: the same file. What it leaves in runs/<config>/: run.py.
+One process or many, one machine or many, CPU or GPU: the same file. What it leaves in runs/<config>/: see engine/run.py.
 """
 
 import argparse
@@ -95,10 +95,10 @@ def prepare(model: SCHNet, cfg: Config, world: World) -> tuple[nn.Module, torch.
     model.to(world.device)
     network: nn.Module = model
     if world.size > 1:
-        # of dimensions of size 1, whose strides mean nothing
+        # DDP's warning is about dimensions of size 1, whose strides mean nothing
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         network = DistributedDataParallel(network)
-        network.broadcast_buffers = False                                # from here on `validate` shares BatchNorm's
+        network.broadcast_buffers = False                                # `validate` shares BatchNorm's statistics
     optimizer = torch.optim.AdamW(param_groups(model), lr=cfg.lr, betas=cfg.betas, fused=True)
     return network, optimizer, torch.amp.GradScaler(world.device.type, enabled=cfg.precision == "fp16")
 
@@ -312,7 +312,7 @@ class Trainer:
     def validate(self):
         """Single-scale scores on the whole validation set, sharded over the processes."""
         now, world, run = self.progress, self.world, self.run
-        if world.size > 1:                                               # BatchNorm's differ where there is no SyncBN
+        if world.size > 1:                                               # BatchNorm's statistics differ without SyncBN
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
         matrix, _ = evaluate_split(self.model, self.val_pairs, len(self.labels.classes), world=world,

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -223,7 +224,9 @@ class Processes:
         return [process.exitcode for process in self.all]
 
     def said(self, rank: int = 0) -> str:
-        return self.outputs[rank].read_text() if self.outputs[rank].exists() else ""
+        """What it printed, but for the lines of torch 2.8's gloo about its connections."""
+        text = self.outputs[rank].read_text() if self.outputs[rank].exists() else ""
+        return re.sub(r"\[Gloo\] Rank \d+ is connected to .*\n", "", text)
 
     def send(self, number: signal.Signals, rank: int = 0):
         os.kill(self.all[rank].pid, number)
