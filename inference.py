@@ -132,7 +132,10 @@ def _mirror(image: Tensor, width: int) -> Tensor:
 
 
 def probabilities(logits: list[Tensor], size: tuple[int, int], top: int, bottom: int) -> Tensor:
-    """(K, bottom - top, W), these rows of the photo: softmax at its own size (bilinear), averaged over the views."""
+    """(K, bottom - top, W), these rows of the photo: softmax at its own size (bilinear), averaged over the views.
+
+    Down by hand: of rows that are cut out first, `F.interpolate` would make others at the edges of a strip.
+    """
     total = 0
     for view in logits:
         h = view.shape[1]

@@ -13,7 +13,7 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 def resample_positions(table: Tensor, h: int, w: int) -> Tensor:
     """Absolute positions (H, W, C) at a grid of h x w: bicubic, as ViT-Adapter does (DenseCLIP and Rein: bilinear).
 
-    One axis after the other: of a map with C channels a GPU would interpolate h w places at a time, and not h W C.
+    One axis after the other: in two dimensions a GPU gives each of the h w places one thread, which does all C channels.
     """
     H, W, C = table.shape
     if (H, W) == (h, w):
