@@ -159,8 +159,8 @@ def test_one_run_at_a_time_in_a_folder(config, tmp_path):
 def open_at_once(config: str, folder: str, begin: float, count: int):
     """Be there at the same moments as another process that does the same, in one new folder after the other."""
     cfg, world = load_config(config), World()
-    for n in range(count):
-        run = Run(dataclasses.replace(cfg, out=f"{folder}/{n}"), world)
+    runs = [Run(dataclasses.replace(cfg, out=f"{folder}/{n}"), world) for n in range(count)]
+    for n, run in enumerate(runs):
         while time.time() < begin + 0.1 * n:
             pass
         try:
@@ -169,7 +169,8 @@ def open_at_once(config: str, folder: str, begin: float, count: int):
             print("in", n, flush=True)
         except UserError as error:
             assert "another process is training in this folder" in str(error), error
-    time.sleep(max(0.0, begin + 0.1 * count + 1 - time.time()))          # the locks last as long as their process
+    Path(f"{folder}.{os.getpid()}.done").touch()
+    wait_until(lambda: len(list(Path(folder).parent.glob("*.done"))) == 2)     # a lock lasts as long as its run
 
 
 def test_of_two_that_begin_at_once_in_a_new_folder_one_gets_in(config, tmp_path):
