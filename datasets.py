@@ -178,17 +178,17 @@ def doubtful_labels(pairs: PairSet | DrawnSet, classes: Sequence[str], looked_at
 class BatchOrder:
     """Which sample stands where: endless micro-batches, lists of (index, iteration, slot), fixed by the seed.
 
-    Batch `iteration` takes positions iteration * batch_size + slot of an endless row of shuffled epochs. A rank takes a
-    run of its slots, each accumulation step a part of that: together always the same batch in the same order.
+    Batch `iteration` takes positions iteration * batch_size + slot of an endless row of shuffled epochs. However many
+    processes and accumulation steps share it, it is the same batch in the same order; here 8 images on 2 x 2:
+
+        slot         0   1   2   3   4   5   6   7
+        rank         0   0   0   0   1   1   1   1
+        micro-batch  0   0   1   1   0   0   1   1
     """
 
     def __init__(self, count: int, cfg: Config, rank: int = 0, world: int = 1, start_iter: int = 0):
-        parts = world * cfg.accum_steps
-        if cfg.batch_size % parts:
-            raise UserError(f"batch_size ({cfg.batch_size}) must be a multiple of processes x accum_steps "
-                            f"({world} x {cfg.accum_steps})")
         self.count, self.seed, self.batch_size, self.start_iter = count, cfg.seed, cfg.batch_size, start_iter
-        self.micro = cfg.batch_size // parts
+        self.micro = cfg.batch_size // (world * cfg.accum_steps)         # train.check_batch refuses a remainder
         self.steps = range(rank * cfg.accum_steps, (rank + 1) * cfg.accum_steps)
         self.epoch, self.order = -1, np.empty(0, int)
 

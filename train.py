@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from config import Config, load_config
-from datasets import BatchOrder, doubtful_labels, label_set, open_split, train_loader
+from datasets import doubtful_labels, label_set, open_split, train_loader
 from engine import checkpoint
 from engine.errors import UserError
 from engine.processes import StopSignal, World, memory, run_together
@@ -80,8 +80,11 @@ def shares_statistics(cfg: Config, world: World) -> bool:
 
 
 def check_batch(cfg: Config, world: World):
-    """Refuse, before anything is built, what BatchNorm cannot be trained on: the one value of one image's 1x1 pool."""
-    each = cfg.batch_size // (world.size * cfg.accum_steps)
+    """Refuse, before anything is built, an uneven batch, and the one value of one image's 1x1 pool in BatchNorm."""
+    each, left = divmod(cfg.batch_size, world.size * cfg.accum_steps)
+    if left:
+        raise UserError(f"batch_size ({cfg.batch_size}) must be a multiple of processes x accum_steps "
+                        f"({world.size} x {cfg.accum_steps})")
     if each == 1 and not shares_statistics(cfg, world):
         raise UserError(f"batch_size ({cfg.batch_size}) is one image for each of {world.size} processes and "
                         f"{cfg.accum_steps} steps: BatchNorm needs two at least")
@@ -103,8 +106,8 @@ def prepare(model: SCHNet, cfg: Config, world: World) -> tuple[nn.Module, torch.
     return network, optimizer, torch.amp.GradScaler(world.device.type, enabled=cfg.precision == "fp16")
 
 
-def train_step(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, batches: list,
-               cfg: Config, device: torch.device, it: int, first_micro_batch: int = 0) -> dict[str, float]:
+def forward_backward(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, batches: list,
+                     cfg: Config, device: torch.device, it: int, first_micro_batch: int = 0) -> dict[str, float]:
     """The gradient of this process's micro-batches, not yet applied. Returns the loss and its parts, averaged over
     them, and the gradient norm.
 
@@ -136,15 +139,15 @@ def train_step(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: tor
     return dict(zip(totals, values))
 
 
-def step_together(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, batches: list,
-                  cfg: Config, world: World, it: int, stop: bool = False) -> tuple[dict[str, float], bool, bool]:
-    """One optimiser step. Returns the values of `train_step`, averaged over the processes, whether the step was taken,
-    and whether any process wants to `stop`.
+def train_step(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, batches: list,
+               cfg: Config, world: World, it: int, stop: bool = False) -> tuple[dict[str, float], bool, bool]:
+    """One optimiser step. Returns the values of `forward_backward`, averaged over the processes, whether the step was
+    taken, and whether any process wants to `stop`.
 
     Where a loss or gradient is not finite all processes skip the step: nothing of it is kept; fp16's scale is halved.
     """
     before = [buffer.clone() for buffer in network.buffers()]
-    parts = train_step(network, optimizer, scaler, batches, cfg, world.device, it, world.rank * cfg.accum_steps)
+    parts = forward_backward(network, optimizer, scaler, batches, cfg, world.device, it, world.rank * cfg.accum_steps)
     stopping, *sums = world.sum([float(stop), *parts.values()])
     finite = all(map(math.isfinite, sums))
     if finite:
@@ -166,7 +169,6 @@ class Trainer:
         with world.together():
             self.labels = label_set(cfg)
             self.train_pairs, self.val_pairs = open_split(cfg, "train"), open_split(cfg, "val")
-            BatchOrder(len(self.train_pairs), cfg, world.rank, world.size)           # refuses an uneven batch
             content = self.run.open(resume)
             doubts = [doubtful_labels(pairs, self.labels.classes) for pairs in (self.train_pairs, self.val_pairs)
                       if world.main]
@@ -235,7 +237,7 @@ class Trainer:
     def step(self, it: int, batches: list) -> bool:
         """One optimiser step; whether a process has been asked to stop."""
         now = self.progress
-        parts, finite, stopping = step_together(self.network, self.optimizer, self.scaler, batches, self.cfg,
+        parts, finite, stopping = train_step(self.network, self.optimizer, self.scaler, batches, self.cfg,
                                                 self.world, it, self.stop.number > 0)
         now.iteration = it + 1
         if finite:
@@ -366,7 +368,7 @@ def dry_run(cfg: Config, world: World, steps: int = 4):
     times = []
     for it in range(steps):
         begun = time.monotonic()
-        parts, finite, _ = step_together(network, optimizer, scaler, [next(batches) for _ in range(cfg.accum_steps)],
+        parts, finite, _ = train_step(network, optimizer, scaler, [next(batches) for _ in range(cfg.accum_steps)],
                                          cfg, world, it)
         times.append(time.monotonic() - begun)
         values = ", ".join(f"{name} {value:.3f}" for name, value in parts.items())

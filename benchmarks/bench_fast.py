@@ -84,7 +84,7 @@ def main():
 
         def step():
             model.train()
-            train.train_step(model, optimizer, scaler, [(image, label, [])], cfg, device, cfg.warmup_iters)
+            train.forward_backward(model, optimizer, scaler, [(image, label, [])], cfg, device, cfg.warmup_iters)
             optimizer.step()
 
         if args.only != "step":

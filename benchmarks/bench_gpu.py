@@ -89,7 +89,7 @@ def training(model: SCHNet, cfg: Config, device: torch.device, batch: int, check
         torch.cuda.reset_peak_memory_stats()
 
     def step():
-        train.train_step(model, optimizer, scaler, [(image, label, [])], cfg, device, cfg.warmup_iters)
+        train.forward_backward(model, optimizer, scaler, [(image, label, [])], cfg, device, cfg.warmup_iters)
         scaler.step(optimizer)
         scaler.update()
 

@@ -146,7 +146,7 @@ def finish(process: subprocess.Popen):
 
 def main():
     if sys.argv[1:2] == ["--train"]:                       # train.py, with faults
-        train.train_step = with_faults(train.train_step, FAULTS)
+        train.forward_backward = with_faults(train.forward_backward, FAULTS)
         return train.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=10, help="for each number of processes")

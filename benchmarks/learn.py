@@ -52,7 +52,7 @@ from engine.errors import UserError  # noqa: E402
 from evaluate import confusion_matrix, evaluate_split, scores  # noqa: E402
 from inference import predict_labels  # noqa: E402
 from model import build_model  # noqa: E402
-from train import param_groups, train_step  # noqa: E402
+from train import param_groups, forward_backward  # noqa: E402
 
 MODELS = ("schnet", "segformer")
 TICKS = 1_000_000                                          # the schedule's "iterations": parts of the budget
@@ -140,7 +140,7 @@ def train_one(job: Job, args: argparse.Namespace, core: int | None):
     budget, used, wall, steps, losses, looks = 60 * job.minutes, 0.0, 0.0, 0, [], []
     while used < budget:
         begun, begun_wall = clock(), time.perf_counter()
-        parts = train_step(model, optimizer, scaler, [next(batches)], cfg, device, int(TICKS * used / budget))
+        parts = forward_backward(model, optimizer, scaler, [next(batches)], cfg, device, int(TICKS * used / budget))
         optimizer.step()
         used, wall, steps = used + clock() - begun, wall + time.perf_counter() - begun_wall, steps + 1
         losses.append(parts["loss"])

@@ -52,7 +52,7 @@ from evaluate import evaluate_split, scores  # noqa: E402
 from files.weights import sha256  # noqa: E402
 from files.whole import write_text  # noqa: E402
 from model import SCHNet, build_model  # noqa: E402
-from train import param_groups, train_step  # noqa: E402
+from train import param_groups, forward_backward  # noqa: E402
 from viz import pictures, plots  # noqa: E402
 
 SMALL = [*foundations.DATA, "scale_range=[1.0, 1.0]", "photometric=false", "synthetic_train=3000", "clip_taps=[0, 1, 2, 3]",
@@ -177,7 +177,7 @@ def train_one(job: Job, args: argparse.Namespace):
     while len(looks) < LOOKS:
         begun = time.process_time()
         done = steps if allowed == math.inf else int(cfg.iters * seconds / allowed)      # the schedule's place
-        losses.append(train_step(model, optimizer, scaler, [next(batches)], cfg, torch.device("cpu"), done)["loss"])
+        losses.append(forward_backward(model, optimizer, scaler, [next(batches)], cfg, torch.device("cpu"), done)["loss"])
         optimizer.step()
         seconds, steps = seconds + time.process_time() - begun, steps + 1
         share = steps / cfg.iters if allowed == math.inf else seconds / allowed

@@ -630,12 +630,6 @@ def test_epochs_are_shuffled_and_whole(count):
     assert [(iteration, slot) for _, iteration, slot in keys] == [divmod(p, 4) for p in range(16 * count)]
 
 
-def test_batch_must_divide_among_processes(tmp_path):
-    cfg = custom(make_custom(tmp_path), batch_size=6)
-    with pytest.raises(UserError, match="batch_size"):
-        train_loader(cfg, open_split(cfg, "train"), 0, 4)
-
-
 def test_loader_leaves_the_random_state_alone(tmp_path):
     cfg = custom(make_custom(tmp_path), workers=1)
     pairs = open_split(cfg, "train")

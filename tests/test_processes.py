@@ -96,7 +96,7 @@ def test_shared_evaluation_is_exact(config, tmp_path):
 def train_with_a_fault(argv: list[str]):
     """The loss of one process is not finite, in one step."""
     if os.environ["RANK"] == "1":
-        train.train_step = with_faults(train.train_step, {1: "image"})
+        train.forward_backward = with_faults(train.forward_backward, {1: "image"})
     train.main(argv)
 
 
@@ -186,17 +186,15 @@ def test_of_two_that_begin_at_once_in_a_new_folder_one_gets_in(config, tmp_path)
         assert len(list((tmp_path / "runs" / str(n)).glob(LITTER))) == 1
 
 
-def train_slowly(argv: list[str]):
-    real = train.train_step
+def train_when_told(argv: list[str], go: Path):
+    real = train.forward_backward
 
     def step(*args):
         print("in the step", args[6])
-        end = time.monotonic() + 1.5
-        while time.monotonic() < end:
-            time.sleep(0.05)
+        wait_until(go.exists)
         return real(*args)
 
-    train.train_step = step
+    train.forward_backward = step
     train.main(argv)
 
 
@@ -206,11 +204,14 @@ def test_a_second_signal_leaves_at_once(config, tmp_path, torchrun):
     folder = tmp_path / "run"
     argv = ["--cfg", config, f"out={folder}", "save_every=1000", "eval_every=1000", "iters=1000"]
     environment = {"TORCHELASTIC_RUN_ID": "none"} if torchrun else {}
-    with Processes(tmp_path, train_slowly, argv, **environment) as one:
+    go = tmp_path / "go"
+    with Processes(tmp_path, train_when_told, argv, go, **environment) as one:
         wait_until(lambda: "in the step 0" in one.said())
         one.send(signal.SIGINT)
         wait_until(lambda: "\nSIGINT: saving and stopping after this step; a second signal leaves" in one.said())
         one.send(signal.SIGTERM)
+        if torchrun:
+            go.touch()
         assert one.wait() == [130 if torchrun else 143]
         assert ("leaving at once, without saving: a second signal, SIGTERM" in one.said()) != torchrun
         assert (folder / "last.pt").exists() == torchrun
@@ -347,7 +348,7 @@ def get_stuck(argv: list[str]):
         time.sleep(600)
 
     processes.GRACE = 1.0
-    train.train_step = step
+    train.forward_backward = step
     train.main(argv)
 
 
@@ -380,7 +381,7 @@ def fail_as_1(argv: list[str], other: list[str]):
 
     if os.environ["RANK"] == "1":
         argv += other
-        train.train_step = train.train_step if other else step
+        train.forward_backward = train.forward_backward if other else step
     train.main(argv)
 
 

@@ -55,7 +55,7 @@ def trained(files: dict[str, str], steps: int, **changes) -> tuple[SCHNet, dict,
     batches = train_loader(cfg, open_split(cfg, "train"))
     model.train()
     for it in range(steps):
-        _, finite, _ = train.step_together(network, optimizer, scaler, [next(batches)], cfg, CPU, it)
+        _, finite, _ = train.train_step(network, optimizer, scaler, [next(batches)], cfg, CPU, it)
         assert finite
     return model, before, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

@@ -1,12 +1,15 @@
 """train.py, run.py: schedule, groups, one step; a run that is stopped, killed, changed or out of luck."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -116,8 +119,8 @@ def test_checkpointing_redraws_the_same_dropout(config):
         model = build_model(dataclasses.replace(cfg, checkpointing=on), cfg.classes).train()
         optimizer = torch.optim.AdamW(train.param_groups(model), lr=cfg.lr)
         batch = (torch.full((4, 3, 32, 32), 9, dtype=torch.uint8), torch.ones(4, 32, 32, dtype=torch.uint8), None)
-        losses.append(train.train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), [batch], cfg,
-                                       torch.device("cpu"), 0))
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        losses.append(train.forward_backward(model, optimizer, scaler, [batch], cfg, torch.device("cpu"), 0))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -143,11 +146,11 @@ def state_of(network, optimizer) -> dict:
 def test_nothing_of_a_skipped_step_is_kept(config, monkeypatch, precision, fault):
     """... but that fp16's scale is halved; and the next step is what it would have been."""
     cfg, world = load_config(config, [f"precision={precision}"]), World()
-    monkeypatch.setattr(train, "train_step", with_faults(train.train_step, {2: fault}))
+    monkeypatch.setattr(train, "forward_backward", with_faults(train.forward_backward, {2: fault}))
     network, optimizer, scaler = trainable(cfg)
     states, scales = [], []
     for it in (0, 1, 2, 3):
-        parts, taken, stop = train.step_together(network, optimizer, scaler, batch_of(cfg, it), cfg, world, it)
+        parts, taken, stop = train.train_step(network, optimizer, scaler, batch_of(cfg, it), cfg, world, it)
         states.append(state_of(network, optimizer))
         scales.append(scaler.get_scale())
         assert taken == (it != 2) and not stop and list(parts) == ["loss", "ce", "lovasz", "aux", "grad"]
@@ -158,7 +161,7 @@ def test_nothing_of_a_skipped_step_is_kept(config, monkeypatch, precision, fault
     if precision != "fp16":                                # there the other scale rounds otherwise
         network, optimizer, scaler = trainable(cfg)
         for it in (0, 1, 3):
-            train.step_together(network, optimizer, scaler, batch_of(cfg, it), cfg, world, it)
+            train.train_step(network, optimizer, scaler, batch_of(cfg, it), cfg, world, it)
         assert differences(states[-1], state_of(network, optimizer)) == []
 
 
@@ -171,9 +174,9 @@ def test_fp16_overflows_are_treated_as_torch_does(config):
         taken = []
         for it in range(20):
             if own:
-                taken.append(train.step_together(network, optimizer, scaler, batch_of(cfg, it), cfg, world, it)[1])
+                taken.append(train.train_step(network, optimizer, scaler, batch_of(cfg, it), cfg, world, it)[1])
             else:
-                train.train_step(network, optimizer, scaler, batch_of(cfg, it), cfg, world.device, it)
+                train.forward_backward(network, optimizer, scaler, batch_of(cfg, it), cfg, world.device, it)
                 scaler.step(optimizer)
                 scaler.update()
         weights = {name: p.detach() for name, p in network.named_parameters()}       # torch's keeps BatchNorm's
@@ -210,7 +213,7 @@ def test_the_network_takes_a_step_with_every_number_that_the_config_takes(config
         return
     sample = TrainSet(open_split(cfg, "train"), cfg)[[(n, 0, n) for n in range(4)]]
     assert not isinstance(sample, UserError)
-    train.step_together(network, optimizer, scaler, [sample], cfg, World(), 0)
+    train.train_step(network, optimizer, scaler, [sample], cfg, World(), 0)
     inference.predict_labels(network.eval(), [np.zeros((20, 30, 3), np.uint8)], cfg.tta_scales, cfg.flip_pairs)
 
 
@@ -227,9 +230,9 @@ def kill_and_resume(argv: list[str], folder: Path, at: int):
             raise Killed
         return real(*args)
 
-    real = train.train_step
+    real = train.forward_backward
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_step", step)
+        patch.setattr(train, "forward_backward", step)
         with pytest.raises(Killed):
             train.main([*argv, f"out={folder}"])
     train.main([*argv, f"out={folder}", "--resume"])
@@ -273,7 +276,7 @@ def test_a_run_killed_at_any_write_goes_on_exactly(config, whole, tmp_path, monk
 
 @pytest.mark.parametrize("number, at", ((signal.SIGTERM, 1), (signal.SIGINT, 3)))
 def test_a_signal_saves_and_leaves(config, whole, tmp_path, capsys, monkeypatch, number, at):
-    folder, real = tmp_path / "run", train.train_step
+    folder, real = tmp_path / "run", train.forward_backward
     argv = ["--cfg", config, f"out={folder}", "save_every=100"]
 
     def step(*args):
@@ -281,7 +284,7 @@ def test_a_signal_saves_and_leaves(config, whole, tmp_path, capsys, monkeypatch,
             signal.raise_signal(number)
         return real(*args)
 
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train, "forward_backward", step)
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as end:
         train.main(argv)
@@ -289,7 +292,7 @@ def test_a_signal_saves_and_leaves(config, whole, tmp_path, capsys, monkeypatch,
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     said = capsys.readouterr().out
     assert f"stopped by {number.name} after iteration {at + 1}; {folder / 'last.pt'} is saved, --resume goes on" in said
-    monkeypatch.setattr(train, "train_step", real)
+    monkeypatch.setattr(train, "forward_backward", real)
     train.main(["--cfg", config, "--resume", f"out={folder}"])
     said = capsys.readouterr().out
     assert f"going on from {folder / 'last.pt'}, iteration {at + 1}; changed: save_every 100 -> 1" in said
@@ -439,6 +442,17 @@ def test_a_knob_that_is_newer_than_the_checkpoint_has_its_default(config, whole,
     assert "betas (0.9, 0.999) -> (0.5, 0.9)" in line
 
 
+@pytest.mark.parametrize("batch, processes, accum, words", [
+    (6, 4, 1, "batch_size (6) must be a multiple of processes x accum_steps (4 x 1)"),
+    (2, 4, 1, "batch_size (2) must be a multiple of processes x accum_steps (4 x 1)"),
+    (8, 3, 2, "batch_size (8) must be a multiple of processes x accum_steps (3 x 2)"),
+    (8, 4, 2, "batch_size (8) is one image for each of 4 processes and 2 steps"), (8, 2, 2, None)])
+def test_a_batch_must_divide_among_processes_and_steps(batch, processes, accum, words):
+    cfg, world = Config(batch_size=batch, accum_steps=accum), SimpleNamespace(size=processes, device=torch.device("cpu"))
+    with pytest.raises(UserError, match=re.escape(words)) if words else contextlib.nullcontext():
+        train.check_batch(cfg, world)
+
+
 def test_a_batch_that_does_not_divide_is_refused_early(config, tmp_path, capsys):
     line = fails(capsys, "--cfg", config, "batch_size=6", "accum_steps=4", f"out={tmp_path / 'run'}")
     assert "batch_size" in line and "accum_steps" in line and not (tmp_path / "run").exists()
@@ -463,7 +477,7 @@ FAULTS = {1: "loss", 2: "gradient", 4: "image"}            # of six iterations
 def test_a_run_with_skipped_steps_goes_on_exactly(config, tmp_path, capsys, monkeypatch, precision):
     """Killed within and behind skipped steps. Each is in the log with its batch, and none in the mean losses."""
     argv = ["--cfg", config, f"precision={precision}", "iters=6"]
-    monkeypatch.setattr(train, "train_step", with_faults(train.train_step, FAULTS))
+    monkeypatch.setattr(train, "forward_backward", with_faults(train.forward_backward, FAULTS))
     train.main([*argv, f"out={tmp_path / 'whole'}"])
     assert "done: best mIoU" in capsys.readouterr().out
     for at in (2, 5):
@@ -483,7 +497,7 @@ def test_a_run_with_skipped_steps_goes_on_exactly(config, tmp_path, capsys, monk
 
 
 def test_a_stretch_of_the_log_may_have_nothing_but_skipped_steps(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "train_step", with_faults(train.train_step, {0: "loss", 1: "loss"}))
+    monkeypatch.setattr(train, "forward_backward", with_faults(train.forward_backward, {0: "loss", 1: "loss"}))
     train.main(["--cfg", config, f"out={tmp_path / 'run'}"])
     log = logged(tmp_path / "run")
     assert [entry["iter"] for entry in log if "lr" in entry] == [2, 4] and "loss" not in log[2] and "loss" in log[4]
@@ -491,7 +505,7 @@ def test_a_stretch_of_the_log_may_have_nothing_but_skipped_steps(config, tmp_pat
 
 
 def test_skipped_steps_are_counted_in_the_bar(config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "train_step", with_faults(train.train_step, {1: "loss", 2: "gradient"}))
+    monkeypatch.setattr(train, "forward_backward", with_faults(train.forward_backward, {1: "loss", 2: "gradient"}))
     train.main(["--cfg", config, f"out={tmp_path / 'run'}"])
     out, err = capsys.readouterr()
     assert "GiB 2 skipped]" in err and "GiB 0 skipped" not in err
@@ -516,7 +530,7 @@ def test_a_network_that_has_diverged_stops_after_20_skipped_steps(config, tmp_pa
 
 def test_skipped_steps_that_are_not_in_a_row_do_not_stop_a_run(config, tmp_path, monkeypatch):
     faults = {it: "gradient" for it in range(45) if it not in (19, 39)}
-    monkeypatch.setattr(train, "train_step", with_faults(train.train_step, faults))
+    monkeypatch.setattr(train, "forward_backward", with_faults(train.forward_backward, faults))
     train.main(["--cfg", config, f"out={tmp_path / 'run'}", "iters=45", "save_every=100", "eval_every=100"])
     content = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert (content["progress"]["skipped"], content["progress"]["in_a_row"]) == (43, 5)
@@ -524,7 +538,8 @@ def test_skipped_steps_that_are_not_in_a_row_do_not_stop_a_run(config, tmp_path,
 
 def test_fp16_stops_when_its_scale_falls_below_1(config, tmp_path, capsys, monkeypatch):
     """2^16 can be halved 16 times: the seventeenth skipped step is one too many."""
-    monkeypatch.setattr(train, "train_step", with_faults(train.train_step, {it: "gradient" for it in range(2, 40)}))
+    faults = {it: "gradient" for it in range(2, 40)}
+    monkeypatch.setattr(train, "forward_backward", with_faults(train.forward_backward, faults))
     line = fails(capsys, "--cfg", config, "precision=fp16", "iters=40", f"out={tmp_path / 'run'}")
     assert "iteration 19: the scale of fp16 has fallen below 1, the gradient is not finite (loss 2" in line
     assert f"the last good checkpoint is of iteration 18, in {tmp_path / 'run'}" in line
@@ -558,7 +573,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config, whole,
 
 def test_a_full_disk_is_reported_and_training_goes_on_while_it_can(config, whole, tmp_path, capsys, monkeypatch):
     """/dev/full stands in for the disk: every write there fails as on a full one."""
-    folder, real = tmp_path / "run", train.train_step
+    folder, real = tmp_path / "run", train.forward_backward
 
     def step(*args):
         if args[6] in full:
@@ -568,7 +583,7 @@ def test_a_full_disk_is_reported_and_training_goes_on_while_it_can(config, whole
 
     monkeypatch.setattr(whole_files.secrets, "token_hex", lambda _: "x")
     full = {1}                                             # the save after iteration 2 fails, the others do not
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train, "forward_backward", step)
     train.main(["--cfg", config, f"out={folder}"])
     said = capsys.readouterr().out
     assert f"warning: {folder / 'log.jsonl'} could not be written (No space left on device" in said
@@ -604,7 +619,7 @@ def test_out_of_memory_is_one_line(config, tmp_path, capsys, monkeypatch):
     def step(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB ...")
 
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train, "forward_backward", step)
     assert "checkpointing=true" in fails(capsys, "--cfg", config, f"out={tmp_path / 'run'}")
 
 
@@ -612,7 +627,7 @@ def test_a_bug_keeps_its_traceback(config, tmp_path, monkeypatch):
     def step(*args):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train, "forward_backward", step)
     with pytest.raises(RuntimeError, match="a bug"):
         train.main(["--cfg", config, f"out={tmp_path / 'run'}"])
 

@@ -97,13 +97,13 @@ def gradients(cfg: Config, parts: int, dtype=torch.float64, world: World | None 
     network = DistributedDataParallel(model) if size > 1 else model
     model.register_forward_pre_hook(lambda _, args: args[0].to(dtype))
     optimizer = torch.optim.AdamW(train.param_groups(model), lr=cfg.lr)
-    train.train_step(network, optimizer, torch.amp.GradScaler("cpu", enabled=False),
-                     batches[rank * parts:(rank + 1) * parts], cfg, torch.device("cpu"), 5)
+    train.forward_backward(network, optimizer, torch.amp.GradScaler("cpu", enabled=False),
+                           batches[rank * parts:(rank + 1) * parts], cfg, torch.device("cpu"), 5)
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
 def with_faults(step, faults: dict[int, str]):
-    """train.py's `train_step` with an "image", "loss" or "gradient" that is nan at these iterations."""
+    """train.py's `forward_backward` with an "image", "loss" or "gradient" that is nan at these iterations."""
     def spoiled(network, *args):
         hooks, kind = [], faults.get(args[5])
         if kind == "image":                                # reaches BatchNorm's statistics

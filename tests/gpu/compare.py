@@ -60,7 +60,7 @@ def one_step(model: SCHNet, cfg: Config, images: int, device: torch.device) -> t
             module.eval()
     optimizer = torch.optim.AdamW(train.param_groups(model), lr=cfg.lr)
     scaler = torch.amp.GradScaler(device.type, init_scale=SCALER_START, enabled=cfg.precision == "fp16")
-    losses = train.train_step(model, optimizer, scaler, [batch(cfg, images)], cfg, device, cfg.warmup_iters)
+    losses = train.forward_backward(model, optimizer, scaler, [batch(cfg, images)], cfg, device, cfg.warmup_iters)
     return losses, {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.requires_grad}
 
 

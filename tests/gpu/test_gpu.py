@@ -148,7 +148,7 @@ def test_peak_memory(images, checkpointing):
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
-        train.train_step(model, optimizer, scaler, [batch(cfg, images)], cfg, DEVICE, cfg.warmup_iters)
+        train.forward_backward(model, optimizer, scaler, [batch(cfg, images)], cfg, DEVICE, cfg.warmup_iters)
         optimizer.step()
     peak = torch.cuda.max_memory_allocated() / 2 ** 30
     print(f"{images} images, checkpointing {checkpointing}: {peak:.1f} GiB, counted {COUNTED[images, checkpointing]}")
@@ -165,12 +165,12 @@ def test_a_step_waits_once():
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     images, labels, names = batch(cfg, 2)
     batches = [(images.pin_memory(), labels.pin_memory(), names)]
-    train.train_step(model, optimizer, scaler, batches, cfg, DEVICE, 0)
+    train.forward_backward(model, optimizer, scaler, batches, cfg, DEVICE, 0)
     with warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            train.train_step(model, optimizer, scaler, batches, cfg, DEVICE, 1)
+            train.forward_backward(model, optimizer, scaler, batches, cfg, DEVICE, 1)
             optimizer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -209,7 +209,7 @@ def test_ddp_of_one_process_has_the_same_gradients():
         ddp = torch.nn.parallel.DistributedDataParallel(model)
         optimizer = torch.optim.AdamW(train.param_groups(model), lr=cfg.lr)
         scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
-        losses = train.train_step(ddp, optimizer, scaler, [batch(cfg, 2)], cfg, DEVICE, cfg.warmup_iters)
+        losses = train.forward_backward(ddp, optimizer, scaler, [batch(cfg, 2)], cfg, DEVICE, cfg.warmup_iters)
         gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.requires_grad}
     print(compare.same_loss(losses, wanted[0], 1e-5))
     print(compare.same_gradients(gradients, wanted[1], 1e-3))
@@ -253,7 +253,7 @@ class Killed(BaseException):
 
 def test_killed_and_resumed_is_uninterrupted(tmp_path, monkeypatch):
     """To the last bit where every operator has a deterministic form; which have none is said, and then it is close."""
-    config, real = make_config(tmp_path), train.train_step
+    config, real = make_config(tmp_path), train.forward_backward
     common = ["--cfg", config, "iters=8", "save_every=2", "eval_every=8"]
     monkeypatch.setattr(train, "World", lambda *_: compare.world_of_one(), raising=False)
 
@@ -267,10 +267,10 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path, monkeypatch):
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             train.main([*common, f"out={tmp_path / 'whole'}"])
-            monkeypatch.setattr(train, "train_step", step)
+            monkeypatch.setattr(train, "forward_backward", step)
             with pytest.raises(Killed):
                 train.main([*common, f"out={tmp_path / 'killed'}"])
-            monkeypatch.setattr(train, "train_step", real)
+            monkeypatch.setattr(train, "forward_backward", real)
             train.main([*common, f"out={tmp_path / 'killed'}", "--resume"])
         finally:
             torch.use_deterministic_algorithms(False)
