@@ -12,6 +12,7 @@
     probs/NAME.npy       --probs: probabilities (classes, H, W) in float16
 
 With --map configs/maps/atr.yaml (or tryon, viton_hd, coarse, or your own) all of these are in another numbering.
+Knobs of the run's config may stand between the photos: sam_weights=PATH where the file has moved, precision=bf16 on a CPU.
 
 Or from Python, for a photo (a path, a PIL image or an RGB array) of any size; see `Parser`:
 
@@ -30,7 +31,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ from tqdm import tqdm
 
 import classmap
 import inference
-from config import user_path
+from config import Config, user_path
 from engine.errors import UserError, in_one_line
 from engine.processes import World, run_together
 from files.images import ALL_ENDINGS, ALL_FORMATS, NotAPicture, as_shown, read_photo
@@ -75,14 +76,15 @@ class Parser:
 
     `run`: a folder or checkpoint, None for the newest run. `tta`: average over scales and flips. `size`: the long side of
     a photo as the network sees it. `class_map`: a file that merges the network's classes into others (classmap.py);
-    `labels`, `classes` and `palette` are those of the results. A `UserError` says what is wrong with a run or a photo.
+    `labels`, `classes` and `palette` are those of the results. `overrides` of the run's config: ["precision=bf16"].
+    A `UserError` says what is wrong with a run or a photo.
 
     Threads may share a Parser: a lock lets one at a time through the network, photos are read outside it.
     """
 
     def __init__(self, run: str | Path | None = None, tta: bool = False, size: int | None = None,
-                 device: str | torch.device = "", class_map: str | Path | None = None):
-        overrides = [] if size is None else [f"base_size={size}"]
+                 device: str | torch.device = "", class_map: str | Path | None = None, overrides: Sequence[str] = ()):
+        overrides = [*overrides] if size is None else [*overrides, f"base_size={size}"]
         self.model, self.labels, self.path = inference.load_run(run, overrides, device)
         self.tta, self.flip_pairs, self.merge = tta, self.labels.flip_pairs, None
         if class_map is not None:
@@ -372,7 +374,7 @@ def video_is_done(job: Job, args: argparse.Namespace) -> bool:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", type=os.path.expanduser, metavar="INPUT",
-                        help="photo, video, folder, glob, or number of a webcam")
+                        help="photo, video, folder, glob, or number of a webcam; key=value: an override of the run's config")
     parser.add_argument("--run", "--checkpoint", help="folder of a run, or a checkpoint; the newest run if not given. "
                         "Under torchrun, which has options that begin with --run, only --checkpoint")
     parser.add_argument("--out", type=user_path, default=Path("predictions"),
@@ -390,11 +392,21 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=BATCH, help=f"photos at a time per process ({BATCH})")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ...; the GPU if there is one")
     args = parser.parse_intermixed_args(argv)
+    args.overrides = [text for text in args.inputs if _is_override(text)]
+    args.inputs = [text for text in args.inputs if text not in args.overrides]
+    if not args.inputs:
+        parser.error("the following arguments are required: INPUT")
     if args.batch < 1:
         parser.error("--batch must be at least 1")
     if args.size is not None and args.size < 32:
         parser.error("--size must be at least 32")
     return args
+
+
+def _is_override(text: str) -> bool:
+    """Whether an argument names a knob of the config, and no file."""
+    key, equals, _ = text.partition("=")
+    return bool(equals) and key in Config.__dataclass_fields__ and not os.path.exists(text)
 
 
 def look(args: argparse.Namespace, report: Report) -> tuple[list[Job], list[Job], list[int]]:
@@ -420,7 +432,7 @@ def run(args: argparse.Namespace, world: World, report: Report):
         found = look(args, report) if world.main else None
     photos, videos, cameras = world.from_main(found)
     with world.together():
-        parser = Parser(args.run, args.tta, args.size, world.device, args.map)
+        parser = Parser(args.run, args.tta, args.size, world.device, args.map, args.overrides)
         done = set()
         if args.skip_existing and world.main:
             done = {job.name for job in photos if photo_is_done(parser, job, args)}

@@ -52,7 +52,7 @@ from engine.errors import UserError  # noqa: E402
 from evaluate import confusion_matrix, evaluate_split, scores  # noqa: E402
 from inference import predict_labels  # noqa: E402
 from model import build_model  # noqa: E402
-from train import param_groups, forward_backward  # noqa: E402
+from train import forward_backward, param_groups  # noqa: E402
 
 MODELS = ("schnet", "segformer")
 TICKS = 1_000_000                                          # the schedule's "iterations": parts of the budget

@@ -52,7 +52,7 @@ from evaluate import evaluate_split, scores  # noqa: E402
 from files.weights import sha256  # noqa: E402
 from files.whole import write_text  # noqa: E402
 from model import SCHNet, build_model  # noqa: E402
-from train import param_groups, forward_backward  # noqa: E402
+from train import forward_backward, param_groups  # noqa: E402
 from viz import pictures, plots  # noqa: E402
 
 SMALL = [*foundations.DATA, "scale_range=[1.0, 1.0]", "photometric=false", "synthetic_train=3000", "clip_taps=[0, 1, 2, 3]",

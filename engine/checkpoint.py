@@ -27,7 +27,7 @@ from model import SCHNet
 
 FORMAT = 1
 RETIRED = ("compile",)                                     # keys that older checkpoints have; no result hangs on them
-BEFORE = {"ftm_residual": "f"}                             # what held before there was the key, where it is not the default
+BEFORE = {"ftm_residual": "f"}                             # of a checkpoint older than the key, if not today's default
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 
 

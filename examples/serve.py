@@ -197,8 +197,9 @@ def main(argv: list[str] | None = None):
     options.add_argument("--device", default="", help="cpu, cuda, cuda:1, ...; the GPU if there is one")
     options.add_argument("--host", default="127.0.0.1", help="0.0.0.0: whoever reaches this machine may use it")
     options.add_argument("--port", type=int, default=8000, help="0: any that is free")
-    args = options.parse_args(argv)
-    parser = Parser(args.run, args.tta, args.size, args.device, args.map)
+    options.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run's config")
+    args = options.parse_intermixed_args(argv)
+    parser = Parser(args.run, args.tta, args.size, args.device, args.map, args.overrides)
     try:
         server = Server((args.host, args.port), parser)
     except (OSError, OverflowError) as error:

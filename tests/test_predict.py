@@ -192,6 +192,26 @@ def test_size_is_the_long_side_the_network_sees(run: Path, monkeypatch):
     assert seen == [(1, 3, 96, 160)]
 
 
+def test_knobs_stand_between_the_photos(run: Path, tmp_path: Path, monkeypatch, parser: Parser, capsys):
+    """They are overrides of the run's config, but where a file has such a name."""
+    seen = []
+    init = Parser.__init__
+    monkeypatch.setattr(Parser, "__init__", lambda self, *args: (init(self, *args), seen.append(self))[0])
+    monkeypatch.chdir(tmp_path)
+    for name in ("photo.png", "seed=1.png"):
+        Image.fromarray(photo(40, 50)).save(name)
+    assert parse(["precision=bf16", "photo.png", "--run", str(run), "base_size=160", "seed=1.png", "--size", "96"]) == 0
+    assert files(tmp_path / "predictions") == [f"{kind}/{name}{ending}" for kind, ending in (
+        ("labels", ".png"), ("overlays", ".jpg")) for name in ("photo", "seed=1")]
+    cfg = seen[0].model.cfg
+    assert (cfg.precision, cfg.base_size, parser.model.cfg.precision) == ("bf16", 96, "fp32")
+    capsys.readouterr()
+    assert parse(["photo.png", "--run", str(run), "precision=int4"]) == 1
+    assert "precision must be one of" in capsys.readouterr().err
+    assert parse(["precision=bf16", "--run", str(run)]) == 2
+    assert "required: INPUT" in capsys.readouterr().err
+
+
 def test_names_never_collide(tmp_path: Path):
     rng = random.Random(0)
     for _ in range(50):

@@ -231,7 +231,7 @@ def test_who_leaves_early_leaves_no_traceback(server, capsys):
 def test_the_program(parser: Parser):
     """From the command line until Ctrl-C; a port that is taken, and a run that is not there, are a line."""
     command = [sys.executable, str(ROOT / "examples/serve.py"), "--run", str(parser.path.parent)]
-    program = subprocess.Popen([*command, "--port", "0", "--map", str(ROOT / "configs/maps/coarse.yaml")],
+    program = subprocess.Popen([*command, "--port", "0", "--map", str(ROOT / "configs/maps/coarse.yaml"), "base_size=96"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
     try:
         address = next(word for word in program.stdout.readline().split() if word.startswith("http://127.0.0.1:"))
