@@ -30,6 +30,7 @@ import multiprocessing
 import queue
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -216,6 +217,7 @@ def record(job: Job, args: argparse.Namespace) -> dict | None:
 def start_process(news):
     """In each process: one thread, Ctrl-C ends it without a word, and the way back to the bar."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    tqdm.set_lock(threading.RLock())                                     # its own is a semaphore, which would be left
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     start_process.news = news
