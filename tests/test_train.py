@@ -506,6 +506,7 @@ def test_a_stretch_of_the_log_may_have_nothing_but_skipped_steps(config, tmp_pat
 
 def test_skipped_steps_are_counted_in_the_bar(config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "forward_backward", with_faults(train.forward_backward, {1: "loss", 2: "gradient"}))
+    monkeypatch.setenv("COLUMNS", "300")                   # pytest's processes have 80, and tqdm 4.62 keeps to them
     train.main(["--cfg", config, f"out={tmp_path / 'run'}"])
     out, err = capsys.readouterr()
     assert "GiB 2 skipped]" in err and "GiB 0 skipped" not in err
