@@ -15,9 +15,7 @@ or PASCAL-Person-Part has it, so that one file serves LIP's Jumpsuits and CIHP's
 import difflib
 from pathlib import Path
 
-import yaml
-
-from config import user_path
+from config import read_yaml, user_path
 from datasets import LABEL_SETS, LabelSet
 from engine.errors import UserError
 
@@ -47,15 +45,7 @@ def load(path: str | Path, labels: LabelSet) -> tuple[LabelSet, Merge]:
 
 
 def _read(path: Path) -> list[dict]:
-    try:
-        targets = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such class map (the ready ones are in configs/maps/)") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        raise UserError(f"{path}: not valid YAML" + (f", line {where.line + 1}" if where else "")) from None
+    targets = read_yaml(path, "class map", "configs/maps")
     if not isinstance(targets, list) or not targets:
         raise UserError(f"{path}: a class map is a list of `- {{name: ..., colour: [r, g, b], from: [...]}}` lines")
     for label, target in enumerate(targets):

@@ -27,6 +27,10 @@ SIZES = ("sam_dim", "sam_depth", "sam_heads", "sam_window", "sam_grid", "clip_di
 PATHS = ("data_root", "train_images", "train_labels", "val_images", "val_labels", "train_list", "val_list",
          "sam_weights", "clip_weights", "vocab", "out")    # keys in which ~ is the home folder
 
+TWICE = ("crop_size", "synthetic_size", "scale_range")     # of which 480 means 480, 480
+CUSTOM = ("train_images", "train_labels", "val_images", "val_labels", "train_list", "val_list", "classes", "palette",
+          "flip_pairs")                                    # what the published data sets know by themselves
+
 # What each number may be, ends included: more than anybody needs, less than what memory or a counter cannot hold.
 RANGES = (
     (1, 16_384, "base_size synthetic_size sam_dim sam_heads sam_window sam_grid clip_dim clip_heads clip_grid "
@@ -160,38 +164,51 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
     values = {}
     if path is not None:
         path = user_path(path)
-        values = _read_yaml(path)
-        values.setdefault("out", f"runs/{path.stem}")
+        values = _typed(_read_config(path), str(path))
     values |= parse_overrides(overrides)
-    return from_dict(values, source=str(path) if path is not None else "the command line")
+    if path is not None and not values.get("out"):
+        values["out"] = f"runs/{path.stem}"
+    cfg = Config(**values)
+    for key in CUSTOM if cfg.dataset != "custom" else ():
+        if getattr(cfg, key) != getattr(Config, key):
+            raise UserError(f"{key} is for dataset: custom, {cfg.dataset} has its own")
+    return cfg
 
 
 def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict:
-    """`key=value` texts as a dict; the values are read as YAML."""
+    """`key=value` texts as a dict of the fields' types; the values are read as YAML."""
     values = {}
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals:
             raise UserError(f"override {item!r} is not of the form key=value")
         try:
-            values[key.strip()] = yaml.safe_load(text) if text.strip() else ""
+            value = yaml.safe_load(text) if text.strip() else ""
         except yaml.YAMLError:
             raise UserError(f"override {item!r}: the value is not valid YAML") from None
+        values |= _typed({key.strip(): value}, f"override {item!r}")
     return values
 
 
 def from_dict(values: dict, source: str) -> Config:
     """A `Config` from plain values; `source` is named in the errors."""
+    return Config(**_typed(values, source))
+
+
+def _typed(values: dict, source: str) -> dict:
+    """Plain values as the fields' types."""
     fields = {field.name: field.type for field in dataclasses.fields(Config)}
     checked = {}
     for key, value in values.items():
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             raise UserError(f"{source}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+        if key in TWICE and type(value) in (int, float):
+            value = [value, value]
         checked[key] = _coerce(value, fields[key], f"{source}: {key}")
         if key in PATHS:
             checked[key] = os.path.expanduser(checked[key])
-    return Config(**checked)
+    return checked
 
 
 def to_yaml(cfg: Config) -> str:
@@ -209,23 +226,38 @@ def _plain(value):
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
-def _read_yaml(path: Path) -> dict:
+class Loader(yaml.SafeLoader):
+    """YAML in which no key may stand twice: of two the last would win without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for n, key in enumerate(keys):
+            if key.value in [other.value for other in keys[:n]]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path, what: str, ready: str):
+    """The content of a YAML file, whose kind is `what`; `ready` is the folder of those that come with SCHNet."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config file (the ready ones are in configs/)") from None
+        raise UserError(f"{path}: no such {what} (the ready ones are in {ready}/)") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, not a config file") from None
+        raise UserError(f"{path}: is a folder, not a {what}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        raise UserError(f"{path}: not valid YAML" + (f", line {where.line + 1}" if where else "")) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"{path}: not valid YAML, line {error.problem_mark.line + 1}: {error.problem}") from None
+    except yaml.YAMLError:
+        raise UserError(f"{path}: not valid YAML") from None
+
+
+def _read_config(path: Path) -> dict:
+    values = read_yaml(path, "config file", "configs")
+    if not isinstance(values, dict | None):
         raise UserError(f"{path}: a config is a list of `key: value` lines")
-    return values
+    return values or {}
 
 
 def _coerce(value, kind, where: str):
@@ -245,8 +277,6 @@ def _coerce(value, kind, where: str):
 
 
 def _coerce_tuple(value, kinds, where: str):
-    if len(kinds) == 2 and kinds[0] is kinds[1] and type(value) is kinds[0]:
-        value = [value, value]                             # crop_size: 480 is 480 x 480
     if not isinstance(value, (list, tuple)):
         raise UserError(f"{where} must be a list, not {value!r}")
     if kinds[-1] is Ellipsis:

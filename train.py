@@ -402,8 +402,13 @@ def main(argv: list[str] | None = None):
             if cfg.iters:
                 Trainer(cfg, world, args.resume).fit()
             else:
-                others = [item for item in args.overrides if not item.startswith("iters=")]
-                dry_run(load_config(args.cfg, others), world)
+                others = [item for item in args.overrides if item.partition("=")[0].strip() != "iters"]
+                with world.together():
+                    cfg = load_config(args.cfg, others)
+                    if not cfg.iters:
+                        raise UserError(f"{args.cfg}: iters is 0; a dry run needs the number of the real one there, "
+                                        "and iters=0 on the command line")
+                dry_run(cfg, world)
         finally:
             end_workers()
 

@@ -164,7 +164,8 @@ def test_a_fault_is_named(tmp_path, target, says):
 
 @pytest.mark.parametrize("content, says", [
     ("", "a class map is a list of"), ("a: 1", "a class map is a list of"), ("[]", "a class map is a list of"),
-    ("- 1", "label 0 must have name"), ("- {1: 2}", "label 0 must have name"), ("- {name: [", "not valid YAML, line 1")])
+    ("- 1", "label 0 must have name"), ("- {1: 2}", "label 0 must have name"), ("- {name: [", "not valid YAML, line 1"),
+    ("- {name: a, name: b}", "not valid YAML, line 1: name stands there twice")])
 def test_a_file_that_is_no_map(tmp_path, content, says):
     assert fault(tmp_path, content).startswith(says)
 
@@ -172,7 +173,7 @@ def test_a_file_that_is_no_map(tmp_path, content, says):
 def test_a_map_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"nowhere.yaml: no such class map \(the ready ones are in configs/maps/\)"):
         classmap.load(tmp_path / "nowhere.yaml", LIP)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder, not a class map"):
         classmap.load(tmp_path, LIP)
 
 

@@ -92,6 +92,12 @@ def test_what_yaml_makes_of_numbers():
     ("backbone=clip", "srm needs backbone: sam"),
     ("accum_steps=3", "multiple of accum_steps"),
     ("seed", "not of the form key=value"),
+    ("lrr=1", "override 'lrr=1': unknown key 'lrr', did you mean 'lr'?"),
+    ("lr=fast", "override 'lr=fast': lr must be a number"),
+    ("betas=0.9", "betas must be a list, not 0.9"),                     # not twice the same
+    ("flip_pairs=[1, 2]", "flip_pairs[0] must be a list, not 1"),       # brackets forgotten
+    ("val_list=mine.txt", "val_list is for dataset: custom, synthetic has its own"),
+    ("dataset=lip classes=[a,b]", "classes is for dataset: custom, lip has its own"),
     ("lr=[1", "not valid YAML"),
 ])
 def test_mistakes_are_named(override, words):
@@ -112,7 +118,7 @@ def test_every_number_has_a_range():
 def test_a_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
     """In every key that is a path, in a file as on the command line, and nowhere else."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "my.yaml").write_text("out: ~/runs\ndata_root: '~'\nprompt: ~ {class}\n")
+    (tmp_path / "my.yaml").write_text("dataset: custom\nout: ~/runs\ndata_root: '~'\nprompt: ~ {class}\n")
     cfg = load_config("~/my.yaml", [f"{key}=~/{key}" for key in PATHS if key not in ("out", "data_root")])
     assert (cfg.out, cfg.data_root, cfg.prompt) == (f"{tmp_path}/runs", str(tmp_path), "~ {class}")
     assert all(getattr(cfg, key) == f"{tmp_path}/{key}" for key in PATHS if key not in ("out", "data_root"))
@@ -135,7 +141,9 @@ def test_every_program_knows_the_home_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text, words", [
-    (None, "no such config file"), ("- a\n- b\n", "`key: value` lines"), ("lr: [1\n", "not valid YAML"), (b"\xff\xfe\x00", "cannot be read"),
+    (None, "no such config file"), ("- a\n- b\n", "`key: value` lines"), ("lr: [1\n", "not valid YAML, line"),
+    (b"\xff\xfe\x00", "cannot be read"), ("lr: 1\nseed: 2\nlr: 3\n", "not valid YAML, line 3: lr stands there twice"),
+    ("lrr: 1\n", "x.yaml: unknown key 'lrr'"),
 ])
 def test_unusable_files(tmp_path, text, words):
     file = tmp_path / "x.yaml"
@@ -144,6 +152,18 @@ def test_unusable_files(tmp_path, text, words):
     with pytest.raises(UserError, match=words) as error:
         load_config(file)
     assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize("text, overrides", [("", []), ("out: ''\n", []), ("out: there\n", ["out="]), ("", ["out="])])
+def test_a_run_has_a_folder_of_its_own(tmp_path, text, overrides):
+    """Also where `out` is empty, as out=$UNSET is."""
+    (tmp_path / "mine.yaml").write_text(text)
+    assert load_config(tmp_path / "mine.yaml", overrides).out == "runs/mine"
+
+
+@pytest.mark.parametrize("given, meant", [("1", (1.0, 1.0)), ("0.5", (0.5, 0.5)), ("[0.5, 2]", (0.5, 2.0))])
+def test_one_scale_is_a_range(given, meant):
+    assert load_config(None, [f"scale_range={given}"]).scale_range == meant
 
 
 def test_an_empty_file_is_the_defaults(tmp_path):
