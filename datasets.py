@@ -10,8 +10,10 @@ files lie and how they are read: files/; what is done to a training sample: augm
 """
 
 import argparse
+import hashlib
 import itertools
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -160,6 +162,14 @@ def open_split(cfg: Config, split: str) -> PairSet | DrawnSet:
         more = f" (and {len(faults) - 1} more: python datasets.py lists them all)" if len(faults) > 1 else ""
         raise UserError(faults[0] + more)
     return PairSet(place, pairs, len(label_set(cfg).classes))
+
+
+def fingerprint(pairs: PairSet | DrawnSet) -> str:
+    """Of the names of a split, in their order: where it is the same, the same numbers mean the same samples."""
+    digest = hashlib.sha256()
+    for i in range(len(pairs)):
+        digest.update(os.fsencode(pairs.name(i)) + b"\n")
+    return f"{len(pairs)} {digest.hexdigest()}"
 
 
 def doubtful_labels(pairs: PairSet | DrawnSet, classes: Sequence[str], looked_at: int = 100) -> str:

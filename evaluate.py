@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import user_path
-from datasets import LabelSet, doubtful_labels, label_set, open_split
+from datasets import LabelSet, doubtful_labels, fingerprint, label_set, open_split
 from engine.errors import UserError
 from engine.processes import World, run_together
 from files import weights
@@ -108,7 +108,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="photos at a time per process (4)")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ...; the GPU if there is one")
     parser.add_argument("--out", type=user_path,
-                        help="folder of the results; evaluation[_tta] in the run's if not given")
+                        help="folder of the results; evaluation[_tta][_train] in the run's if not given")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run's config")
     args = parser.parse_intermixed_args(argv)
     if args.batch < 1:
@@ -129,11 +129,14 @@ def open_labelled(model: SCHNet, labels: LabelSet, path: Path, split: str):
 def run(args: argparse.Namespace, world: World):
     with world.together():
         model, labels, path = load_run(args.run, args.overrides, world.device)
+        sha256 = weights.sha256(path)                                    # of what is scored: a run may be under way
         pairs = open_labelled(model, labels, path, args.split)
         strange = doubtful_labels(pairs, labels.classes) if world.main else ""
-        folder = args.out or path.parent / ("evaluation_tta" if args.tta else "evaluation")
+        folder = args.out or path.parent / ("evaluation" + "_tta" * args.tta + "_train" * (args.split == "train"))
         if world.main:
             usable_folder(folder)
+    world.agree(sha256, "checkpoint")
+    world.agree(fingerprint(pairs), f"{args.split} split")
     labels = dataclasses.replace(labels, name=model.cfg.dataset)         # what is scored, not what was trained on
     scales, flip_pairs = (model.cfg.tta_scales, labels.flip_pairs) if args.tta else ((1.0,), None)
     how = f"scales {' '.join(map(str, scales))} and flips" if args.tta else "single scale"
@@ -148,7 +151,7 @@ def run(args: argparse.Namespace, world: World):
     result = scores(matrix)
     print(reports.table(result, labels, args.tta))
     classes = zip(labels.classes, result["iou"], result["acc"])
-    record = {"checkpoint": str(path), "sha256": weights.sha256(path), "data": labels.name, "split": args.split,
+    record = {"checkpoint": str(path), "sha256": sha256, "data": labels.name, "split": args.split,
               "images": len(pairs), "scales": scales, "flip": args.tta, "seconds_per_image": seconds,
               "processes": world.size, **{key: result[key] for key in ("pixel_acc", "mean_acc", "miou")},
               "classes": {name: {"iou": iou, "acc": acc} for name, iou, acc in classes},

@@ -31,6 +31,10 @@ from engine.processes import pick_device
 from files import weights
 from model import SCHNet, build_model
 
+# What may be said anew of a trained network: where files lie, what it is shown, how it computes. The rest it was built of.
+ANEW = frozenset("dataset data_root train_images train_labels val_images val_labels train_list val_list classes palette "
+                 "flip_pairs synthetic_size synthetic_train synthetic_val crop_size base_size workers sam_weights "
+                 "clip_weights vocab ftm_residual ftm_scale_logits srm_sites precision tta_scales".split())
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 CPU_STRIP, GPU_STRIP = 2 << 20, 256 << 20          # bytes: probabilities are made in strips of rows, so that no photo
 #                                                    is too large; in a CPU's cache they also take a third of the time
@@ -55,9 +59,13 @@ def load_run(run: str | Path | None = None, overrides: Sequence[str] = (),
 
 
 def restore(content: dict, path: Path, overrides: Sequence[str] = ()) -> tuple[SCHNet, LabelSet]:
-    """The network of a checkpoint, in evaluation mode on the CPU. `overrides` (`key=value`): where files lie now."""
-    values = content["config"] | config.parse_overrides(overrides)
-    cfg = config.from_dict(values, source=str(path))
+    """The network of a checkpoint, in evaluation mode on the CPU. `overrides` (`key=value`): of the keys in `ANEW`."""
+    anew, before = config.parse_overrides(overrides), config.from_dict(content["config"], source=str(path))
+    cfg = dataclasses.replace(before, **anew)
+    for key in anew:
+        own = key in ("classes", "palette", "flip_pairs") and cfg.dataset == before.dataset
+        if getattr(cfg, key) != getattr(before, key) and (own or key not in ANEW):
+            raise UserError(f"{key}: {path} was trained with {getattr(before, key)!r}, which cannot be changed any more")
     labels = LabelSet(**content["labels"])
     for key, expected in content["official"].items():
         file = getattr(cfg, key)

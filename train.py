@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from config import Config, load_config
-from datasets import doubtful_labels, label_set, open_split, train_loader
+from config import Config, load_config, user_path
+from datasets import doubtful_labels, fingerprint, label_set, open_split, train_loader
 from engine import checkpoint
 from engine.errors import UserError
 from engine.processes import StopSignal, World, memory, run_together
@@ -173,6 +174,9 @@ class Trainer:
             doubts = [doubtful_labels(pairs, self.labels.classes) for pairs in (self.train_pairs, self.val_pairs)
                       if world.main]
         content = world.from_main(content)
+        seen = {"train": fingerprint(self.train_pairs), "val": fingerprint(self.val_pairs)}
+        for split in seen:
+            world.agree(seen[split], f"{split} split")
         torch.manual_seed(cfg.seed)
         with world.together():
             self.model = build_model(cfg, self.labels.classes)
@@ -188,13 +192,24 @@ class Trainer:
             self.optimizer.load_state_dict(content["optimizer"])
             self.scaler.load_state_dict(content["scaler"])
             self.progress = Progress(**content["progress"])
-            if self.progress.images != len(self.train_pairs):
-                world.say(f"warning: {len(self.train_pairs)} training images, there were {self.progress.images}: from "
-                          "here on they come in another order than the run began with")
-                self.progress.images = len(self.train_pairs)
+            self.compare(seen)
+        self.progress.train, self.progress.val = seen["train"], seen["val"]
+        with world.together():
+            self.run.begin()
         self.saved = self.progress.iteration                             # what last.pt holds
         world.say("\n".join([describe(self.model, cfg, world, len(self.train_pairs)),
                              *(f"warning: {doubt}" for doubt in doubts if doubt)]))
+
+    def compare(self, seen: dict[str, str]):
+        """Say where a run goes on with other photos than it had."""
+        now, count = self.progress, len(self.train_pairs)
+        if now.images != count or now.train not in ("", seen["train"]):          # "": a checkpoint from before
+            self.world.say(f"warning: {count} training images, there were {now.images}: from here on they come in "
+                           "another order than the run began with")
+            now.images = count
+        if now.val not in ("", seen["val"]):
+            self.world.say(f"warning: another validation set than before: {checkpoint.BEST} will be the best on this one")
+            now.best_miou, now.best_iteration = -1.0, 0
 
     def fit(self):
         cfg, now, world = self.cfg, self.progress, self.world
@@ -311,6 +326,11 @@ class Trainer:
             "scaler": self.scaler.state_dict()}))
         self.saved = self.progress.iteration
 
+    def save_best(self) -> bool:
+        content = checkpoint.pack(self.model, self.labels, self.official, {"progress": dataclasses.asdict(self.progress)})
+        return self.attempt(checkpoint.write, self.run.folder / checkpoint.BEST, content,
+                            must=self.progress.iteration == self.cfg.iters)
+
     def validate(self):
         """Single-scale scores on the whole validation set, sharded over the processes."""
         now, world, run = self.progress, self.world, self.run
@@ -330,10 +350,10 @@ class Trainer:
         world.say(f"iteration {now.iteration}: mIoU {percent['miou']}, mean accuracy {percent['mean_acc']}, "
                   f"pixel accuracy {percent['pixel_acc']} on {len(self.val_pairs)} images")
         if not result["miou"] <= now.best_miou:                          # also where there is none, nan
+            before = now.best_miou, now.best_iteration
             now.best_miou, now.best_iteration = result["miou"], now.iteration
-            if world.main:
-                self.attempt(checkpoint.write, run.folder / checkpoint.BEST, checkpoint.pack(
-                    self.model, self.labels, self.official, {"progress": dataclasses.asdict(now)}))
+            if not world.from_main(world.main and self.save_best()):
+                now.best_miou, now.best_iteration = before               # the next validation may do better
         self.save(must=now.iteration == self.cfg.iters)
         if world.main:
             run.draw_validation(self.look(), self.labels, now.iteration)
@@ -360,6 +380,8 @@ def dry_run(cfg: Config, world: World, steps: int = 4):
     with world.together():
         labels = label_set(cfg)
         train_pairs, val_pairs = open_split(cfg, "train"), open_split(cfg, "val")
+    world.agree((fingerprint(train_pairs), fingerprint(val_pairs)), "data set")
+    with world.together():
         batches = train_loader(cfg, train_pairs, world.rank, world.size)
         model = build_model(cfg, labels.classes)
     network, optimizer, scaler = prepare(model, cfg, world)
@@ -386,6 +408,15 @@ def dry_run(cfg: Config, world: World, steps: int = 4):
               f"checkpoints take {(4 * trained + 3 * moments) / 2 ** 30:.1f} GiB of disk")
 
 
+def check_place(cfg: Config, args: argparse.Namespace):
+    """Refuse the config of a run's folder that was copied or moved: going on from it would change the other run."""
+    beside = user_path(args.cfg).resolve().parent
+    told = any(item.partition("=")[0].strip() == "out" for item in args.overrides)
+    if not told and (beside / checkpoint.LAST).exists() and beside != Path(cfg.out).resolve():
+        raise UserError(f"{args.cfg} lies in the folder of a run, but names {cfg.out} as its own: say which it is with "
+                        "out=FOLDER")
+
+
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description="Train SCHNet.",
                                      epilog="key=value: overrides of the config, see config.py")
@@ -399,6 +430,7 @@ def main(argv: list[str] | None = None):
             with world.together():
                 cfg = load_config(args.cfg, args.overrides)
                 check_batch(cfg, world)
+                check_place(cfg, args)
             if cfg.iters:
                 Trainer(cfg, world, args.resume).fit()
             else:

@@ -11,6 +11,7 @@ no random state to keep: every random number of training is a function of (seed,
 """
 
 import dataclasses
+import os
 import zipfile
 from pathlib import Path
 
@@ -29,6 +30,10 @@ FORMAT = 1
 RETIRED = ("compile",)                                     # keys that older checkpoints have; no result hangs on them
 BEFORE = {"ftm_residual": "f"}                             # of a checkpoint older than the key, if not today's default
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+
+
+class Damaged(UserError):
+    """A file that is there and can be read, but is no whole checkpoint."""
 
 
 def model_state(model: SCHNet) -> dict[str, Tensor]:
@@ -83,11 +88,11 @@ def read(path: Path) -> dict:
     except Exception as error:                             # damage has many faces: BadZipFile, zlib, pickle, ...
         if isinstance(error, MemoryError) or "allocate memory" in str(error):            # ... and this is none
             raise MemoryError(f"{path}: not enough memory to read it") from None
-        raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__})") from None
+        raise Damaged(f"{path}: damaged or not a checkpoint ({type(error).__name__})") from None
     if content is None:
-        raise UserError(f"{path}: damaged (the checksum of {damaged} is wrong)")
+        raise Damaged(f"{path}: damaged (the checksum of {damaged} is wrong)")
     if not isinstance(content, dict) or content.get("format") != FORMAT or "model" not in content:
-        raise UserError(f"{path}: not a checkpoint of this program (format {FORMAT})")
+        raise Damaged(f"{path}: not a checkpoint of this program (format {FORMAT})")
     for key in RETIRED:
         content["config"].pop(key, None)
     content["config"] = BEFORE | content["config"]
@@ -98,10 +103,10 @@ def read_last(folder: Path) -> tuple[dict, Path, list[tuple[Path, str]]]:
     """The newest whole checkpoint of a run to go on from: (content, its path, which were damaged and how)."""
     damaged = []
     for name in (LAST, PREVIOUS):
-        if (folder / name).exists():
+        if os.path.lexists(folder / name):
             try:
                 return read(folder / name), folder / name, damaged
-            except UserError as error:
+            except Damaged as error:                       # a disk that fails for a moment is another matter
                 damaged.append((folder / name, str(error)))
     raise UserError(f"{folder}: nothing to go on from ({'; '.join(why for _, why in damaged) or f'no {LAST}'}); "
                     "begin anew in another folder with out=FOLDER")

@@ -6,12 +6,14 @@ One process alone, or those that torchrun starts, on one machine or many: gloo o
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -178,6 +180,13 @@ def meet(rank: int, size: int) -> "dist.Store":
         return dist.PrefixStore(f"attempt {me}", store)
 
 
+def agent() -> str:
+    """What started this process, torchrun or a shell, by a name that nothing else ever had. A restart does not change it."""
+    parent = os.getppid()
+    stat = Path(f"/proc/{parent}/stat")                                  # Linux: field 22 is when it began
+    return f"{socket.gethostname()} {parent} {stat.read_text().rpartition(')')[2].split()[19] if stat.exists() else ''}"
+
+
 class World:
     """This process among the others: torchrun's environment, or one process alone."""
 
@@ -197,7 +206,8 @@ class World:
             self.watcher = threading.Thread(target=self._watch, daemon=True)
             self.watcher.start()
         # torchrun counts restarts per machine, and not those that another machine caused
-        self.restarted = self.sum([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))])[0] > 0
+        told = self.gather((int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), agent()))
+        self.restarted, self.agents = any(count for count, _ in told), {name for _, name in told}
 
     def say(self, text: str):
         if self.main:
@@ -224,6 +234,14 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def agree(self, value, what: str):
+        """An error where a process has another value than the main process: they would work on different things."""
+        values = self.gather(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise UserError(f"process {rank} sees another {what} than process 0: all machines need the same files",
+                                everywhere=True)
 
     @contextlib.contextmanager
     def together(self):

@@ -4,7 +4,7 @@
     runs/cihp/config.yaml                        every knob as it was used
     runs/cihp/log.jsonl                          a line per log_every iterations, and one per validation
     runs/cihp/curves.png, validation.png         to look at, refreshed as it runs
-    runs/cihp/.lock                              held by the process that trains in it
+    runs/cihp/.lock                              held by the process that trains in it; names torchrun's processes
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import json
 import math
+import os
 import shlex
 import sys
 import textwrap
@@ -50,6 +51,8 @@ class Progress:
     sums: dict[str, float] = field(default_factory=dict)   # of the losses since the last entry of the log
     count: int = 0
     images: int = 0                                        # of the training set
+    train: str = ""                                        # fingerprints of both splits
+    val: str = ""
     seconds: float = 0.0
 
 
@@ -60,6 +63,7 @@ class Run:
         self.cfg, self.world = cfg, world
         self.folder = Path(cfg.out or "runs/demo")
         self.log = self.folder / "log.jsonl"
+        self.locked = None                                 # .lock, open as long as this run
         self.entries: list[dict] = []
 
     def open(self, resume: bool) -> dict | None:
@@ -72,38 +76,50 @@ class Run:
             raise nothing
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock()                                    # of two that come at once, one must find what the other left
+            before = self.lock()                           # of two that come at once, one must find what the other left
         except OSError as error:
             raise UserError(f"out: {self.folder} cannot be used ({error.strerror})") from None
         names = checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST
-        held = [name for name in names if (self.folder / name).exists()]
+        held = [name for name in names if os.path.lexists(self.folder / name)]      # a link to a disk that is away, too
         if held == [checkpoint.BEST]:
             raise UserError(f"{self.folder} holds a {checkpoint.BEST} but no {checkpoint.LAST}, which alone has what "
                             "training needs to go on: choose another folder with out=FOLDER")
-        if held and not resume and not self.world.restarted:
+        if held and not resume and not (self.world.restarted and self.world.agents & before):
             raise UserError(f"{self.folder} already holds a run: go on with --resume, or choose another folder "
                             "with out=FOLDER")
         if resume and not held:
             raise nothing
         for part in self.folder.glob(LITTER):              # what a kill left half-written
             part.unlink()
-        content = self._go_on() if held else None
-        write_text(self.folder / "config.yaml", to_yaml(self.cfg))
-        self.write_log()                                   # cut back to the checkpoint; empty for a new run
-        return content
+        return self._go_on() if held else None
 
-    def lock(self):
-        """Two runs in one folder would overwrite each other. The system's lock ends with the process that has it."""
+    def begin(self):
+        """Nothing has failed: from here on the folder is this run's."""
+        if self.world.main:
+            if self.locked:
+                self.locked.truncate(0)
+                self.locked.write("".join(f"{agent}\n" for agent in sorted(self.world.agents)))
+                self.locked.flush()
+            write_text(self.folder / "config.yaml", to_yaml(self.cfg))
+            self.write_log()                               # cut back to the checkpoint; empty for a new run
+
+    def lock(self) -> set[str]:
+        """Two runs in one folder would overwrite each other. The system's lock ends with the process that has it.
+
+        Returns whose run it was: one that torchrun restarts goes on by itself, one that it starts anew does not.
+        """
         if sys.platform == "win32":
-            return
+            return set()
         import fcntl
-        self.locked = open(self.folder / ".lock", "a")     # not inherited by the loaders, as flock's would be
+        self.locked = open(self.folder / ".lock", "a+")    # not inherited by the loaders, as flock's would be
         try:
             fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:                           # anything else: a file system without locks
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise UserError(f"{self.folder}: another process is training in this folder; choose another with "
                                 "out=FOLDER") from None
+        self.locked.seek(0)
+        return set(self.locked.read().splitlines())
 
     def _go_on(self) -> dict:
         content, path, damaged = checkpoint.read_last(self.folder)
@@ -120,8 +136,12 @@ class Run:
                             "start a new run with out=FOLDER")
         now = content["progress"]
         lines = self.log.read_text().splitlines() if self.log.exists() else []
-        self.entries = [entry for entry in map(json.loads, lines)
-                        if entry["iter"] <= (now["validated"] if "miou" in entry else now["iteration"])]
+        try:
+            entries = [json.loads(line) for line in lines if line.strip()]
+            self.entries = [entry for entry in entries
+                            if entry["iter"] <= (now["validated"] if "miou" in entry else now["iteration"])]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.log}: not as it was written; mend it, or put it aside to go on without") from None
         self.world.say(f"going on from {path}, iteration {now['iteration']}"
                        + (f"; changed: {', '.join(changed.values())}" if changed else ""))
         return content
