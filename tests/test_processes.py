@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from tiny import Processes, assert_same_run, free_port, gradients, logged, make_config, wait_until, with_faults, worst
 
+import evaluate
 import train
 from config import load_config
 from datasets import open_split
@@ -91,6 +93,31 @@ def compare_evaluations(config: str):
 def test_shared_evaluation_is_exact(config, tmp_path):
     with Processes(tmp_path, compare_evaluations, config, count=3) as three:
         assert three.wait() == [0, 0, 0], three.said(0) + three.said(1) + three.said(2)
+
+
+def work_on(program, argv: list[str], roots: list[str]):
+    """As on machines of their own: each process has its own copy of the data."""
+    program([*argv, f"data_root={roots[int(os.environ['RANK'])]}"])
+
+
+def test_processes_that_see_other_photos_stop(config, tmp_path):
+    """One copy was unpacked in half; or it is in another order, which the number of photos would not tell."""
+    for name in ("half", "other"):
+        shutil.copytree(Path(config).parent / "data", tmp_path / name)
+    for kind in ("images", "labels"):
+        (tmp_path / "half" / kind / "val/3.png").unlink()
+        (tmp_path / "other" / kind / "train/3.png").rename(tmp_path / "other" / kind / "train/a.png")
+    mine = str(Path(config).parent / "data")
+    train.main(["--cfg", config, f"out={tmp_path / 'whole'}"])
+    training, evaluation = ["--cfg", config, f"out={tmp_path / 'run'}"], ["--checkpoint", str(tmp_path / "whole")]
+    for program, argv, other, split in ((train.main, training, "half", "val split"),
+                                        (train.main, training, "other", "train split"),
+                                        (train.main, [*training, "iters=0"], "other", "data set"),
+                                        (evaluate.main, evaluation, "half", "val split")):
+        with Processes(tmp_path, work_on, program, argv, [mine, str(tmp_path / other)], count=2) as both:
+            assert both.wait() == [1, 1]
+            said = both.said(0) + both.said(1)
+            assert said.count("error") == 1 and f"error: process 1 sees another {split} than process 0: all mach" in said
 
 
 def train_with_a_fault(argv: list[str]):
@@ -491,6 +518,19 @@ def test_torchrun_restarts_after_a_killed_worker_and_goes_on(config, tmp_path, n
         assert both.wait() == [0, 0]
     assert_same_run(folder, whole)
     assert len(logged(folder)) == 20 + 2
+
+
+@needs_proc
+def test_torchrun_does_not_go_on_with_a_run_that_was_there(config, tmp_path):
+    """It starts a process that was refused again, which is not a restart of that run."""
+    folder = tmp_path / "run"
+    with Agents(tmp_path, 1, ["--cfg", config, f"out={folder}", "iters=2"]) as agents:
+        assert agents.wait() == [0]
+    before = (folder / "last.pt").read_bytes(), (folder / "log.jsonl").read_bytes()
+    with Agents(tmp_path, 1, ["--cfg", config, f"out={folder}", "iters=2"]) as agents:
+        assert agents.wait() == [1]
+        assert agents.said().count("already holds a run") == 3 and "going on from" not in agents.said()
+    assert before == ((folder / "last.pt").read_bytes(), (folder / "log.jsonl").read_bytes())
 
 
 def meet_and_count():

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -387,6 +388,26 @@ def test_a_folder_with_nothing_but_the_best_network_is_left_alone(config, whole,
     assert before.items() <= {path.name: path.read_bytes() for path in tmp_path.iterdir()}.items()
 
 
+def test_links_to_a_disk_that_is_away_are_a_run(config, whole, tmp_path, capsys):
+    shutil.copy(whole / "log.jsonl", tmp_path)
+    for name in ("last.pt", "best.pt"):
+        (tmp_path / name).symlink_to(tmp_path / "away" / name)
+    assert "already holds a run" in fails(capsys, "--cfg", config, f"out={tmp_path}")
+    assert f"{tmp_path / 'last.pt'}: no such checkpoint" in fails(capsys, "--cfg", config, f"out={tmp_path}", "--resume")
+    assert (tmp_path / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+
+
+def test_the_config_of_a_copied_run_does_not_change_the_other(config, whole, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    line = fails(capsys, "--cfg", str(copy / "config.yaml"), "--resume")
+    assert line == (f"error: {copy / 'config.yaml'} lies in the folder of a run, but names {whole} as its own: say which "
+                    "it is with out=FOLDER")
+    train.main(["--cfg", str(copy / "config.yaml"), "--resume", f"out={copy}"])
+    train.main(["--cfg", str(copy / "config.yaml"), f"out={tmp_path / 'new'}"])
+    train.main(["--cfg", str(whole / "config.yaml"), "--resume"])
+
+
 def test_a_folder_with_nothing_but_the_checkpoint_before_the_last_goes_on(config, whole, tmp_path, capsys):
     shutil.copy(whole / "previous.pt", tmp_path)
     assert "already holds a run" in fails(capsys, "--cfg", config, f"out={tmp_path}")
@@ -413,6 +434,95 @@ def test_a_restart_by_torchrun_goes_on_by_itself(config, whole, tmp_path, capsys
     assert "going on from" in capsys.readouterr().out
     train.main(["--cfg", config, "iters=2", f"out={tmp_path / 'run'}"])      # died before its first checkpoint
     assert "going on from" not in capsys.readouterr().out
+
+
+def test_another_torchrun_is_no_restart(config, whole, tmp_path, capsys, monkeypatch):
+    """Its second attempt, after the first was refused, finds a run that another one began."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    lock = (folder / ".lock").read_text()
+    assert len(lock.split()) == 3 and f" {os.getppid()} " in lock
+    (folder / ".lock").write_text(lock.replace(f" {os.getppid()} ", " 1 "))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert "already holds a run" in fails(capsys, "--cfg", config, f"out={folder}")
+
+
+def test_a_refused_run_changes_nothing(config, whole, tmp_path, capsys):
+    """Also where it is found late, when the network is built."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "no.gz" in fails(capsys, "--cfg", config, f"out={folder}", "--resume", "vocab=no.gz")
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_log_that_was_edited(config, whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    log = folder / "log.jsonl"
+    log.write_text(log.read_text().replace("\n", "\n\n"))
+    train.main(["--cfg", config, f"out={folder}", "--resume"])
+    assert log.read_text() == (whole / "log.jsonl").read_text()
+    log.write_text("{\n")
+    assert f"{log}: not as it was written" in fails(capsys, "--cfg", config, f"out={folder}", "--resume")
+
+
+def test_other_photos_than_before_are_said(config, tmp_path, capsys):
+    """As many, but others; and another validation set, on which the best score begins anew."""
+    data, folder = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(Path(config).parent / "data", data)
+    argv = ["--cfg", config, f"data_root={data}", f"out={folder}"]
+    train.main([*argv, "iters=2"])
+    content = torch.load(folder / "last.pt", weights_only=True)
+    content["config"]["iters"] = 4
+    content["progress"]["best_miou"] = 0.99
+    checkpoint.write(folder / "last.pt", content)
+    for kind in ("images", "labels"):
+        (data / kind / "train/3.png").rename(data / kind / "train/a.png")
+        (data / kind / "val/3.png").rename(data / kind / "val/a.png")
+    capsys.readouterr()
+    train.main([*argv, "--resume"])
+    said = capsys.readouterr().out
+    assert "warning: 10 training images, there were 10: from here on they come in another order" in said
+    assert "warning: another validation set than before: best.pt will be the best on this one" in said
+    assert "done: best mIoU 99" not in said and "at iteration 4" in said
+    train.main([*argv, "--resume"])
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scores, failing, best", [
+    ((0.2, 0.6, 0.3, 0.4), {2}, 0.4), ((0.2, 0.6, 0.3, 0.4), {1}, 0.6), ((0.2, 0.3, 0.4, 0.6), {4}, None)])
+def test_a_best_network_that_could_not_be_written_is_not_the_best(config, tmp_path, capsys, monkeypatch, scores, failing,
+                                                                   best):
+    """The next validation may write it; at the last one that is an error, and a resumed run validates anew."""
+    folder, values, written = tmp_path / "run", iter(scores), itertools.count(1)
+    real, write = train.scores, checkpoint.write
+    monkeypatch.setattr(train, "scores", lambda matrix: real(matrix) | {"miou": next(values)})
+
+    def refuse(path, content, keep=None):
+        if path.name == "best.pt" and next(written) in failing:
+            raise UserError(f"{path} could not be written (No space left on device)")
+        write(path, content, keep)
+
+    monkeypatch.setattr(checkpoint, "write", refuse)
+    argv = ["--cfg", config, f"out={folder}", "eval_every=1"]
+    if best is None:
+        assert "best.pt could not be written" in fails(capsys, *argv)
+        values, best = iter([0.6]), 0.6
+        train.main([*argv, "--resume"])
+    else:
+        train.main(argv)
+    content = torch.load(folder / "best.pt", weights_only=True)["progress"]
+    assert content["best_miou"] == best and content["iteration"] == content["best_iteration"]
+    assert f"done: best mIoU {100 * best:.2f} at iteration {content['iteration']}, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ("iters=0", "iters =0"))
+def test_a_dry_run_needs_the_real_number_of_iterations(config, tmp_path, capsys, text):
+    train.main(["--cfg", config, text])
+    assert "4 iterations take about" in capsys.readouterr().out
+    (tmp_path / "none.yaml").write_text(Path(config).read_text().replace("iters: 4", "iters: 0"))
+    assert "none.yaml: iters is 0; a dry run needs" in fails(capsys, "--cfg", str(tmp_path / "none.yaml"))
 
 
 def test_nothing_to_resume(config, tmp_path, capsys):
