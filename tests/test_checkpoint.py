@@ -246,6 +246,25 @@ def load_state(seed: int) -> dict:
     return SAMViT(CFG.sam_dim, CFG.sam_depth, CFG.sam_heads, CFG.sam_window, CFG.sam_grid).state_dict()
 
 
+@pytest.mark.parametrize("override", [
+    "sim_scale=1.0", "prompt=my {class}", "rho_init=0", "flip_pairs=[[0, 1]]", "palette=[[0,0,0],[9,9,9],[1,1,1]]",
+    "classes=[a, b, c]", "out=elsewhere", "lr=1.0", "srm=false", "ftm_tokens=9"])
+def test_what_a_network_was_trained_with_cannot_be_changed(saved, override):
+    """It would change nothing, and stand in results.json as if it had."""
+    key = override.partition("=")[0]
+    with pytest.raises(UserError, match=f"{key}: .*last.pt was trained with .*, which cannot be changed any more"):
+        inference.restore(checkpoint.read(saved), saved, [override])
+
+
+def test_what_may_be_said_anew(saved):
+    again, labels = inference.restore(checkpoint.read(saved), saved, ["base_size=64", "lr=6e-4", "ftm_residual=f"])
+    assert (again.cfg.base_size, again.ftm.residual) == (64, "f")
+    other, labels = inference.restore(checkpoint.read(saved), saved, ["dataset=lip", "flip_pairs=[]"])
+    assert other.cfg.dataset == "lip" and labels == LABELS       # other photos are read, the classes stay the network's
+    with pytest.raises(UserError, match="override 'lrr=1': unknown key"):
+        inference.restore(checkpoint.read(saved), saved, ["lrr=1"])
+
+
 def test_frozen_official_tensors_are_left_out_and_named(official, tmp_path):
     model, content = packed(official)
     names = {name for name, p in model.named_parameters() if name.startswith("sam.") and not p.requires_grad}

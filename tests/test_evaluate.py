@@ -1,8 +1,10 @@
 """evaluate.py, reports.py: metrics against torchmetrics and counting loops, TTA against a naive loop over views."""
 
+import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +25,7 @@ from config import Config
 from datasets import LABEL_SETS
 from engine.errors import UserError
 from evaluate import confusion_matrix, evaluate_split, scores
+from files.weights import sha256
 from inference import canvas, predict, predict_labels, probabilities
 from tiny import make_config
 from viz import reports
@@ -291,6 +294,31 @@ def test_a_folder_that_takes_no_files_is_said_before_the_work(run, tmp_path, cap
     with pytest.raises(SystemExit) as end:
         evaluate.main(["--run", str(run), "--out", str(tmp_path / "file" / "x")])
     assert end.value.code == 1 and f"error: {tmp_path}/file/x takes no files (" in capsys.readouterr().err
+
+
+def test_the_record_is_of_the_checkpoint_that_was_scored(run, tmp_path, monkeypatch):
+    """A run that is still trained replaces its best.pt meanwhile."""
+    folder, real = tmp_path / "run", evaluate.evaluate_split
+    shutil.copytree(run, folder)
+    expected = sha256(folder / "best.pt")
+
+    def meanwhile(*args, **more):
+        (folder / "best.pt").write_bytes(b"another")
+        return real(*args, **more)
+
+    monkeypatch.setattr(evaluate, "evaluate_split", meanwhile)
+    evaluate.main(["--run", str(folder)])
+    assert json.loads((folder / "evaluation/results.json").read_text())["sha256"] == expected
+
+
+def test_each_split_has_its_results(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    for argv in ([], ["--split", "train"], ["--tta"], ["--tta", "--split", "train"]):
+        evaluate.main(["--run", str(tmp_path / "run"), *argv])
+    found = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "run").glob("*/results.json")}
+    assert {name: (record["split"], record["flip"]) for name, record in found.items()} == {
+        "evaluation": ("val", False), "evaluation_train": ("train", False), "evaluation_tta": ("val", True),
+        "evaluation_tta_train": ("train", True)}
 
 
 def test_the_table_is_printed_before_anything_is_written(run, tmp_path, capsys, monkeypatch):
