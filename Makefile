@@ -17,6 +17,8 @@ help:
 	@sed -n 's/^# //p' Makefile
 
 $(VENV)/run: requirements.txt constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "$(PYTHON) is older than Python 3.11: make PYTHON=python3.12, say"; exit 1; }
 	@echo "installing what SCHNet needs into $(VENV) ..."
 	@# a venv that has no working pip, as an interrupted make leaves it, is completed; if that fails, made anew
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)

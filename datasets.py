@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config")
     args = parser.parse_intermixed_args(argv)
     cfg = load_config(args.cfg, args.overrides)
-    return check(cfg, Path(args.out or f"{cfg.out or f'runs/{cfg.dataset}'}_data").expanduser())
+    return check(cfg, args.out or Path(f"{Path(cfg.out or f'runs/{cfg.dataset}')}_data"))
 
 
 def check(cfg: Config, out: Path) -> int:

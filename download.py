@@ -106,11 +106,10 @@ def mismatch(path: Path, spec: FileSpec) -> str | None:
 
 
 def copy(source: Path, part: Path, spec: FileSpec) -> None:
-    shutil.copyfile(source, part)
-    fault = mismatch(part, spec)
-    if fault is not None:
-        part.unlink()
+    fault = mismatch(source, spec)
+    if fault is not None:                                  # and what an interrupted download left stays
         raise UserError(f"{source}: is not the official file ({fault})")
+    shutil.copyfile(source, part)
     _sync(part)
 
 

@@ -1,6 +1,7 @@
 """The one exception that is no bug, and what is said when a program cannot go on."""
 
 import io
+import os
 import sys
 from collections.abc import Callable
 
@@ -51,6 +52,9 @@ def run_program(main: Callable[[], int | None], less_memory: str = "a smaller si
     escape_unprintable()
     try:
         sys.exit(main())
+    except BrokenPipeError:                                # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)                                      # as a shell says it
     except (Exception, KeyboardInterrupt) as error:
         line = in_one_line(error, less_memory)
         if not line:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from config import IGNORE, Config
 from engine.errors import UserError
-from files.images import doubt, orientation, read_label, read_photo, read_photo_of
+from files.images import PHOTO_ENDINGS, doubt, orientation, read_label, read_photo, read_photo_of
 from viz import pictures
 
 SIZES = {"lip": {"train": 30_462, "val": 10_000},          # §4.1: pairs of each split
@@ -61,8 +61,8 @@ def report(cfg: Config, labels, found: list[tuple], augmented: Callable, out: Pa
     inspect(splits, cfg.workers)
     faults = [fault for split in splits for fault in split.faults + [f for pair in split.pairs for f in pair.faults]]
     notes = [note for split in splits for pair in split.pairs for note in pair.notes]
-    notes += side_notes(labels) + absent_notes(splits, labels)
-    faults += [fault for split in splits for fault in count_faults(cfg, split) + class_faults(split, labels)]
+    notes += side_notes(labels) + absent_notes(splits, labels) + passed_over(splits)
+    faults += [fault for split in splits for fault in count_faults(cfg, split)] + class_faults(splits, labels)
     shared, repeated = duplicates(splits)
     if cfg.dataset == "custom":
         faults += [f"{photo}: the same photo as {other}, which is in train" for photo, other in shared]
@@ -167,10 +167,17 @@ def count_faults(cfg: Config, split: Split) -> list[str]:
     return [f"{where}: {len(split.source):,} {split.name} pairs, the paper has {expected:,}"]
 
 
-def class_faults(split: Split, labels) -> list[str]:
-    strange = doubt(pixel_counts(split), labels.classes) if split.good() else ""
-    place = split.source and split.source.place
-    return [f"{place.labels if place else split.name}: {strange}"] if strange else []
+def class_faults(splits: list[Split], labels) -> list[str]:
+    """Classes that never occur while 255 does. Rare in val, and no fault, is one that train shows beside its own 255."""
+    faults, usual = [], False
+    for split in splits:
+        counts, place = pixel_counts(split), split.source and split.source.place
+        strange = doubt(counts, labels.classes) if split.good() else ""
+        several = np.count_nonzero(counts[:len(labels.classes)]) > 1
+        if strange and not (usual and several):
+            faults.append(f"{place.labels if place else split.name}: {strange}")
+        usual = not strange and counts[IGNORE] > 0
+    return faults
 
 
 def pixel_counts(split: Split) -> np.ndarray:
@@ -211,6 +218,14 @@ def absent_notes(splits: list[Split], labels) -> list[Note]:
         notes += [(f"classes that no photo of {split.name} shows", f"{k} {name}")
                   for k, name in enumerate(labels.classes) if split.good() and not counts[k]]
     return notes
+
+
+def passed_over(splits: list[Split]) -> list[Note]:
+    """What lies among the photos of a split without a list, and is not read."""
+    places = [split.source.place for split in splits if split.source is not None and split.source.place is not None]
+    return [("beside the photos, not read: folders, which only a list can name, and files with other endings", str(path))
+            for place in places if not place.listing for path in sorted(place.images.iterdir())
+            if not path.name.startswith(".") and (path.is_dir() or path.suffix.lower() not in PHOTO_ENDINGS)]
 
 
 def summary(cfg: Config, split: Split) -> str:

@@ -183,7 +183,8 @@ def _rgb(image: Image.Image) -> np.ndarray:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return image.getexif().get(ORIENTATION, 1)
+        way = image.getexif().get(ORIENTATION, 1)
+        return way if way in range(1, 9) else 1            # some cameras write 0
     except Exception:                                      # a damaged tag does not make the photo unusable
         return 1
 

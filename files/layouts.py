@@ -108,7 +108,8 @@ def match_files(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
     """(name, photo, label) of a split in its order, and in words every fault of the names."""
     pairs, faults = _listed(place) if place.listing else _unlisted(place)
     if not pairs and not faults:
-        faults.append(f"{place.listing or place.images}: empty, there is nothing to read")
+        faults.append(f"{place.listing}: empty, there is nothing to read" if place.listing else
+                      f"{place.images}: empty of photos; what lies in folders of its own must be named by a list")
     return pairs, faults
 
 
@@ -163,11 +164,13 @@ def _pair(line: str, photos: "_Files", labels: "_Files") -> tuple[str, Path, Pat
     if both and photos.find(line):                         # the blank is one of the photo's name
         both = None
     photo = photos.one(both[1] if both else line)
-    inside = photo.is_relative_to(photos.below)
-    name = photo.relative_to(photos.below if inside else photo.anchor).with_suffix("").as_posix()
+    if both and Path(both[2]).suffix.lower() not in LABEL_ENDINGS:       # a number behind a photo is its class, say
+        raise _Unclear(f"{both[2]} names no label: they end in {' '.join(LABEL_ENDINGS)}")
+    below = next((folder for folder in (photos.below, photos.below.resolve()) if photo.is_relative_to(folder)), None)
+    name = photo.relative_to(below or photo.anchor).with_suffix("").as_posix()
     if both:
         label = labels.one(both[2])
-    elif inside:
+    elif below:
         label = labels.one(f"{name}.png", here=True)
     else:
         raise _Unclear(f"{photo} is not below {photos.below}: name its label behind it")

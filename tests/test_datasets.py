@@ -412,6 +412,76 @@ def test_check_notes_stop_nothing(tmp_path, capsys):
     assert re.search(r"flip_pairs does not name.*\n  \[1, 2\] left hand, right hand", text)
 
 
+def relabel(root, split, change):
+    for path in (root / "labels" / split).glob("*.png"):
+        Image.fromarray(change(np.array(Image.open(path)).astype(np.uint8))).save(path)
+
+
+@pytest.mark.parametrize("train, val, faults", [
+    ("border", "border and no hat", []),                   # a class that is rare; 255 is the border in both
+    ("border and no hat", "border", ["train"]), ("all", "border and no hat", ["val"]),
+    ("masks", "masks", ["train", "val"]), ("border", "masks", ["val"]), ("all", "no hat", [])])
+def test_a_class_that_never_occurs_while_255_does(tmp_path, capsys, train, val, faults):
+    def change(label, how):
+        if "no hat" in how:
+            label[label == 3] = 0
+        if "border" in how:
+            label[0] = 255
+        return np.where(label > 0, 255, 0).astype(np.uint8) if how == "masks" else label
+
+    root = make_custom(tmp_path)
+    relabel(root, "train", lambda label: change(label, train))
+    relabel(root, "val", lambda label: change(label, val))
+    code, text = run_check(custom(root), tmp_path, capsys)
+    assert re.findall(r"  .*labels/(\w+): no label shows ", text) == faults and code == (1 if faults else 0)
+    for split, how in (("train", train), ("val", val)):
+        if "no hat" in how:
+            assert re.search(rf"classes that no photo of {split} shows: 1\n  3 hat", text)
+
+
+def test_what_is_passed_over_is_noted(tmp_path, capsys):
+    root = make_custom(tmp_path)
+    save(picture(9), root / "images/train/more/p9.jpg")
+    (root / "images/train/p7.gif").write_bytes(b"GIF89a")
+    (root / "images/train/.DS_Store").write_bytes(b"")
+    code, text = run_check(custom(root), tmp_path, capsys)
+    assert code == 0 and re.search(r"beside the photos, not read.*: 2\n  .*train/more\n  .*train/p7.gif\n", text)
+
+
+def test_a_number_behind_a_photo_is_no_label(tmp_path):
+    """As lists for classification have it: 1 is not labels/1.png."""
+    root = make_custom(tmp_path)
+    (root / "labels/train/p1.png").rename(root / "labels/train/1.png")
+    (root / "train.txt").write_text("p0.jpg 1\n")
+    with pytest.raises(UserError, match="train.txt, line 1: 1 names no label: they end in .png"):
+        open_split(custom(root, train_list="train.txt"), "train")
+
+
+def test_a_list_of_whole_paths_and_a_data_root_that_is_a_link(tmp_path):
+    root = make_custom(tmp_path / "real")
+    (tmp_path / "link").symlink_to(root)
+    (root / "train.txt").write_text("".join(f"{root / 'images/train'}/p{n}.jpg\n" for n in (3, 1)))
+    pairs = open_split(custom(tmp_path / "link", train_list="train.txt"), "train")
+    assert [pairs.name(i) for i in range(2)] == ["p3", "p1"] and np.array_equal(pairs.read(0)[1], numbers(3))
+
+
+def test_an_orientation_of_0_is_none(tmp_path, capsys):
+    root = make_custom(tmp_path)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 0
+    picture(0).save(root / "images/train/p0.jpg", exif=exif)
+    code, text = run_check(custom(root), tmp_path, capsys)
+    assert code == 0 and "EXIF" not in text
+
+
+def test_a_reader_that_has_seen_enough(tmp_path):
+    """`datasets.py | head -1` is no traceback."""
+    command = [sys.executable, "datasets.py", "--out", str(tmp_path / "out"), "synthetic_size=32", "workers=0"]
+    program = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    program.stdout.close()
+    assert "Error" not in program.stderr.read() and program.wait() == 141
+
+
 def swap_bytes(path, change):
     path.write_bytes(change(path.read_bytes()))
 

@@ -183,9 +183,11 @@ def test_from_a_folder(folder, server, tmp_path, capsys):
     stick.mkdir()
     (stick / "a.pt").write_bytes(CONTENT)
     (stick / "b.pth").write_bytes(CONTENT[:-2])
+    folder.mkdir(exist_ok=True)
+    (folder / "b.pth.part").write_bytes(CONTENT[:9])                     # of a download that was interrupted
     assert run(folder, "--from", str(stick)) == 1 and whole(folder) and not server.requests
     assert "b.pth: is not the official file" in capsys.readouterr().err
-    assert [p.name for p in folder.iterdir()] == ["a.pt"]
+    assert sorted(p.name for p in folder.iterdir()) == ["a.pt", "b.pth.part"]
     (stick / "b.pth").unlink()
     assert run(folder, "--from", str(stick)) == 1 and "b.pth: No such file" in capsys.readouterr().err
 
