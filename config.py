@@ -102,7 +102,7 @@ class Config:
     text_depth: int | None = None                          # 12
     text_heads: int | None = None                          # 8
     clip_taps: tuple[int, ...] = (3, 5, 7, 11)             # §3.1, 0-based: DenseCLIP's indices, block 11 is the last
-    prompt: str = "a photo of a {class}."                  # ours: the paper has "prompts from labels"
+    prompt: str = "a photo of a {class}."                  # ours: the paper has "a text prompt T from labels"
     sim_scale: float | None = None                         # Eq. 1; null: CLIP's learned scale (100); 1.0: as printed
     srm_sites: int = 5                                     # Eq. 2: i in 1..5; 4 leaves out the one after the last layer
     srm_ratio: float = 0.25                                # Eq. 4's bottleneck; ours: ViT-Adapter's FFN ratio

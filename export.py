@@ -131,7 +131,7 @@ def session(path: Path):
 
 def size_of(path: Path) -> int:
     """Bytes of a file and of the weights beside it."""
-    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+    return sum(file.stat().st_size for file in (path, Path(f"{path}.data")) if file.exists())
 
 
 def _translate(model: Deployed, size: tuple[int, int], opset: int):
@@ -201,14 +201,16 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--out", type=user_path, help="the file; model.onnx in the run's folder if not given")
     parser.add_argument("--size", type=parse_size, action="append", metavar="HxW",
                         help="height and width in pixels; may be repeated")
-    parser.add_argument("--opset", type=int, default=18, help="ONNX operator set, at least 18 (default: 18)")
+    parser.add_argument("--opset", type=int, default=18, help="ONNX operator set, 18 to 23 (default: 18)")
     parser.add_argument("--int8", action="store_true", help="also NAME_int8.onnx, smaller")
     parser.add_argument("--min-agreement", type=float, default=0.99, metavar="SHARE",
                         help="of pixels that must keep their class in int8 (default: 0.99)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run's config")
-    args = parser.parse_args(argv)
-    if args.opset < 18:
-        parser.error("--opset must be at least 18")
+    args = parser.parse_intermixed_args(argv)
+    if args.out is not None and args.out.is_dir():
+        parser.error(f"--out {args.out} is a folder; it must name the file")
+    if args.opset not in range(18, 24):
+        parser.error("--opset must be between 18 and 23")
     if not 0 < args.min_agreement <= 1:
         parser.error("--min-agreement is a share of pixels, above 0 and at most 1")
     if torch.__version__ < OLDEST_TORCH:

@@ -1,4 +1,4 @@
-"""Cross-entropy and Lovasz-softmax, the "CE + mIoU loss" of section 4.5.
+"""Cross-entropy and Lovasz-softmax, "the cross-entropy and mIoU losses" of section 4.5.
 
 Source of the second: Berman et al., The Lovasz-Softmax loss (arXiv 1705.08790) and
 https://github.com/bermanmaxim/LovaszSoftmax (MIT), over the classes present and a group of images at once, as in CDGNet

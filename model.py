@@ -6,8 +6,9 @@
     f_txt      f_txt      (K, E)         CLIP's text features of the K class names, unit length; computed once
     f_sim      f_sim      (B, K)         how likely each class is in the image
     f_cv^1..4  f_cv[0..3] (B, h, w, D)   CLIP's patch tokens after blocks 3, 5, 7, 11, D = 768
-    f_sv^0..4  x          (B, h, w, C)   SAM's tokens, after the patch embedding and after layers 6, 12, 18, 24; C = 1024
-    f_i        f          (B, h, w, C)   SAM's tokens after layer i
+    f_sv^0..4  x          (B, h, w, C)   SAM's tokens, after the patch embedding and after layers 6, 12, 18, 24; C = 1024;
+                                         then f''_sv, what SRM makes of them, goes on as x
+    f_i        f          (B, h, w, C)   SAM's tokens after layer i, counted from 0 here and from 1 in the paper
     T_i        tokens[i]  (m, C)         learnable tokens of layer i, m = 100
 
 h = H/16, w = W/16: one grid for CLIP and SAM, which is why their features can be added.
@@ -61,8 +62,8 @@ class SRM(nn.Module):
 
     def forward(self, f_sv: Tensor, f_cv: Tensor, f_sim: Tensor) -> Tensor:
         gate = self.expand(f_sim)[:, None, None]                         # (B, 1, 1, D)
-        f_sv = self.to_sam(f_cv * gate) + f_sv                           # (B, h, w, C)  Eq. 2
-        return f_sv + self.unsqueeze(F.gelu(self.squeeze(f_sv)))         # (B, h, w, C)  Eq. 4
+        f_prime = self.to_sam(f_cv * gate) + f_sv                        # (B, h, w, C)  Eq. 2: f'_sv
+        return f_prime + self.unsqueeze(F.gelu(self.squeeze(f_prime)))   # (B, h, w, C)  Eq. 4: f''_sv
 
 
 class FTM(nn.Module):
@@ -93,9 +94,9 @@ class FTM(nn.Module):
         # The rows of a softmax sum to 1, so Eq. 5's outer MLP may act on the m values instead of the h w pixels.
         values = self.out(self.value(self.tokens[i]))                                    # (m, C)
         attention = (self.logit_scale * (f @ self.tokens[i].T)).softmax(-1)              # (B, h, w, m)
-        f_tokens = self.rho * (attention @ values) + f                                   # (B, h, w, C)  Eq. 5: f'_i
-        squeezed = F.gelu(self.second[i](F.gelu(self.first(f_tokens))))                  # (B, h, w, C/4)
-        return self.third(squeezed) + (f if self.residual == "f" else f_tokens)          # Eq. 6; f_tokens: as Rein
+        f_prime = self.rho * (attention @ values) + f                                    # (B, h, w, C)  Eq. 5: f'_i
+        squeezed = F.gelu(self.second[i](F.gelu(self.first(f_prime))))                   # (B, h, w, C/4)
+        return self.third(squeezed) + (f if self.residual == "f" else f_prime)           # Eq. 6: f''_i; f': as Rein
 
 
 class SCHNet(nn.Module):
@@ -235,7 +236,7 @@ def _with_sizes(cfg: Config, key: str, **sizes: int) -> Config:
 
 @torch.no_grad()
 def _text_features(cfg: Config, clip: CLIP, classes: list[str] | tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """f_txt = Enc_ct(T) (§3.1), computed once. The template of the prompts is ours: the paper has "prompts from labels"."""
+    """f_txt = Enc_ct(T) (§3.1), computed once. The template of the prompts is ours: the paper has "a text prompt T from labels"."""
     if cfg.clip_weights and not cfg.vocab:
         raise UserError("vocab: CLIP's weights need CLIP's vocabulary; `python download.py` fetches it")
     prompts = [cfg.prompt.replace("{class}", name.lower().replace("-", " ")) for name in classes]

@@ -10,9 +10,10 @@
     overlays/NAME.jpg    the photo under its label map, with a legend (a video: NAME.mp4, without sound)
     masks/NAME/*.png     --masks: one black and white picture for each class
     probs/NAME.npy       --probs: probabilities (classes, H, W) in float16
+    labels/NAME.mp4/*    --frames: the label map of each frame of the video NAME.mp4, 000001.png and on
 
 With --map configs/maps/atr.yaml (or tryon, viton_hd, coarse, or your own) all of these are in another numbering.
-Knobs of the run's config may stand between the photos: sam_weights=PATH where the file has moved, precision=bf16 on a CPU.
+Knobs of the run's config may stand between the photos: precision=bf16 on a CPU, sam_weights=PATH of a moved file.
 
 Or from Python, for a photo (a path, a PIL image or an RGB array) of any size; see `Parser`:
 
@@ -43,7 +44,7 @@ from tqdm import tqdm
 
 import classmap
 import inference
-from config import Config, user_path
+from config import user_path
 from engine.errors import UserError, in_one_line
 from engine.processes import World, run_together
 from files.images import ALL_ENDINGS, ALL_FORMATS, NotAPicture, as_shown, read_photo
@@ -84,6 +85,8 @@ class Parser:
 
     def __init__(self, run: str | Path | None = None, tta: bool = False, size: int | None = None,
                  device: str | torch.device = "", class_map: str | Path | None = None, overrides: Sequence[str] = ()):
+        if size is not None and size not in range(32, 16_385):
+            raise UserError(f"size must be a whole number of pixels between 32 and 16,384, not {size}")
         overrides = [*overrides] if size is None else [*overrides, f"base_size={size}"]
         self.model, self.labels, self.path = inference.load_run(run, overrides, device)
         self.tta, self.flip_pairs, self.merge = tta, self.labels.flip_pairs, None
@@ -143,9 +146,11 @@ class Parser:
 def _pixels(photo: Photo) -> np.ndarray:
     if isinstance(photo, Image.Image):
         return as_shown(photo)
-    if not isinstance(photo, np.ndarray):
+    if isinstance(photo, str | Path):
         return read_photo(photo, ALL_FORMATS)
-    if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
+    if not isinstance(photo, np.ndarray):
+        raise UserError(f"a photo must be a path, a PIL image or an RGB array, not {type(photo).__name__}")
+    if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or not photo.size:
         raise UserError(f"a photo must be RGB, (H, W, 3) uint8, not {photo.shape} {photo.dtype}")
     return np.ascontiguousarray(photo)
 
@@ -216,7 +221,7 @@ def _named(text: str, report: Report) -> list[str]:
 def _below(folder: str, results: set[str], others: Counter, report: Report) -> Iterator[tuple[str, str, str]]:
     """(real path, path, path inside the folder) of the photos and videos below it, in order.
 
-    Hidden files and what this program wrote before are left out; other files are counted by their endings in `others`.
+    Hidden files and what is in the same --out are left out; other files are counted by their endings in `others`.
     """
     def unreadable(error: OSError):
         report.failed.append(f"{error.filename}: {error.strerror}")
@@ -334,8 +339,8 @@ def _write(parser: Parser, job: Job, image: np.ndarray, label: np.ndarray, args:
     with report.work_on(job):
         for k, path in enumerate(_masks(parser, job, args)):
             pictures.save_png(_with_folder(path), np.uint8(255) * (label == k))
-        pictures.save_jpeg(_with_folder(_path(args.out, "overlays", job.name)), parser.overlay(image, label))
         pictures.save_palette_png(_with_folder(_path(args.out, "labels", job.name)), label, parser.palette)
+        pictures.save_jpeg(_with_folder(_path(args.out, "overlays", job.name)), parser.overlay(image, label))
         report.parsed.append(job.name)
 
 
@@ -351,6 +356,11 @@ def _masks(parser: Parser, job: Job, args: argparse.Namespace) -> list[str]:
     return [_path(args.out, "masks", f"{job.name}/{k:02d}_{title}") for k, title in enumerate(titles)]
 
 
+def _frames(job: Job, args: argparse.Namespace) -> Path:
+    """The folder of a video's label maps. Its ending keeps it apart from a folder of photos, which may be its stills."""
+    return Path(_path(args.out, "labels", job.name, os.path.splitext(job.path)[1] or ".frames"))
+
+
 def _with_folder(path: str) -> Path:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     return Path(path)
@@ -360,11 +370,12 @@ def photo_is_done(parser: Parser, job: Job, args: argparse.Namespace) -> bool:
     """Whether all that is wanted of a photo is there: a result has its name only when it is whole."""
     kinds = ("labels", "overlays", "probs") if args.probs else ("labels", "overlays")
     paths = itertools.chain((_path(args.out, kind, job.name) for kind in kinds), _masks(parser, job, args))
-    return all(map(os.path.exists, paths)) or video_is_done(job, args)   # it may have turned out to be a video
+    # or it has turned out to be a video
+    return all(map(os.path.exists, paths)) or video_is_done(job, args) and video.is_video(job.path)
 
 
 def video_is_done(job: Job, args: argparse.Namespace) -> bool:
-    path, labels = _path(args.out, "overlays", job.name, ".mp4"), args.out / "labels" / job.name
+    path, labels = _path(args.out, "overlays", job.name, ".mp4"), _frames(job, args)
     return os.path.exists(path) and (not args.frames or len(list(labels.glob("[0-9]*.png"))) == video.frames(path))
 
 
@@ -374,7 +385,7 @@ def video_is_done(job: Job, args: argparse.Namespace) -> bool:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", type=os.path.expanduser, metavar="INPUT",
-                        help="photo, video, folder, glob, or number of a webcam; key=value: an override of the run's config")
+                        help="photo, video, folder, glob, number of a webcam; key=value: of the run's config")
     parser.add_argument("--run", "--checkpoint", help="folder of a run, or a checkpoint; the newest run if not given. "
                         "Under torchrun, which has options that begin with --run, only --checkpoint")
     parser.add_argument("--out", type=user_path, default=Path("predictions"),
@@ -382,8 +393,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--map", type=user_path, metavar="FILE",
                         help="merge the classes into others: a file of configs/maps, or your own")
     parser.add_argument("--skip-existing", action="store_true",
-                        help="leave out what has all its results. Photos that share a batch with one that has not go "
-                        "through the network again, so that all comes out as in one go; with --batch 1 there are none")
+                        help="leave out what has all its results, of whatever run, map and size they are. Photos that "
+                        "share a batch with one that has not go through the network again, so that all comes out as in one "
+                        "go; with --batch 1 there are none")
     parser.add_argument("--tta", action="store_true", help="average over scales and flips: slower, a little better")
     parser.add_argument("--size", type=int, help="long side of a photo as the network sees it; the run's if not given")
     parser.add_argument("--masks", action="store_true", help="photos: also a black and white picture for each class")
@@ -398,15 +410,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("the following arguments are required: INPUT")
     if args.batch < 1:
         parser.error("--batch must be at least 1")
-    if args.size is not None and args.size < 32:
-        parser.error("--size must be at least 32")
     return args
 
 
 def _is_override(text: str) -> bool:
-    """Whether an argument names a knob of the config, and no file."""
-    key, equals, _ = text.partition("=")
-    return bool(equals) and key in Config.__dataclass_fields__ and not os.path.exists(text)
+    """Whether an argument is key=value, and names no file."""
+    return bool(re.match("[a-z_]+=", text)) and not glob.glob(text) and not os.path.exists(text)
 
 
 def look(args: argparse.Namespace, report: Report) -> tuple[list[Job], list[Job], list[int]]:
@@ -469,7 +478,7 @@ def work(parser: Parser, photos: list[Job], videos: list[Job], cameras: list[int
     for job, source in sources:
         with report.work_on(job):
             target = _with_folder(_path(args.out, "overlays", job.name, ".mp4"))
-            labels = args.out / "labels" / job.name if args.frames else None
+            labels = _frames(job, args) if args.frames else None
             video.parse_video(parser, source, target, labels, args.batch, progress=world.main)
             report.parsed.append(job.name)
 

@@ -108,7 +108,7 @@ class SAMViT(nn.Module):
                  patch: int = 16, mlp_ratio: float = 4.0) -> None:
         super().__init__()
         if depth % 4 or dim % heads:
-            raise ValueError(f"SAM: depth {depth} must be a multiple of 4 and dim {dim} of heads {heads}")
+            raise UserError(f"sam_depth ({depth}) must be a multiple of 4, and sam_dim ({dim}) of sam_heads ({heads})")
         self.dim, self.depth, self.heads, self.window, self.grid = dim, depth, heads, window, grid
         self.patch_embed = PatchEmbed(dim, patch)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dim))

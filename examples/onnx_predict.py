@@ -1,4 +1,4 @@
-"""Parse a photo with an exported network: onnxruntime, numpy and pillow, nothing of this repository.
+"""Parse a photo, of 8 bits and opaque, with an exported network: onnxruntime, numpy, pillow, nothing of this repository.
 
     python examples/onnx_predict.py model.onnx photo.jpg photo_labels.png
 """

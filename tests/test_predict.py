@@ -170,7 +170,7 @@ def test_all_results_follow_a_class_map(run: Path, tmp_path: Path, parser: Parse
         assert picture.getpalette()[:3 * len(merge)] == [v for colour in target.palette for v in colour]
     masks = np.stack([read(file) for file in sorted((tmp_path / "a/masks/x").iterdir())])
     assert len(masks) == len(merge) and (masks.argmax(0) == read(tmp_path / "a/labels/x.png")).all()
-    frames = [read(file) for file in sorted((tmp_path / "b/labels/v").iterdir())]
+    frames = [read(file) for file in sorted((tmp_path / "b/labels/v.avi").iterdir())]
     assert len(frames) == 3 and max(frame.max() for frame in frames) < len(merge)
     label = read(tmp_path / "a/labels/x.png")
     drawn = pictures.with_legend(pictures.overlay(image, label, target.palette), target.classes, target.palette,
@@ -210,6 +210,31 @@ def test_knobs_stand_between_the_photos(run: Path, tmp_path: Path, monkeypatch, 
     assert "precision must be one of" in capsys.readouterr().err
     assert parse(["precision=bf16", "--run", str(run)]) == 2
     assert "required: INPUT" in capsys.readouterr().err
+
+
+def test_a_panorama_longer_than_a_jpeg_can_be(run: Path, tmp_path: Path):
+    Image.fromarray(np.tile(photo(20, 100), (1, 660, 1))).save(tmp_path / "x.png")
+    assert parse([str(tmp_path / "x.png"), "--run", str(run), "--out", str(tmp_path / "out")]) == 0
+    assert read(tmp_path / "out/labels/x.png").shape == (20, 66_000)
+    assert read(tmp_path / "out/overlays/x.jpg").shape[1] == 65_500
+
+
+@pytest.mark.parametrize("mistake, words", [
+    ("precison=bf16", "override 'precison=bf16': unknown key 'precison', did you mean 'precision'?"),
+    ("tta_scale=[1.0]", "unknown key 'tta_scale'"), ("out=there", "which cannot be changed any more"),
+    ("--size=20000", "size must be a whole number of pixels between 32 and 16,384, not 20000")])
+def test_a_knob_that_does_not_exist_is_said_before_the_work(run: Path, tmp_path: Path, capsys, mistake: str, words: str):
+    Image.fromarray(photo(40, 50)).save(tmp_path / "a.png")
+    assert parse([str(tmp_path / "a.png"), mistake, "--run", str(run), "--out", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr()
+    assert words in printed.err and printed.err.count("\n") == 1 and not files(tmp_path / "out")
+
+
+@pytest.mark.parametrize("wrong, words", [(3, "not int"), (("a.jpg",), "not tuple"), (np.zeros((0, 4, 3), np.uint8), "RGB")])
+def test_what_is_no_photo(parser: Parser, wrong, words: str):
+    for take in (parser.parse, parser.probabilities):
+        with pytest.raises(UserError, match=f"a photo must be .*{words}"):
+            take(wrong)
 
 
 def test_names_never_collide(tmp_path: Path):
@@ -319,8 +344,8 @@ def test_a_full_disk_is_told_for_each_photo(run: Path, tmp_path: Path, monkeypat
     assert parse([str(tmp_path), "--run", str(run), "--out", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr().err
     for name in "ab":
-        overlay = tmp_path / f"out/overlays/{name}.jpg"
-        assert f"{tmp_path}/{name}.png: {overlay} could not be written (No space left" in printed
+        label = tmp_path / f"out/labels/{name}.png"
+        assert f"{tmp_path}/{name}.png: {label} could not be written (No space left" in printed
 
 
 def test_a_folder_that_takes_no_files_is_told_before_the_work(run: Path, tmp_path: Path, capsys):
@@ -634,7 +659,7 @@ def test_what_is_there_is_left_out(run: Path, album: Path, tmp_path: Path, alone
     written = {name for name, time in before.items() if (out / name).stat().st_mtime_ns != time}
     assert {"/".join(name.split("/")[1:3]).rsplit(".", 1)[0] for name in written} == {
         "a/0", "b/4", "c/8", "c/walk", *(["a/21"] if more else [])}
-    (out / "labels/c/walk/000002.png").unlink()            # the overlay is whole, the label maps are not
+    (out / "labels/c/walk.avi/000002.png").unlink()            # the overlay is whole, the label maps are not
     assert parse(argv) == 1 and contents(out) == first
 
 
@@ -733,17 +758,47 @@ def opened(path: Path) -> tuple[int, float, tuple[int, int]]:
     return len(frames), rate, frames[0].shape[:2]
 
 
+def test_a_video_and_its_stills_have_results_of_their_own(run: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    clip(Path("walk.avi"))
+    Path("walk").mkdir()
+    for n in range(1, 4):
+        Image.fromarray(photo(70, 90, n)).save(f"walk/{n:06d}.png")
+    assert parse([".", "--run", str(run), "--frames"]) == 0
+    labels = Path("predictions/labels")
+    assert [read(labels / f"walk/{n:06d}.png").shape for n in range(1, 4)] == 3 * [(70, 90)]
+    assert len(files(labels / "walk.avi")) == 7 and len(files(labels)) == 10
+
+
+def test_a_photo_is_not_done_because_a_video_of_its_name_is(run: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    clip(Path("a.avi"))
+    Image.fromarray(photo(70, 90)).save("a.png")
+    assert parse(["a.avi", "--run", str(run)]) == 0
+    for n, said in ((1, "1 parsed"), (2, "1 left out")):
+        assert parse(["a.png", "--run", str(run), "--skip-existing"]) == 0
+        assert said in capsys.readouterr().out and files(Path("predictions/labels")) == ["a.png"]
+
+
+def test_a_colon_in_a_name_is_no_protocol(run: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clip(Path("x.avi"))
+    Path("x.avi").rename("a:b.avi")
+    assert parse(["a:b.avi", "--run", str(run), "--out", "p:1"]) == 0
+    assert opened(Path("p:1/overlays/a:b.mp4").absolute())[0] == 7
+
+
 def test_a_video_keeps_its_length_and_rate(run: Path, tmp_path: Path, parser: Parser):
     clip(tmp_path / "walk.avi")
     out = tmp_path / "out"
     assert parse([str(tmp_path), "--run", str(run), "--out", str(out), "--frames", "--batch", "3"]) == 0
     count, rate, (height, width) = opened(out / "overlays/walk.mp4")
     assert (count, round(rate, 3)) == (7, 12) and height % 2 == width % 2 == 0 and height >= 50 and width >= 61
-    assert files(out / "labels/walk") == [f"{n:06d}.png" for n in range(1, 8)]
+    assert files(out / "labels/walk.avi") == [f"{n:06d}.png" for n in range(1, 8)]
     capture = cv2.VideoCapture(str(tmp_path / "walk.avi"))
     for n in range(1, 8):
         frame = cv2.cvtColor(capture.read()[1], cv2.COLOR_BGR2RGB)
-        assert (read(out / f"labels/walk/{n:06d}.png") == parser.parse(frame)).mean() > 0.99
+        assert (read(out / f"labels/walk.avi/{n:06d}.png") == parser.parse(frame)).mean() > 0.99
     assert files(out / "overlays") == ["walk.mp4"]
 
 

@@ -394,5 +394,5 @@ def test_strict(tmp_path):
 
 
 def test_sizes_that_do_not_fit():
-    with pytest.raises(ValueError, match="depth 6"):
+    with pytest.raises(UserError, match=r"sam_depth \(6\)"):
         SAMViT(depth=6)

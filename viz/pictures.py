@@ -19,6 +19,7 @@ from config import IGNORE
 from files.whole import whole
 
 WHITE, INK, FAINT = (255, 255, 255), (33, 37, 41), (108, 117, 125)
+LONGEST_JPEG = 65_500                                       # pixels a side, of libjpeg
 HATCH = ((158, 158, 158), (186, 186, 186))                 # diagonal stripes: a label without a colour
 WRONG = (214, 0, 28)
 
@@ -270,7 +271,11 @@ def save_png(path: str | Path, rgb: np.ndarray):
 
 
 def save_jpeg(path: str | Path, rgb: np.ndarray):
-    """For overlays of photos: a fifth of a PNG's size, a tenth of its time; no chroma subsampling, lines stay sharp."""
+    """For overlays of photos: a fifth of a PNG's size, a tenth of its time; no chroma subsampling, lines stay sharp.
+    A picture that is longer than a JPEG can be is made smaller."""
+    if max(rgb.shape) > LONGEST_JPEG:
+        size = [max(1, side * LONGEST_JPEG // max(rgb.shape)) for side in rgb.shape[1::-1]]
+        rgb = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
     _save(path, Image.fromarray(np.ascontiguousarray(rgb)), format="JPEG", quality=92, subsampling=0)
 
 

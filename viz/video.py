@@ -63,17 +63,18 @@ def parse_video(parser, source: Path | int, target: Path, labels: Path | None = 
 
 
 def _open(source: str | Path | int) -> cv2.VideoCapture:
-    """A file or a webcam. What is wrong with it is said by this program, once, and not by OpenCV too."""
+    """A file or a webcam. What is wrong with it is said by this program, once, and not by OpenCV too.
+    Whole paths, here and below: FFmpeg takes a: of a:b.mp4 for a protocol."""
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read when OpenCV first opens a video
     (cv2.utils.logging if hasattr(cv2.utils, "logging") else cv2).setLogLevel(0)         # OpenCV 5, OpenCV 4; 0: silent
     if isinstance(source, int):
         return cv2.VideoCapture(source)
-    return cv2.VideoCapture(str(source), cv2.CAP_FFMPEG)   # others would take x1.hdr, x2.hdr, ... for a video
+    return cv2.VideoCapture(os.path.abspath(source), cv2.CAP_FFMPEG)     # others take x1.hdr, x2.hdr, ... for a video
 
 
 def _look_through(path: Path) -> tuple[list[float], str]:
     """The times of a video's frames in milliseconds, and what the decoder finds wrong with the file, in its words."""
-    command = [sys.executable, Path(__file__).with_name("frame_times.py"), path]
+    command = [sys.executable, Path(__file__).with_name("frame_times.py"), os.path.abspath(path)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise UserError(f"{path}: the decoder breaks down on it (exit code {done.returncode}), not a video or damaged")
@@ -121,7 +122,8 @@ def _write(pairs, parser, path: Path, rate: float, labels: Path | None, live: bo
             picture = _even(parser.overlay(frame, label, range(len(parser.classes))))
             if writer is None:
                 size = picture.shape[1], picture.shape[0]
-                writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+                code = cv2.VideoWriter_fourcc(*"mp4v")
+                writer = cv2.VideoWriter(os.path.abspath(path), cv2.CAP_FFMPEG, code, rate, size)
                 if not writer.isOpened():
                     raise UserError(f"{path.parent}: this OpenCV cannot write a {size[0]} x {size[1]} video there")
             bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
