@@ -152,6 +152,14 @@ def test_the_file_asks_for_no_newer_runtime_than_it_needs(exported):
     assert onnx.load(exported[1]).ir_version == 8
 
 
+@pytest.mark.parametrize("argv, words", [
+    (["--opset", "17"], "between 18 and 23"), (["--opset", "40"], "between 18 and 23"), (["--out", "."], "is a folder")])
+def test_mistakes_are_said_before_the_work(argv, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        export.main(argv)
+    assert end.value.code == 2 and words in capsys.readouterr().err
+
+
 @pytest.fixture
 def translated(exported, monkeypatch):
     """Half a minute less for each further file of the same network."""

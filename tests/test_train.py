@@ -3,12 +3,14 @@
 import contextlib
 import copy
 import dataclasses
+import errno
 import functools
 import itertools
 import os
 import re
 import shutil
 import signal
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -662,6 +664,25 @@ def test_a_checkpoint_from_before_steps_were_skipped(config, whole, tmp_path, ca
     checkpoint.write(tmp_path / "last.pt", content)
     train.main(["--cfg", config, "--resume", f"out={tmp_path}"])
     assert "going on from" in capsys.readouterr().out
+
+
+def test_a_disk_that_fails_for_a_moment_is_no_damage(config, whole, tmp_path, capsys, monkeypatch):
+    """The checkpoint keeps its name, and the run does not go back to the one before."""
+    folder, real = tmp_path / "run", zipfile.ZipFile
+    shutil.copytree(whole, folder)
+
+    def failing(path, *args, **more):
+        if Path(path).name == "last.pt":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, *args, **more)
+
+    monkeypatch.setattr(checkpoint.zipfile, "ZipFile", failing)
+    assert f"{folder / 'last.pt'}: cannot be read (Input/output error)" in fails(
+        capsys, "--cfg", config, f"out={folder}", "--resume")
+    monkeypatch.undo()
+    assert (folder / "last.pt").read_bytes() == (whole / "last.pt").read_bytes()
+    train.main(["--cfg", config, f"out={folder}", "--resume"])
+    assert f"going on from {folder / 'last.pt'}" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config, whole, tmp_path, capsys):
