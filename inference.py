@@ -32,9 +32,9 @@ from files import weights
 from model import SCHNet, build_model
 
 # What may be said anew of a trained network: where files lie, what it is shown, how it computes. The rest it was built of.
-ANEW = frozenset("dataset data_root train_images train_labels val_images val_labels train_list val_list classes palette "
-                 "flip_pairs synthetic_size synthetic_train synthetic_val crop_size base_size workers sam_weights "
-                 "clip_weights vocab ftm_residual ftm_scale_logits srm_sites precision tta_scales".split())
+ANEW = {*config.CUSTOM, *"dataset data_root synthetic_size synthetic_train synthetic_val crop_size base_size workers "
+                         "sam_weights clip_weights vocab ftm_residual ftm_scale_logits srm_sites precision "
+                         "tta_scales".split()}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 CPU_STRIP, GPU_STRIP = 2 << 20, 256 << 20          # bytes: probabilities are made in strips of rows, so that no photo
 #                                                    is too large; in a CPU's cache they also take a third of the time

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from config import Config, load_config, user_path
+from config import Config, load_config, parse_overrides, user_path
 from datasets import doubtful_labels, fingerprint, label_set, open_split, train_loader
 from engine import checkpoint
 from engine.errors import UserError
@@ -254,7 +254,7 @@ class Trainer:
         """One optimiser step; whether a process has been asked to stop."""
         now = self.progress
         parts, finite, stopping = train_step(self.network, self.optimizer, self.scaler, batches, self.cfg,
-                                                self.world, it, self.stop.number > 0)
+                                             self.world, it, self.stop.number > 0)
         now.iteration = it + 1
         if finite:
             now.sums = {name: now.sums.get(name, 0.0) + value for name, value in parts.items()}
@@ -392,7 +392,7 @@ def dry_run(cfg: Config, world: World, steps: int = 4):
     for it in range(steps):
         begun = time.monotonic()
         parts, finite, _ = train_step(network, optimizer, scaler, [next(batches) for _ in range(cfg.accum_steps)],
-                                         cfg, world, it)
+                                      cfg, world, it)
         times.append(time.monotonic() - begun)
         values = ", ".join(f"{name} {value:.3f}" for name, value in parts.items())
         world.say(f"step {it + 1}: {times[-1]:.2f} s, {values}" + ("" if finite else " (skipped: not finite)"))
@@ -412,8 +412,8 @@ def dry_run(cfg: Config, world: World, steps: int = 4):
 def check_place(cfg: Config, args: argparse.Namespace):
     """Refuse the config of a run's folder that was copied or moved: going on from it would change the other run."""
     beside = user_path(args.cfg).resolve().parent
-    told = any(item.partition("=")[0].strip() == "out" for item in args.overrides)
-    if not told and (beside / checkpoint.LAST).exists() and beside != Path(cfg.out).resolve():
+    told = parse_overrides(args.overrides)
+    if "out" not in told and (beside / checkpoint.LAST).exists() and beside != Path(cfg.out).resolve():
         raise UserError(f"{args.cfg} lies in the folder of a run, but names {cfg.out} as its own: say which it is with "
                         "out=FOLDER")
 
@@ -435,7 +435,7 @@ def main(argv: list[str] | None = None):
             if cfg.iters:
                 Trainer(cfg, world, args.resume).fit()
             else:
-                others = [item for item in args.overrides if item.partition("=")[0].strip() != "iters"]
+                others = [item for item in args.overrides if "iters" not in parse_overrides([item])]
                 with world.together():
                     cfg = load_config(args.cfg, others)
                     if not cfg.iters:

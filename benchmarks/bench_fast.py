@@ -27,8 +27,11 @@ from inference import autocast, store_frozen  # noqa: E402
 from model import build_model  # noqa: E402
 
 PAIRS = {
-    "SAM's attention, a CPU's form": (sam_vit.Attention, "forward"), "SAM's attention, fused": (sam_vit.Attention, "attend"),
-    "deformable attention": (adapter, "ms_deform_attn"), "convolution of resized maps": (uperhead, "conv_of_resized"), "Lovasz, class by class": (losses, "lovasz_softmax"),
+    "SAM's attention, a CPU's form": (sam_vit.Attention, "forward"),
+    "SAM's attention, fused": (sam_vit.Attention, "attend"),
+    "deformable attention": (adapter, "ms_deform_attn"),
+    "convolution of resized maps": (uperhead, "conv_of_resized"),
+    "Lovasz, class by class": (losses, "lovasz_softmax"),
     "Lovasz weights": (losses, "lovasz_weights")}
 ALL = "all faster forms"
 

@@ -659,7 +659,7 @@ def test_what_is_there_is_left_out(run: Path, album: Path, tmp_path: Path, alone
     written = {name for name, time in before.items() if (out / name).stat().st_mtime_ns != time}
     assert {"/".join(name.split("/")[1:3]).rsplit(".", 1)[0] for name in written} == {
         "a/0", "b/4", "c/8", "c/walk", *(["a/21"] if more else [])}
-    (out / "labels/c/walk.avi/000002.png").unlink()            # the overlay is whole, the label maps are not
+    (out / "labels/c/walk.avi/000002.png").unlink()        # the overlay is whole, the label maps are not
     assert parse(argv) == 1 and contents(out) == first
 
 

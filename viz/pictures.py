@@ -19,7 +19,7 @@ from config import IGNORE
 from files.whole import whole
 
 WHITE, INK, FAINT = (255, 255, 255), (33, 37, 41), (108, 117, 125)
-LONGEST_JPEG = 65_500                                       # pixels a side, of libjpeg
+LONGEST_JPEG = 65_500                                      # pixels a side, of libjpeg
 HATCH = ((158, 158, 158), (186, 186, 186))                 # diagonal stripes: a label without a colour
 WRONG = (214, 0, 28)
 
