@@ -10,13 +10,16 @@ attention Zhu et al., Deformable DETR (arXiv 2010.04159). Differs from them in:
 Letters: B batch, h x w the transformer's grid (stride 16), C its width, N = 4hw + hw + hw/4 tokens of the pyramid
 (strides 8 16 32), Q queries, S keys, M heads, D width of a head, L levels, P points per head and level.
 """
+
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 import fast
+from errors import UserError
 from layers import init_linears, level_sizes, resize
 
 Shapes = list[tuple[int, int]]
@@ -28,7 +31,7 @@ def pyramid(h: int, w: int) -> Shapes:
     return [(2 * h, 2 * w), (h, w), (h // 2, w // 2)]
 
 
-def cell_centres(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def cell_centres(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Centres (x, y) in [0, 1] of all cells of the maps, row by row, one map after the other."""
     maps = []
     for h, w in shapes:
@@ -39,7 +42,7 @@ def cell_centres(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> to
 
 
 @fast.replaced_by(fast.ms_deform_attn, on=("cpu",), in_onnx=False)       # ONNX has GridSample, but no embedding_bag
-def ms_deform_attn(value: torch.Tensor, shapes: Shapes, locations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of bilinear samples, zero outside the maps, in fp32 or better as the original kernel does it.
 
     value (B, S, M, D); locations (B, Q, M, L, P, 2), (x, y) in [0, 1]; weights (B, Q, M, L, P). Returns (B, Q, M * D).
@@ -63,15 +66,16 @@ class MSDeformAttn(nn.Module):
     def __init__(self, dim: int, levels: int, heads: int, points: int, ratio: float):
         super().__init__()
         width = int(dim * ratio)
-        if width % heads:
-            raise ValueError(f"deformable attention: width {width} ({dim} * {ratio}) is no multiple of {heads} heads")
+        if not width or width % heads:
+            raise UserError(f"deform_ratio ({ratio}) of the encoder's width ({dim}) must be a multiple of deform_heads "
+                            f"({heads}), it is {width}")
         self.heads, self.levels, self.points = heads, levels, points
         self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
         self.attention_weights = nn.Linear(dim, heads * levels * points)
         self.value_proj = nn.Linear(dim, width)
         self.output_proj = nn.Linear(width, dim)
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self):
         """Head m looks along direction m, its point p at p + 1 cells; all samples weigh the same."""
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
@@ -87,7 +91,7 @@ class MSDeformAttn(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, query: torch.Tensor, reference: torch.Tensor, keys: torch.Tensor, shapes: Shapes) -> torch.Tensor:
+    def forward(self, query: Tensor, reference: Tensor, keys: Tensor, shapes: Shapes) -> Tensor:
         """query (B, Q, C), reference (Q, 2), keys (B, S, C) of maps of the given sizes; returns (B, Q, C)."""
         b, q, _ = query.shape
         grid = (self.heads, self.levels, self.points)
@@ -109,7 +113,7 @@ class Injector(nn.Module):
         self.attn = MSDeformAttn(dim, 3, heads, points, ratio)
         self.gamma = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor, shapes: Shapes) -> torch.Tensor:
+    def forward(self, x: Tensor, c: Tensor, shapes: Shapes) -> Tensor:
         b, h, w, dim = x.shape
         reference = cell_centres([(h, w)], x.device, torch.promote_types(x.dtype, torch.float32))
         update = self.attn(self.query_norm(x).view(b, h * w, dim), reference, self.feat_norm(c), shapes)
@@ -125,7 +129,7 @@ class ConvFFN(nn.Module):
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, c: torch.Tensor, shapes: Shapes) -> torch.Tensor:
+    def forward(self, c: Tensor, shapes: Shapes) -> Tensor:
         c = self.fc1(c)
         maps = [self.dwconv(part).flatten(2).transpose(1, 2) for part in split_maps(c, shapes)]
         return self.fc2(F.gelu(torch.cat(maps, dim=1)))
@@ -138,7 +142,7 @@ class DropPath(nn.Module):
         super().__init__()
         self.prob = prob
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.prob == 0:
             return x
         keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.prob)
@@ -154,10 +158,10 @@ class Extractor(nn.Module):
         self.feat_norm = nn.LayerNorm(dim, eps=1e-6)
         self.attn = MSDeformAttn(dim, 1, heads, points, ratio)
         self.ffn_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.ffn = ConvFFN(dim, int(dim * cffn_ratio))
+        self.ffn = ConvFFN(dim, max(1, int(dim * cffn_ratio)))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor, shapes: Shapes) -> torch.Tensor:
+    def forward(self, x: Tensor, c: Tensor, shapes: Shapes) -> Tensor:
         h, w = x.shape[1:3]
         reference = cell_centres(shapes, x.device, torch.promote_types(x.dtype, torch.float32))
         c = c + self.attn(self.query_norm(c), reference, self.feat_norm(x.flatten(1, 2)), [(h, w)])
@@ -183,7 +187,7 @@ class SpatialPrior(nn.Module):
         self.fc3 = nn.Conv2d(4 * width, dim, 1)
         self.fc4 = nn.Conv2d(4 * width, dim, 1)
 
-    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, image: Tensor) -> list[Tensor]:
         c1 = self.stem(image.contiguous(memory_format=torch.channels_last))     # as the tokens lie; on a CPU faster too
         c2 = self.conv2(c1)
         c3 = self.conv3(c2)
@@ -191,7 +195,7 @@ class SpatialPrior(nn.Module):
         return [self.fc1(c1), self.fc2(c2), self.fc3(c3), self.fc4(c4)]
 
 
-def split_maps(c: torch.Tensor, shapes: Shapes) -> list[torch.Tensor]:
+def split_maps(c: Tensor, shapes: Shapes) -> list[Tensor]:
     """Tokens (B, N, C) of several maps back to one (B, C, h, w) each."""
     parts = c.split([h * w for h, w in shapes], dim=1)
     return [part.transpose(1, 2).reshape(c.shape[0], c.shape[2], h, w) for part, (h, w) in zip(parts, shapes)]
@@ -200,8 +204,8 @@ def split_maps(c: torch.Tensor, shapes: Shapes) -> list[torch.Tensor]:
 class ViTAdapter(nn.Module):
     """Four stages of injector and extractor around a transformer that the caller runs, then the fusion to f1..f4."""
 
-    def __init__(self, dim: int, prior_dim: int = 64, heads: int = 16, points: int = 4, deform_ratio: float = 0.5,
-                 cffn_ratio: float = 0.25, drop_path: float = 0.3):
+    def __init__(self, dim: int, prior_dim: int, heads: int, points: int, deform_ratio: float, cffn_ratio: float,
+                 drop_path: float):
         super().__init__()
         self.spm = SpatialPrior(dim, prior_dim)
         self.level_embed = nn.Parameter(torch.empty(3, dim))
@@ -212,7 +216,7 @@ class ViTAdapter(nn.Module):
         self.norms = nn.ModuleList([nn.BatchNorm2d(dim) for _ in range(4)])
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self):
         """ViT-Adapter's: trunc-normal linears, He-normal convolutions over the fan-out, deformable attention's own."""
         nn.init.normal_(self.level_embed)
         init_linears(self)
@@ -226,7 +230,7 @@ class ViTAdapter(nn.Module):
             if isinstance(module, MSDeformAttn):
                 module.reset_parameters()
 
-    def prior(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def prior(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (B, 3, H, W), normalised, sides multiples of 32 -> map (B, C, H/4, W/4) and pyramid (B, N, C)."""
         if image.shape[2] % 32 or image.shape[3] % 32:
             raise ValueError(f"ViTAdapter: an image of {image.shape[2]} x {image.shape[3]}: pad it to multiples of 32")
@@ -234,17 +238,17 @@ class ViTAdapter(nn.Module):
         tokens = [x.flatten(2).transpose(1, 2) + embed for x, embed in zip(maps, self.level_embed)]
         return c1, torch.cat(tokens, dim=1)
 
-    def inject(self, s: int, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    def inject(self, s: int, x: Tensor, c: Tensor) -> Tensor:
         """Stage s: tokens x (B, h, w, C) read from the pyramid c (B, N, C)."""
         return self.injectors[s](x, c, pyramid(*x.shape[1:3]))
 
-    def extract(self, s: int, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    def extract(self, s: int, x: Tensor, c: Tensor) -> Tensor:
         """Stage s: the pyramid c reads from tokens x; three times in the last stage."""
         for extractor in self.extractors[s:] if s == STAGES - 1 else self.extractors[s:s + 1]:
             c = extractor(x, c, pyramid(*x.shape[1:3]))
         return c
 
-    def fuse(self, c1: torch.Tensor, c: torch.Tensor, outs: list[torch.Tensor]) -> list[torch.Tensor]:
+    def fuse(self, c1: Tensor, c: Tensor, outs: list[Tensor]) -> list[Tensor]:
         """Pyramid plus the four stages' tokens (B, h, w, C), resized to strides 4 8 16 32: f1..f4."""
         c2, c3, c4 = split_maps(c, pyramid(*outs[0].shape[1:3]))
         weight = self.up.weight.contiguous(memory_format=torch.channels_last)   # tokens lie so: half of the time on a CPU

@@ -1,7 +1,7 @@
 """CLIP ViT-B/16: the image tower with taps, the text tower, and the reading of the official file.
 
 Paper §3.1, §4.2. Reference: github.com/openai/CLIP (MIT). Modules are named as in the official file, so that it loads
-strictly; sizes other than B/16's serve the tests and the demo. Different from the reference: any image size (the
+strictly; sizes other than B/16's are for the tests and the demo. Different from the reference: any image size (the
 position table is resampled), the raw outputs of the blocks `taps` are returned.
 
 Shapes: B images of H x W pixels, h = H/16, w = W/16, N tokens, D width, K texts, E the width both towers share.
@@ -14,14 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.errors import UserError
 from files import weights
 from layers import resample_positions
 from tokenizer import CONTEXT, VOCAB_SIZE
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-HEAD = 64                                                  # width of a head in every CLIP of OpenAI's; no file tells it
+SIZES = {
+    #           dim  depth heads grid embed | text: dim  depth heads
+    "vit_b16": (768, 12,   12,   14,  512,          512, 12,   8),       # grid: side of the position table, a 224 px image;
+    "small":   (64,  4,    2,    16,  64,           64,  2,    2),       # embed: width of f_cls and f_txt
+    "demo":    (32,  4,    2,    8,   64,           64,  2,    2),       # of configs/demo.yaml; small: configs/custom.yaml
+}
 
 
 class QuickGELU(nn.Module):
@@ -85,11 +89,11 @@ class Transformer(nn.Module):
 class VisionTransformer(nn.Module):
     """The image tower; `taps` are 0-based numbers of blocks whose raw outputs are returned."""
 
-    def __init__(self, dim: int, depth: int, heads: int, grid: int, patch: int, taps: tuple[int, ...], embed: int):
+    def __init__(self, dim: int, depth: int, heads: int, grid: int, embed: int, taps: tuple[int, ...]):
         super().__init__()
-        self.dim, self.depth, self.heads, self.grid, self.taps = dim, depth, heads, grid, tuple(taps)
+        self.dim, self.depth, self.grid, self.taps = dim, depth, grid, tuple(taps)
         scale = dim**-0.5
-        self.conv1 = nn.Conv2d(3, dim, patch, stride=patch, bias=False)
+        self.conv1 = nn.Conv2d(3, dim, 16, stride=16, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(dim))
         self.positional_embedding = nn.Parameter(scale * torch.randn(1 + grid**2, dim))        # row 0: class token
         self.ln_pre = nn.LayerNorm(dim)
@@ -113,6 +117,11 @@ class VisionTransformer(nn.Module):
         f_cls = self.ln_post(x[:, 0]) @ self.proj
         return F.normalize(f_cls, dim=-1), taps
 
+    @property
+    def patch_embed(self) -> nn.Conv2d:
+        """What SAM's is called, too."""
+        return self.conv1
+
     def normalize(self, image: Tensor) -> Tensor:
         return (image - self.mean) / self.std
 
@@ -128,12 +137,12 @@ class VisionTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    def __init__(self, dim: int = 768, depth: int = 12, heads: int = 12, grid: int = 14, patch: int = 16,
-                 taps: tuple[int, ...] = (3, 5, 7, 11), embed: int = 512,
-                 text_dim: int = 512, text_depth: int = 12, text_heads: int = 8):
+    """Both towers; the defaults are ViT-B/16's."""
+
+    def __init__(self, dim: int = 768, depth: int = 12, heads: int = 12, grid: int = 14, embed: int = 512,
+                 text_dim: int = 512, text_depth: int = 12, text_heads: int = 8, taps: tuple[int, ...] = (3, 5, 7, 11)):
         super().__init__()
-        self.embed, self.text_dim, self.text_depth, self.text_heads = embed, text_dim, text_depth, text_heads
-        self.visual = VisionTransformer(dim, depth, heads, grid, patch, taps, embed)
+        self.visual = VisionTransformer(dim, depth, heads, grid, embed, taps)
         self.transformer = Transformer(text_dim, text_depth, text_heads)
         self.token_embedding = nn.Embedding(VOCAB_SIZE, text_dim)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(CONTEXT, text_dim))
@@ -157,32 +166,16 @@ class CLIP(nn.Module):
         return F.normalize(self.ln_final(x) @ self.text_projection, dim=-1)
 
 
-def load_clip(path: str | Path, taps: tuple[int, ...] = (3, 5, 7, 11), heads: int | None = None,
-              text_heads: int | None = None) -> CLIP:
+def load_clip(path: str | Path, taps: tuple[int, ...] = (3, 5, 7, 11), size: str = "vit_b16") -> CLIP:
     """CLIP in fp32 from OpenAI's archive (in part half precision, with three integers) or a state dict with its names.
 
-    Its size is the file's; the number of heads, which no file tells, is OpenAI's (64 wide) unless given. Nor does a file
-    tell its activation: files from elsewhere must be of QuickGELU models. Raises `UserError`.
+    `size`: a name in SIZES; the number of heads is not recorded in a file. Raises `UserError`.
     """
     tensors = weights.read_tensors(path)
     for name in ("input_resolution", "context_length", "vocab_size"):
         tensors.pop(name, None)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    kind = weights.describe(tensors)
-    if not {"visual.conv1.weight", "visual.positional_embedding", "visual.proj", "token_embedding.weight"} <= shapes.keys():
-        raise UserError(f"{path}: this is {kind}, CLIP ViT-B/16 is needed")
-    dim, _, patch, _ = shapes["visual.conv1.weight"]
-    if patch != 16:
-        raise UserError(f"{path}: this is {kind}, its patches are not 16 x 16 as SAM's are; CLIP ViT-B/16 is needed")
-    text_dim = shapes["token_embedding.weight"][1]
-    heads, text_heads = heads or max(1, dim // HEAD), text_heads or max(1, text_dim // HEAD)
-    for key, width, count in (("clip_heads", dim, heads), ("text_heads", text_dim, text_heads)):
-        if width % count:
-            raise UserError(f"{key}: {path} has a width of {width}, which is no multiple of {count} heads")
-    with torch.device("meta"):                             # no time for random weights
-        clip = CLIP(dim, weights.count_blocks(tensors, "visual.transformer.resblocks."), heads,
-                    math.isqrt(len(tensors["visual.positional_embedding"])), patch, taps, shapes["visual.proj"][1],
-                    text_dim, weights.count_blocks(tensors, "transformer.resblocks."), text_heads)
+    with torch.device("meta"):                             # skips the random initialisation
+        clip = CLIP(*SIZES[size], taps)
     weights.check_keys(clip, tensors, path)
     clip.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, assign=True)
     return clip

@@ -1,161 +1,190 @@
-"""Every knob of SCHNet once: one frozen dataclass, one loader.
+"""All hyperparameters of SCHNet: one frozen dataclass and its YAML loader.
 
     cfg = load_config("configs/cihp.yaml", ["lr=3e-4", "batch_size=8"])
 
-A YAML file lists only what differs from the defaults below, which are the paper's network and training.
-The comment behind a field says where its value comes from: a section of the paper (§), a named source, or "ours".
-An unknown key, a wrong type or values that contradict each other raise `UserError`: one line that names the key.
+A YAML file lists only what differs from the defaults below. The comment behind a field says where its value comes from:
+a section of the paper (§), a named source, or "ours". A field's type says what values it may have; an unknown key, a wrong
+type, a value out of range or values that contradict each other raise a `UserError`: one line that names the key.
 """
 
 import dataclasses
 import difflib
 import math
 import os
-import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import yaml
 
-from engine.errors import UserError
+from errors import UserError, reading
 
-DATASETS = ("lip", "cihp", "ppp", "synthetic", "custom")
 IGNORE = 255                                               # label of pixels that neither loss nor score counts
-SIZES = ("sam_dim", "sam_depth", "sam_heads", "sam_window", "sam_grid", "clip_dim", "clip_depth", "clip_heads",
-         "clip_grid", "clip_embed", "text_dim", "text_depth", "text_heads")         # keys of the encoders' sizes
-PATHS = ("data_root", "train_images", "train_labels", "val_images", "val_labels", "train_list", "val_list",
-         "sam_weights", "clip_weights", "vocab", "out")    # keys in which ~ is the home folder
 
-TWICE = ("crop_size", "synthetic_size", "scale_range")     # of which 480 means 480, 480
-CUSTOM = ("train_images", "train_labels", "val_images", "val_labels", "train_list", "val_list", "classes", "palette",
-          "flip_pairs")                                    # what the published data sets know by themselves
-
-# What each number may be, ends included: more than anybody needs, less than what memory or a counter cannot hold.
-RANGES = (
-    (1, 16_384, "base_size synthetic_size sam_dim sam_heads sam_window sam_grid clip_dim clip_heads clip_grid "
-                "clip_embed text_dim text_heads ftm_tokens prior_dim deform_heads deform_points head_dim aux_dim"),
-    (32, 16_384, "crop_size"),
-    (1, 1_000, "sam_depth clip_depth text_depth"),
-    (0, 999, "clip_taps workers"),
-    (4, 5, "srm_sites"),
-    (1, 1_000_000_000, "synthetic_train synthetic_val log_every eval_every save_every"),
-    (0, 1_000_000_000, "iters warmup_iters"),
-    (1, 4_096, "batch_size accum_steps loss_group"),
-    (0, 2**31 - 3, "seed"),                                # the next two seeds draw validation and demo figures
-    (0.01, 16, "scale_range tta_scales srm_ratio ftm_ratio deform_ratio cffn_ratio"),
-    (0, 1, "flip_prob max_class_share"),
-    (0, 0.999, "drop_path head_dropout"),                  # what is left is divided by 1 - p
-    (0, 0.999_999, "betas"),
-    (1e-12, 1_000_000, "lr"),
-    (0, 1_000_000, "patch_embed_lr_mult warmup_ratio poly_power weight_decay lovasz_weight aux_weight rho_init "
-                   "sim_scale"),
-)
+# Types with their range, both ends included, or with the words that are allowed.
+Count = Annotated[int, 1, 1_000_000_000]
+Iterations = Annotated[int, 0, 1_000_000_000]
+Width = Annotated[int, 1, 16_384]
+Pixels = Annotated[int, 32, 16_384]
+Images = Annotated[int, 1, 4_096]
+Block = Annotated[int, 0, 999]
+Scale = Annotated[float, 0.01, 16]
+Share = Annotated[float, 0, 1]
+Dropout = Annotated[float, 0, 0.999]                       # survivors are scaled by 1 / (1 - p)
+Beta = Annotated[float, 0, 0.999_999]
+Weight = Annotated[float, 0, 1_000_000]
+Place = Annotated[str, "path"]                             # ~ is expanded
 
 
 @dataclass(frozen=True)
 class Config:
     # data (§4.1, §4.2)
-    dataset: str = "synthetic"                             # lip | cihp | ppp | synthetic | custom
-    data_root: str = ""                                    # folder of the data set (unused by synthetic)
-    train_images: str = "images/train"                     # the next six: custom only, below data_root
-    train_labels: str = "labels/train"
-    val_images: str = "images/val"
-    val_labels: str = "labels/val"
-    train_list: str = ""                                   # a text file of names, one a line; "": every photo of the folder
-    val_list: str = ""
-    classes: tuple[str, ...] = ()                          # custom only: names, label 0 first
-    palette: tuple[tuple[int, int, int], ...] = ()         # custom only: RGB per class; (): distinct colours are made
-    flip_pairs: tuple[tuple[int, int], ...] = ()           # custom only: labels that change places in a mirror
-    synthetic_size: tuple[int, int] = (480, 480)           # synthetic only: height, width in pixels
-    synthetic_train: int = 100_000                         # synthetic only: figures; drawn when asked for, so the number is free
-    synthetic_val: int = 200
-    crop_size: tuple[int, int] = (480, 480)                # §4.2: height, width of a training sample
-    base_size: int = 480                                   # ours: long side of a photo at scale 1, in training and testing
-    scale_range: tuple[float, float] = (0.5, 2.0)          # §4.2
-    max_class_share: float = 0.75                          # mmsegmentation: crop again while one class fills more than this
+    dataset: Annotated[str, "lip", "cihp", "ppp", "synthetic", "custom"] = "synthetic"
+    data_root: Place = ""                                  # folder of the data set (unused by synthetic)
+    train_images: Place = "images/train"                   # the next nine: custom only; folders below data_root
+    train_labels: Place = "labels/train"
+    val_images: Place = "images/val"
+    val_labels: Place = "labels/val"
+    train_list: Place = ""                                 # a text file of names, one per line; "": every photo of the folder
+    val_list: Place = ""
+    classes: tuple[str, ...] = ()                          # names, label 0 first
+    palette: tuple[tuple[int, int, int], ...] = ()         # RGB per class; (): distinct colours are chosen
+    flip_pairs: tuple[tuple[int, int], ...] = ()           # labels swapped by a horizontal flip
+    synthetic_size: tuple[Width, Width] = (480, 480)       # synthetic only: height, width in pixels
+    synthetic_train: Count = 100_000                       # synthetic only: images; generated on the fly, any number works
+    synthetic_val: Count = 200
+    crop_size: tuple[Pixels, Pixels] = (480, 480)          # §4.2: height, width of a training sample
+    base_size: Width = 480                                 # ours: long side of a photo at scale 1, in training and testing
+    scale_range: tuple[Scale, Scale] = (0.5, 2.0)          # §4.2
+    max_class_share: Share = 0.75                          # mmsegmentation: crop again while one class fills more than this
     photometric: bool = True                               # §4.2: photometric distortion
-    flip_prob: float = 0.5                                 # §4.2: random left-right flipping
-    workers: int = 4                                       # loader processes per training process
+    flip_prob: Share = 0.5                                 # §4.2: random left-right flipping
+    workers: Block = 4                                     # loader processes per training process
 
     # network (§3, §4.2)
-    backbone: str = "sam"                                  # sam | clip: "CLIP alone" is row 1 of Table 6
+    backbone: Annotated[str, "sam", "clip"] = "sam"        # "CLIP alone" is row 1 of Table 6
     srm: bool = True                                       # Eqs. 1, 2, 4 (rows 3 and 4 of Table 6)
     ftm: bool = True                                       # Eqs. 5, 6 (row 4 of Table 6)
-    sam_weights: str = "weights/sam_vit_l_0b3195.pth"      # §4.2; "": random weights
-    clip_weights: str = "weights/ViT-B-16.pt"              # §4.2; "": random weights
-    vocab: str = "weights/bpe_simple_vocab_16e6.txt.gz"    # CLIP's merges; "": bytes, for random weights only
-    freeze: bool = True                                    # §4.3: SAM (but its patch embedding) and CLIP stay as they are
-    # An encoder's size: null is what the weight file has (without a file ViT-L's and ViT-B/16's, §4.2); a number that
-    # the file has otherwise is refused. No file tells CLIP's number of heads: null is OpenAI's, a 64th of the width.
-    sam_dim: int | None = None                             # ViT-L: 1024
-    sam_depth: int | None = None                           # 24
-    sam_heads: int | None = None                           # 16
-    sam_window: int | None = None                          # 14
-    sam_grid: int | None = None                            # side of the absolute position table: 64, a 1024 px image
-    clip_dim: int | None = None                            # ViT-B/16: 768
-    clip_depth: int | None = None                          # 12
-    clip_heads: int | None = None                          # 12
-    clip_grid: int | None = None                           # side of the position table: 14, a 224 px image
-    clip_embed: int | None = None                          # width of f_cls and f_txt: 512
-    text_dim: int | None = None                            # 512
-    text_depth: int | None = None                          # 12
-    text_heads: int | None = None                          # 8
-    clip_taps: tuple[int, ...] = (3, 5, 7, 11)             # §3.1, 0-based: DenseCLIP's indices, block 11 is the last
+    sam: str = "vit_l"                                     # §4.2; a name in sam_vit.SIZES
+    clip: str = "vit_b16"                                  # §4.2; a name in clip_vit.SIZES
+    sam_weights: Place = "weights/sam_vit_l_0b3195.pth"    # §4.2; "": random weights
+    clip_weights: Place = "weights/ViT-B-16.pt"            # §4.2; "": random weights
+    vocab: Place = "weights/bpe_simple_vocab_16e6.txt.gz"  # CLIP's merges; "": bytes, for random weights only
+    freeze: bool = True                                    # §4.3: SAM (except its patch embedding) and CLIP are frozen
+    clip_taps: tuple[Block, ...] = (3, 5, 7, 11)           # §3.1, 0-based: DenseCLIP's indices, block 11 is the last
     prompt: str = "a photo of a {class}."                  # ours: the paper has "a text prompt T from labels"
-    sim_scale: float | None = None                         # Eq. 1; null: CLIP's learned scale (100); 1.0: as printed
-    srm_sites: int = 5                                     # Eq. 2: i in 1..5; 4 leaves out the one after the last layer
-    srm_ratio: float = 0.25                                # Eq. 4's bottleneck; ours: ViT-Adapter's FFN ratio
-    ftm_tokens: int = 100                                  # m of Eq. 5; Rein
-    ftm_ratio: float = 0.25                                # Eq. 6's bottleneck; ours: as srm_ratio
+    sim_scale: Weight | None = None                        # Eq. 1; null: CLIP's learned scale (100); 1.0: as printed
+    srm_sites: Annotated[int, 4, 5] = 5                    # Eq. 2: i in 1..5; 4 leaves out the one after the last layer
+    srm_ratio: Scale = 0.25                                # Eq. 4's bottleneck; ours: ViT-Adapter's FFN ratio
+    ftm_tokens: Width = 100                                # m of Eq. 5; Rein
+    ftm_ratio: Scale = 0.25                                # Eq. 6's bottleneck; ours: as srm_ratio
     ftm_scale_logits: bool = False                         # Eq. 5 prints no 1/sqrt(C); Rein has it
-    ftm_residual: str = "f'"                               # Eq. 6: Rein's; "f" as printed, by which tokens hardly learn
-    rho_init: float = 1e-3                                 # Eq. 5: "begins from a very small value"; Rein
-    prior_dim: int = 64                                    # ViT-Adapter-L: spatial prior's first width
-    deform_heads: int = 16                                 # ViT-Adapter-L
-    deform_points: int = 4                                 # ViT-Adapter-L
-    deform_ratio: float = 0.5                              # ViT-Adapter-L
-    cffn_ratio: float = 0.25                               # ViT-Adapter-L
-    drop_path: float = 0.3                                 # ViT-Adapter's BEiT-L: in the extractors' FFN only
-    head_dim: int = 512                                    # UperNet of ViT-Adapter's AugReg-L, Uni-Perceiver-L
-    aux_dim: int = 256                                     # UperNet's auxiliary FCN head
-    head_dropout: float = 0.1                              # mmsegmentation
+    ftm_residual: Annotated[str, "f", "f'"] = "f'"         # Eq. 6: Rein's; "f": as printed; the tokens then barely train
+    rho_init: Weight = 1e-3                                # Eq. 5: "begins from a very small value"; Rein
+    prior_dim: Width = 64                                  # ViT-Adapter-L: spatial prior's first width
+    deform_heads: Width = 16                               # ViT-Adapter-L
+    deform_points: Width = 4                               # ViT-Adapter-L
+    deform_ratio: Scale = 0.5                              # ViT-Adapter-L
+    cffn_ratio: Scale = 0.25                               # ViT-Adapter-L
+    drop_path: Dropout = 0.3                               # ViT-Adapter's BEiT-L: in the extractors' FFN only
+    head_dim: Width = 512                                  # UperNet of ViT-Adapter's AugReg-L, Uni-Perceiver-L
+    aux_dim: Width = 256                                   # UperNet's auxiliary FCN head
+    head_dropout: Dropout = 0.1                            # mmsegmentation
 
     # optimisation (§4.3, §4.5)
-    iters: int = 60_000                                    # §4.3: LIP 60k, PPP 30k, CIHP 80k; 0: a dry run
-    batch_size: int = 16                                   # §4.3: the total over all processes and accumulation steps
-    accum_steps: int = 1                                   # micro-batches per step, for fewer or smaller GPUs
-    loss_group: int = 4                                    # images per loss: the authors' 16 on 4 GPUs; keeps the loss
+    iters: Iterations = 60_000                             # §4.3: LIP 60k, PPP 30k, CIHP 80k; 0: a dry run
+    batch_size: Images = 16                                # §4.3: the total over all processes and accumulation steps
+    accum_steps: Images = 1                                # micro-batches per step, for fewer or smaller GPUs
+    loss_group: Images = 4                                 # images per loss: the authors' 16 on 4 GPUs; keeps the loss
     #                                                        the same for any number of processes and accumulation steps
-    lr: float = 6e-4                                       # §4.3
-    patch_embed_lr_mult: float = 1.0                       # ours: the paper names one rate
-    warmup_iters: int = 1500                               # §4.3
-    warmup_ratio: float = 1e-5                             # §4.3
-    poly_power: float = 1.0                                # ViT-Adapter
-    betas: tuple[float, float] = (0.9, 0.999)              # ViT-Adapter
-    weight_decay: float = 0.05                             # ViT-Adapter
-    lovasz_weight: float = 1.0                             # §4.5 "mIoU loss"; weight: CDGNet, by the same first author
-    aux_weight: float = 0.4                                # UperNet's auxiliary loss; 0: no auxiliary head
-    precision: str = "bf16"                                # bf16 | fp16 | fp32
+    lr: Annotated[float, 1e-12, 1_000_000] = 6e-4          # §4.3
+    patch_embed_lr_mult: Weight = 1.0                      # ours: the paper names one rate
+    warmup_iters: Iterations = 1500                        # §4.3
+    warmup_ratio: Weight = 1e-5                            # §4.3
+    poly_power: Weight = 1.0                               # ViT-Adapter
+    betas: tuple[Beta, Beta] = (0.9, 0.999)                # ViT-Adapter
+    weight_decay: Weight = 0.05                            # ViT-Adapter
+    lovasz_weight: Weight = 1.0                            # §4.5 "mIoU loss"; weight: CDGNet, by the same first author
+    aux_weight: Weight = 0.4                               # UperNet's auxiliary loss; 0: no auxiliary head
+    precision: Annotated[str, "bf16", "fp16", "fp32"] = "bf16"
     checkpointing: bool = False                            # recompute the encoder layers in the backward pass: less memory
     sync_bn: bool = True                                   # ViT-Adapter: BatchNorm over all GPUs (no effect on a CPU)
-    seed: int = 0
+    seed: Annotated[int, 0, 2**31 - 3] = 0                 # the next two seeds draw validation and demo images
 
     # the run
-    out: str = ""                                          # folder of the run; "": runs/<name of the config file>
-    log_every: int = 50                                    # iterations
-    eval_every: int = 5_000
-    save_every: int = 1_000
+    out: Place = ""                                        # folder of the run; "": runs/<name of the config file>
+    log_every: Count = 50                                  # iterations
+    eval_every: Count = 5_000
+    save_every: Count = 1_000
 
     # inference (§4.4)
-    tta_scales: tuple[float, ...] = (0.75, 1.0, 1.25, 1.5)
+    tta_scales: tuple[Scale, ...] = (0.75, 1.0, 1.25, 1.5)
 
     def __post_init__(self):
         _check(self)
 
 
+TYPES = typing.get_type_hints(Config, include_extras=True)
+PAIRED = ("crop_size", "synthetic_size", "scale_range")    # a single number is repeated: 480 -> (480, 480)
+CUSTOM = ("train_images", "train_labels", "val_images", "val_labels", "train_list", "val_list", "classes", "palette",
+          "flip_pairs")                                    # known for the published data sets
+
+# Keys that may change on resume: paths, intervals, how the work is split.
+RESUMABLE = {"data_root", "sam_weights", "clip_weights", "vocab", "workers", "log_every", "eval_every", "save_every", "out",
+             "checkpointing", "tta_scales", "accum_steps"}
+# Keys that may be overridden for a trained network: paths, data, computation. Its weights fix all others.
+OVERRIDABLE = {*CUSTOM, "dataset", "data_root", "synthetic_size", "synthetic_train", "synthetic_val", "crop_size",
+               "base_size", "workers", "sam_weights", "clip_weights", "vocab", "ftm_residual", "ftm_scale_logits",
+               "srm_sites", "precision", "tta_scales"}
+
+
+def _check(cfg: Config):
+    """Ranges, and the combinations that would make a later step fail."""
+    def need(ok, message):
+        if not ok:
+            raise UserError(message)
+
+    for key, kind in TYPES.items():
+        _check_range(getattr(cfg, key), kind, key)
+    need(cfg.iters == 0 or cfg.iters > cfg.warmup_iters,
+         f"iters ({cfg.iters}) must be more than warmup_iters ({cfg.warmup_iters})")
+    for side in cfg.crop_size:
+        need(side % 32 == 0, f"crop_size must be multiples of 32 (the adapter's pyramid), not {cfg.crop_size}")
+    need(cfg.scale_range[0] <= cfg.scale_range[1], f"scale_range must be rising, not {cfg.scale_range}")
+    need(cfg.tta_scales, "tta_scales must name at least one scale")
+    need(len(cfg.clip_taps) == 4 and sorted(set(cfg.clip_taps)) == list(cfg.clip_taps),
+         f"clip_taps must be four rising block numbers, not {cfg.clip_taps}")
+    need(cfg.backbone == "sam" or not cfg.srm, "srm needs backbone: sam (it adds CLIP's features to SAM's)")
+    need("{class}" in cfg.prompt, f"prompt must contain {{class}}, it is {cfg.prompt!r}")
+
+
+def _check_range(value, kind, key: str):
+    """That `value`, and each element of a tuple, is within its type's range or among its words."""
+    kind, limits = _parts(kind)
+    if isinstance(value, tuple):
+        for n, element in enumerate(value):
+            _check_range(element, kind[0 if kind[-1] is Ellipsis else n], key)
+    elif limits and kind is str and limits != ("path",) and value not in limits:
+        raise UserError(f"{key} must be one of {', '.join(limits)}, not {value!r}")
+    elif limits and kind is not str and value is not None and not limits[0] <= value <= limits[1]:
+        raise UserError(f"{key} must be between {limits[0]:,} and {limits[1]:,}, not {value}")
+
+
+def _parts(kind) -> tuple:
+    """(type, limits) of a field's type: Annotated[int, 1, 9] -> (int, (1, 9)); of a tuple the types of its elements."""
+    if typing.get_origin(kind) is typing.Union:            # Weight | None
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is Annotated:
+        return typing.get_args(kind)[0], kind.__metadata__
+    return (typing.get_args(kind) if typing.get_origin(kind) is tuple else kind), ()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# reading
+
 def user_path(path: str | Path) -> Path:
-    """A path as people write it: a shell knows ~ at the start of a word, but not in `--out=~/x` or a config file."""
+    """`path` with ~ expanded: the shell does that only at the start of a word, not in `--out=~/x` or a config file."""
     return Path(os.path.expanduser(path))
 
 
@@ -197,60 +226,67 @@ def from_dict(values: dict, source: str) -> Config:
 
 def _typed(values: dict, source: str) -> dict:
     """Plain values as the fields' types."""
-    fields = {field.name: field.type for field in dataclasses.fields(Config)}
     checked = {}
     for key, value in values.items():
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
+        if key not in TYPES:
+            near = difflib.get_close_matches(str(key), TYPES, n=1)
             raise UserError(f"{source}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
-        if key in TWICE and type(value) in (int, float):
+        if key in PAIRED and type(value) in (int, float):
             value = [value, value]
-        checked[key] = _coerce(value, fields[key], f"{source}: {key}")
-        if key in PATHS:
+        checked[key] = _coerce(value, TYPES[key], f"{source}: {key}")
+        if TYPES[key] == Place:
             checked[key] = os.path.expanduser(checked[key])
     return checked
 
 
-def to_yaml(cfg: Config) -> str:
-    """The whole configuration as YAML, in the order of the dataclass; `load_config` reads it back."""
-    plain = {key: _plain(value) for key, value in dataclasses.asdict(cfg).items()}
-    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=120)
+def _coerce(value, kind, where: str):
+    """`value` as the field's type. PyYAML reads `6e-4` as a string and `off` as False: the first is a float here."""
+    if value is None and typing.get_origin(kind) is typing.Union:
+        return None
+    kind, _ = _parts(kind)
+    if isinstance(kind, tuple):
+        return _coerce_tuple(value, kind, where)
+    if kind is float and type(value) in (int, str):
+        try:
+            value = float(value)
+        except (ValueError, OverflowError):
+            pass
+    if type(value) is not kind or kind is float and not math.isfinite(value):        # exact type: bool is not int
+        name = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}[kind.__name__]
+        raise UserError(f"{where} must be {name}, not {value!r}")
+    return value
 
 
-def to_overrides(cfg: Config) -> dict[str, str]:
-    """{key: text}, the whole configuration as it can be given on a command line."""
-    return {key: "null" if value is None else str(_plain(value)) for key, value in dataclasses.asdict(cfg).items()}
-
-
-def _plain(value):
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+def _coerce_tuple(value, kinds: tuple, where: str):
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{where} must be a list, not {value!r}")
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(value)
+    if len(value) != len(kinds):
+        raise UserError(f"{where} must have {len(kinds)} values, not {len(value)}")
+    return tuple(_coerce(v, kind, f"{where}[{n}]") for n, (v, kind) in enumerate(zip(value, kinds)))
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which no key may stand twice: of two the last would win without a word."""
+    """SafeLoader that rejects duplicate keys (PyYAML silently keeps the last)."""
 
     def construct_mapping(self, node, deep=False):
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for n, key in enumerate(keys):
             if key.value in [other.value for other in keys[:n]]:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path, what: str, ready: str):
-    """The content of a YAML file, whose kind is `what`; `ready` is the folder of those that come with SCHNet."""
+    """The content of a YAML file. `what` names the kind of file in errors, `ready` the folder with the shipped ones."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such {what} (the ready ones are in {ready}/)") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, not a {what}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        with reading(path, what, f" (the ready ones are in {ready}/)"):
+            return yaml.load(path.read_text(encoding="utf-8"), Loader)
     except yaml.MarkedYAMLError as error:
         raise UserError(f"{path}: not valid YAML, line {error.problem_mark.line + 1}: {error.problem}") from None
-    except yaml.YAMLError:
-        raise UserError(f"{path}: not valid YAML") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML ({type(error).__name__})") from None
 
 
 def _read_config(path: Path) -> dict:
@@ -260,76 +296,14 @@ def _read_config(path: Path) -> dict:
     return values or {}
 
 
-def _coerce(value, kind, where: str):
-    """`value` as the field's type. PyYAML reads `6e-4` as a string and `off` as False: the first is a float here."""
-    if isinstance(kind, types.UnionType):                  # float | None
-        return None if value is None else _coerce(value, typing.get_args(kind)[0], where)
-    if typing.get_origin(kind) is tuple:
-        return _coerce_tuple(value, typing.get_args(kind), where)
-    if kind is float and type(value) in (int, str):
-        try:
-            value = float(value)
-        except (ValueError, OverflowError):
-            pass
-    if type(value) is not kind or kind is float and not math.isfinite(value):        # exact: True is no int
-        raise UserError(f"{where} must be {_article(kind.__name__)}, not {value!r}")
-    return value
+# ----------------------------------------------------------------------------------------------------------------------
+# writing
+
+def to_yaml(cfg: Config) -> str:
+    """The complete configuration as YAML, in the order of the dataclass; `load_config` reads it back."""
+    plain = {key: _plain(value) for key, value in dataclasses.asdict(cfg).items()}
+    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=120)
 
 
-def _coerce_tuple(value, kinds, where: str):
-    if not isinstance(value, (list, tuple)):
-        raise UserError(f"{where} must be a list, not {value!r}")
-    if kinds[-1] is Ellipsis:
-        return tuple(_coerce(v, kinds[0], f"{where}[{n}]") for n, v in enumerate(value))
-    if len(value) != len(kinds):
-        raise UserError(f"{where} must have {len(kinds)} values, not {len(value)}")
-    return tuple(_coerce(v, kind, f"{where}[{n}]") for n, (v, kind) in enumerate(zip(value, kinds)))
-
-
-def _article(kind: str) -> str:
-    return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}[kind]
-
-
-def _check(cfg: Config):
-    """What single fields and their combinations must satisfy, said in words: nothing built later may fail for them."""
-    def need(ok, message):
-        if not ok:
-            raise UserError(message)
-
-    def one_of(key, allowed):
-        need(getattr(cfg, key) in allowed, f"{key} must be one of {', '.join(allowed)}, not {getattr(cfg, key)!r}")
-
-    one_of("dataset", DATASETS)
-    one_of("backbone", ("sam", "clip"))
-    one_of("precision", ("bf16", "fp16", "fp32"))
-    one_of("ftm_residual", ("f", "f'"))
-    for low, high, keys in RANGES:
-        for key in keys.split():
-            value = getattr(cfg, key)
-            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-            need(all(low <= number <= high for number in numbers),
-                 f"{key} must be between {low:,} and {high:,}, not {value}")
-    need(cfg.iters == 0 or cfg.iters > cfg.warmup_iters,
-         f"iters ({cfg.iters}) must be more than warmup_iters ({cfg.warmup_iters})")
-    for side in cfg.crop_size:
-        need(side % 32 == 0, f"crop_size must be multiples of 32 (the adapter's pyramid), not {cfg.crop_size}")
-    need(cfg.scale_range[0] <= cfg.scale_range[1], f"scale_range must rise, not {cfg.scale_range}")
-    need(cfg.tta_scales, "tta_scales must name at least one scale")
-    need(cfg.batch_size % cfg.accum_steps == 0,
-         f"batch_size ({cfg.batch_size}) must be a multiple of accum_steps ({cfg.accum_steps})")
-    need(cfg.batch_size >= 2 * cfg.accum_steps, f"batch_size ({cfg.batch_size}) must be at least 2 for each of "
-         f"accum_steps ({cfg.accum_steps}): BatchNorm cannot be trained on one image")
-    need((cfg.sam_depth or 4) % 4 == 0, f"sam_depth must be a multiple of 4 (four stages), not {cfg.sam_depth}")
-    for dim, heads in (("sam_dim", "sam_heads"), ("clip_dim", "clip_heads"), ("text_dim", "text_heads")):
-        width, count = getattr(cfg, dim), getattr(cfg, heads)
-        need(not (width and count) or width % count == 0, f"{dim} ({width}) must be a multiple of {heads} ({count})")
-    encoder = "sam_dim" if cfg.backbone == "sam" else "clip_dim"
-    if width := getattr(cfg, encoder):                     # null: checked again when the weight file has told it
-        deform = int(width * cfg.deform_ratio)
-        need(deform and deform % cfg.deform_heads == 0, f"deform_ratio ({cfg.deform_ratio}) of {encoder} ({width}) must "
-             f"be a multiple of deform_heads ({cfg.deform_heads}), it is {deform}")
-        need(int(width * cfg.cffn_ratio), f"cffn_ratio ({cfg.cffn_ratio}) of {encoder} ({width}) must be at least 1")
-    need(len(cfg.clip_taps) == 4 and sorted(set(cfg.clip_taps)) == list(cfg.clip_taps),
-         f"clip_taps must be four rising block numbers, not {cfg.clip_taps}")
-    need(cfg.backbone == "sam" or not cfg.srm, "srm needs backbone: sam (it adds CLIP's features to SAM's)")
-    need("{class}" in cfg.prompt, f"prompt must contain {{class}}, it is {cfg.prompt!r}")
+def _plain(value):
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value

@@ -1,12 +1,12 @@
-"""Data sets (§4.1): label sets, splits, the training loader, the check of a data set on disk.
+"""Data sets (§4.1): splits, the training loader, the check of a data set on disk.
 
     python datasets.py --cfg configs/cihp.yaml             # counts, sizes, every fault by file, sheets to look at
 
     pairs = open_split(cfg, "train")                       # len(pairs), pairs.read(i), pairs.name(i)
-    for image, label, names in train_loader(cfg, pairs):   # uint8 (b, 3, h, w), uint8 (b, h, w), without end
+    for image, label, names in train_loader(cfg, pairs):   # uint8 (b, 3, h, w), uint8 (b, h, w), endless
 
-Photos are RGB uint8 (H, W, 3), labels uint8 (H, W): the class number, or 255 for pixels that do not count. Where the
-files lie and how they are read: files/; what is done to a training sample: augment.py.
+Photos are RGB uint8 (H, W, 3), labels uint8 (H, W): the class number, or 255 for pixels that do not count. Label sets,
+file layouts and readers: files/; augmentation: augment.py.
 """
 
 import argparse
@@ -15,87 +15,26 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from augment import augment
-from config import IGNORE, Config, load_config, user_path
-from engine.errors import UserError, run_program
-from engine.workers import start_worker, watched
-from files.images import doubt, read_label, read_photo_of
+from config import Config, load_config, user_path
+from engine.workers import STALLED, start_worker, watched
+from errors import UserError, run_program
+from files.images import read_label, read_photo_of
+from files.labels import LABEL_SETS, LabelSet, label_set, label_warning
 from files.layouts import Place, find_split, match_files
 from synthetic.draw import draw
 
-# ----------------------------------------------------------------------------------------------------------------------
-# label sets
-
-@dataclass(frozen=True)
-class LabelSet:
-    name: str
-    classes: tuple[str, ...]                               # label 0 first
-    palette: tuple[tuple[int, int, int], ...]              # RGB
-    flip_pairs: tuple[tuple[int, int], ...]                # labels that change places in a mirror
-
-    def __post_init__(self):
-        def need(ok: bool, message: str):
-            if not ok:
-                raise UserError(f"data set {self.name}: {message}")
-
-        count, swapped = len(self.classes), [label for pair in self.flip_pairs for label in pair]
-        need(count > 0, "classes must be a list of names, label 0 first")
-        need(count <= IGNORE, f"classes: at most {IGNORE}, label {IGNORE} means ignore")
-        need(len(set(self.classes)) == count, "classes: a name stands there twice")
-        need(len(self.palette) == count, f"palette has {len(self.palette)} colours for {count} classes")
-        need(len(set(self.palette)) == count, "palette: a colour stands there twice")
-        need(all(0 <= v <= 255 for colour in self.palette for v in colour), "palette: colours are 0 to 255")
-        need(len(set(swapped)) == len(swapped), "flip_pairs: a label stands there twice")
-        need(all(0 <= label < count for label in swapped), "flip_pairs: a label outside the class list")
-
-
-_LIP_CLASSES = ("Background", "Hat", "Hair", "Glove", "Sunglasses", "Upper-clothes", "Dress", "Coat", "Socks", "Pants",
-                "Jumpsuits", "Scarf", "Skirt", "Face", "Left-arm", "Right-arm", "Left-leg", "Right-leg", "Left-shoe",
-                "Right-shoe")
-_CIHP_CLASSES = _LIP_CLASSES[:10] + ("Torso-skin",) + _LIP_CLASSES[11:]    # the one difference, often got wrong
-_LIP_PALETTE = ((0, 0, 0), (128, 0, 0), (255, 0, 0), (0, 85, 0), (170, 0, 51), (255, 85, 0), (0, 0, 85), (0, 119, 221),
-                (85, 85, 0), (0, 85, 85), (85, 51, 0), (52, 86, 128), (0, 128, 0), (0, 0, 255), (51, 170, 221),
-                (0, 255, 255), (85, 255, 170), (170, 255, 85), (255, 255, 0), (255, 170, 0))    # of the sets' authors
-_LEFT_RIGHT = ((14, 15), (16, 17), (18, 19))
-
-LABEL_SETS = {
-    "lip": LabelSet("lip", _LIP_CLASSES, _LIP_PALETTE, _LEFT_RIGHT),
-    "cihp": LabelSet("cihp", _CIHP_CLASSES, _LIP_PALETTE, _LEFT_RIGHT),
-    "ppp": LabelSet("ppp", ("Background", "Head", "Torso", "Upper-arms", "Lower-arms", "Upper-legs", "Lower-legs"),
-                    ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128)),
-                    ()),                                   # the palette its PNGs carry; both sides share a label
-}
-
-
-def label_set(cfg: Config) -> LabelSet:
-    """The classes of a configuration."""
-    if cfg.dataset == "custom":
-        return LabelSet("custom", cfg.classes, cfg.palette or distinct_colours(len(cfg.classes)), cfg.flip_pairs)
-    if cfg.dataset == "synthetic":
-        return replace(LABEL_SETS["lip"], name="synthetic")              # LIP's classes, but no photo of LIP
-    return LABEL_SETS[cfg.dataset]
-
-
-def distinct_colours(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Black, then each time the colour farthest (in CIELAB) from all chosen before."""
-    levels = np.linspace(0, 1, 9, dtype=np.float32)
-    rgb = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 1, 3)
-    lab = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB).reshape(-1, 3)
-    chosen, distance = [0], np.linalg.norm(lab - lab[0], axis=1)
-    while len(chosen) < count:
-        chosen.append(int(distance.argmax()))
-        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
-    return tuple(tuple(int(v) for v in colour) for colour in (rgb[chosen, 0] * 255).round())
-
+__all__ = ["LABEL_SETS", "LabelSet", "label_set"]          # from files/labels.py
 
 # ----------------------------------------------------------------------------------------------------------------------
 # splits
@@ -113,23 +52,23 @@ class PairSet:
         return self.pairs[i][0]
 
     def paths(self, i: int) -> tuple[Path, Path]:
-        """Of the photo and of its label."""
+        """Paths of the photo and of its label."""
         return self.pairs[i][1:]
 
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        photo, label = self.paths(i)
-        numbers = read_label(label, self.num_classes)
-        return read_photo_of(numbers, photo, label), numbers
+        photo_path, label_path = self.paths(i)
+        label = read_label(label_path, self.num_classes)
+        return read_photo_of(label, photo_path, label_path), label
 
 
 class DrawnSet:
-    """The synthetic data set: figures drawn when first asked for. All runs are scored on the same ones.
+    """The synthetic data set: people drawn on first use. All runs are scored on the same ones.
 
-    Drawing costs more than reading a small JPEG, so what was drawn is kept in memory, up to KEPT_BYTES per process.
+    Drawing costs more than reading a small JPEG, so drawings are kept in memory, up to KEPT_BYTES per process.
     """
 
     KEPT_BYTES = 512 << 20
-    place = None                                           # it lies in no folder
+    place = None                                           # not on disk
 
     def __init__(self, cfg: Config, split: str):
         self.drawn = {}
@@ -165,30 +104,30 @@ def open_split(cfg: Config, split: str) -> PairSet | DrawnSet:
 
 
 def fingerprint(pairs: PairSet | DrawnSet) -> str:
-    """Of the names of a split, in their order: where it is the same, the same numbers mean the same samples."""
+    """Number and hash of a split's names in order: where it is equal, index i is the same sample."""
     digest = hashlib.sha256()
     for i in range(len(pairs)):
         digest.update(os.fsencode(pairs.name(i)) + b"\n")
     return f"{len(pairs)} {digest.hexdigest()}"
 
 
-def doubtful_labels(pairs: PairSet | DrawnSet, classes: Sequence[str], looked_at: int = 100) -> str:
-    """What is strange about the labels of a split, judged by some of them; "" if nothing is."""
+def sample_warning(pairs: PairSet | DrawnSet, classes: Sequence[str], count: int = 100) -> str:
+    """A warning if the labels of a split look wrong, judged from `count` of them; "" if they do not."""
     if pairs.place is None:                                # drawn
         return ""
-    chosen = np.unique(np.linspace(0, len(pairs) - 1, looked_at).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(pairs) - 1, count).round().astype(int))
     counts = sum(np.bincount(read_label(pairs.paths(i)[1], len(classes)).ravel(), minlength=256) for i in chosen)
-    strange = doubt(counts, classes)
-    return strange and f"{pairs.place.labels}: in {len(chosen)} labels looked at, {strange}; python datasets.py says more"
+    warning = label_warning(counts, classes)
+    return warning and f"{pairs.place.labels}: of {len(chosen)} labels, {warning}; run python datasets.py for details"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# training: samples without end, the same for any number of processes and workers
+# training: endless samples, the same for any number of processes and workers
 
 class BatchOrder:
-    """Which sample stands where: endless micro-batches, lists of (index, iteration, slot), fixed by the seed.
+    """Which sample comes when: endless micro-batches, lists of (index, iteration, slot), fixed by the seed.
 
-    Batch `iteration` takes positions iteration * batch_size + slot of an endless row of shuffled epochs. However many
+    Batch `iteration` takes positions iteration * batch_size + slot of an endless sequence of shuffled epochs. However many
     processes and accumulation steps share it, it is the same batch in the same order; here 8 images on 2 x 2:
 
         slot         0   1   2   3   4   5   6   7
@@ -220,8 +159,20 @@ def random_numbers(purpose: str, *key: int) -> np.random.Generator:
     return np.random.default_rng((int.from_bytes(purpose.encode(), "big"), *key))
 
 
+@dataclass
+class Batch:
+    """A micro-batch on its way out of a loader process. NumPy arrays cross through a pipe: PyTorch's tensors would need
+    shared memory, of which a container has 64 MB."""
+    image: np.ndarray | Tensor                             # uint8 (b, 3, h, w)
+    label: np.ndarray | Tensor                             # uint8 (b, h, w)
+    names: list[str]
+
+    def pin_memory(self) -> "Batch":                       # DataLoader's thread calls it
+        return Batch(torch.from_numpy(self.image).pin_memory(), torch.from_numpy(self.label).pin_memory(), self.names)
+
+
 class TrainSet(Dataset):
-    """Augmented micro-batches: a list of (index, iteration, slot) gives uint8 (b, 3, h, w), uint8 (b, h, w), names."""
+    """Augmented micro-batches: a list of (index, iteration, slot) gives a `Batch`."""
 
     def __init__(self, pairs: PairSet | DrawnSet, cfg: Config):
         self.pairs, self.cfg, self.flip_pairs = pairs, cfg, label_set(cfg).flip_pairs
@@ -230,27 +181,38 @@ class TrainSet(Dataset):
         rng = random_numbers("augment", self.cfg.seed, iteration, slot)
         return augment(*self.pairs.read(index), self.cfg, self.flip_pairs, rng)
 
-    def __getitem__(self, keys: list[tuple[int, int, int]]):
-        images = torch.empty(len(keys), 3, *self.cfg.crop_size, dtype=torch.uint8)
-        labels = torch.empty(len(keys), *self.cfg.crop_size, dtype=torch.uint8)
+    def names(self, keys: list[tuple[int, int, int]]) -> list[str]:
+        return [self.pairs.name(index) for index, _, _ in keys]
+
+    def __getitem__(self, keys: list[tuple[int, int, int]]) -> Batch | UserError:
+        images = np.empty((len(keys), 3, *self.cfg.crop_size), np.uint8)
+        labels = np.empty((len(keys), *self.cfg.crop_size), np.uint8)
         try:
             for image, label, key in zip(images, labels, keys):
                 rgb, numbers = self.sample(*key)
-                cv2.split(rgb, list(image.numpy()))        # written into `image`, in half the time of a transpose
-                label.copy_(torch.from_numpy(numbers))
-        except UserError as error:                         # handed over as a value: raised in a worker, it would reach
+                cv2.split(rgb, list(image))                # written into `image`, in half the time of a transpose
+                label[:] = numbers
+        except UserError as error:                         # returned, not raised: an exception in a worker would reach
             return error                                   # the user inside that worker's traceback
-        return images, labels, [self.pairs.name(index) for index, _, _ in keys]
+        return Batch(images, labels, self.names(keys))
 
 
-def train_loader(cfg: Config, pairs: PairSet | DrawnSet, rank: int = 0, world: int = 1, start_iter: int = 0):
-    """Endless micro-batches (image uint8 (b, 3, h, w), label uint8 (b, h, w), names) of this process."""
+def train_loader(cfg: Config, pairs: PairSet | DrawnSet, rank: int = 0, world: int = 1,
+                 start_iter: int = 0) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    """Endless micro-batches of this process: image uint8 (b, 3, h, w), label uint8 (b, h, w), names."""
     warnings.filterwarnings("ignore", message="This DataLoader will create")    # how many workers is the user's choice
+    samples, order = TrainSet(pairs, cfg), BatchOrder(len(pairs), cfg, rank, world, start_iter)
     loader = DataLoader(
-        TrainSet(pairs, cfg), batch_size=None, sampler=BatchOrder(len(pairs), cfg, rank, world, start_iter),
-        num_workers=cfg.workers, pin_memory=torch.cuda.is_available(), worker_init_fn=start_worker,
-        generator=torch.Generator())                       # its own: the run's random state must not depend on loaders
-    return watched(loader)
+        samples, batch_size=None, sampler=order, num_workers=cfg.workers, collate_fn=_unchanged,
+        pin_memory=torch.cuda.is_available(), worker_init_fn=start_worker, timeout=STALLED if cfg.workers else 0,
+        generator=torch.Generator())                       # own generator: the global RNG must not depend on the loader
+    expected = map(samples.names, BatchOrder(len(pairs), cfg, rank, world, start_iter))
+    for batch in watched(loader, expected):
+        yield torch.as_tensor(batch.image), torch.as_tensor(batch.label), batch.names
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -258,24 +220,24 @@ def train_loader(cfg: Config, pairs: PairSet | DrawnSet, rank: int = 0, world: i
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check a data set before training on it.")
-    parser.add_argument("--cfg", help="a file of configs/; without it, the drawn data set")
+    parser.add_argument("--cfg", help="a file of configs/; the drawn data set if not given")
     parser.add_argument("--out", type=user_path, help="folder of the contact sheets (<folder of the run>_data)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config")
     args = parser.parse_intermixed_args(argv)
     cfg = load_config(args.cfg, args.overrides)
-    return check(cfg, args.out or Path(f"{Path(cfg.out or f'runs/{cfg.dataset}')}_data"))
+    return check_data(cfg, args.out or Path(f"{Path(cfg.out or f'runs/{cfg.dataset}')}_data"))
 
 
-def check(cfg: Config, out: Path) -> int:
-    """Look at every file of both splits, report, leave contact sheets in `out`; 1 if there is any fault."""
-    from files.check import report  # and with it all that draws: training needs none of it
+def check_data(cfg: Config, out: Path) -> int:
+    """Reads every file of both splits, prints a report, writes contact sheets into `out`; 1 if there is any fault."""
+    from viz.data_check import report  # imports the drawing code, which training does not need
 
-    splits = [look_for(cfg, name) for name in ("train", "val")]
+    splits = [find_pairs(cfg, name) for name in ("train", "val")]
     return report(cfg, label_set(cfg), splits, lambda source, i, slot: TrainSet(source, cfg).sample(i, 0, slot), out)
 
 
-def look_for(cfg: Config, name: str) -> tuple[str, PairSet | DrawnSet | None, list[str]]:
-    """The name of a split, the split with all pairs that are there (None: it is not found), and the faults so far."""
+def find_pairs(cfg: Config, name: str) -> tuple[str, PairSet | DrawnSet | None, list[str]]:
+    """The name of a split, the split with all pairs that were found (None: no folder was), and the faults so far."""
     if cfg.dataset == "synthetic":
         return name, DrawnSet(cfg, name), []
     try:

@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import user_path
-from engine.errors import UserError
+from errors import UserError
 from files.weights import FILES, OTHER_FILES, FileSpec, sha256
 
 TRIES = 5                                                  # in a row without a mebibyte of progress

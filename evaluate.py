@@ -24,12 +24,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import user_path
-from datasets import LabelSet, doubtful_labels, fingerprint, label_set, open_split
-from engine.errors import UserError
+from datasets import DrawnSet, LabelSet, PairSet, fingerprint, label_set, open_split, sample_warning
 from engine.processes import World, run_together
+from engine.workers import read_ahead
+from errors import UserError
 from files import weights
-from files.whole import usable_folder, write_text
-from inference import load_run, predict_labels, read_ahead
+from files.atomic import usable_folder, write_text
+from inference import add_run_options, load_run, predict_labels, tta_views
 from model import SCHNet
 from viz import reports
 
@@ -45,14 +46,14 @@ def confusion_matrix(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
 
 
 def scores(matrix: Tensor) -> dict:
-    """Fractions from a confusion matrix: pixel_acc, mean_acc, miou, and per class iou and acc (nan: it occurs nowhere).
+    """Fractions from a confusion matrix: pixel_acc, mean_acc, miou, and per class iou and acc (nan if absent).
 
     A class that is in neither ground truth nor prediction has no IoU and is left out of the means; on the validation sets of
     LIP, CIHP and PPP all classes occur, so that this agrees with dividing by K.
     """
     matrix = matrix.double()
-    hit, truth, found = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-    iou = hit / (truth + found - hit)                                    # 0 / 0 = nan
+    hit, truth, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    iou = hit / (truth + predicted - hit)                                    # 0 / 0 = nan
     acc = hit / truth
     return {"pixel_acc": (hit.sum() / matrix.sum()).item(), "mean_acc": acc.nanmean().item(),
             "miou": iou.nanmean().item(), "iou": iou.tolist(), "acc": acc.tolist()}
@@ -61,24 +62,23 @@ def scores(matrix: Tensor) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 # evaluation
 
-def evaluate_split(model: SCHNet, pairs, num_classes: int, scales: Sequence[float] = (1.0,),
-                   flip_pairs: Sequence[tuple[int, int]] | None = None, batch: int = 4, world: World | None = None,
+def evaluate_split(model: SCHNet, pairs: PairSet | DrawnSet, num_classes: int, world: World,
+                   scales: Sequence[float] = (1.0,), flip_pairs: Sequence[tuple[int, int]] | None = None, batch: int = 4,
                    progress: bool = False,
                    interrupted: Callable[[], bool] = lambda: False) -> tuple[Tensor, list[tuple[float, int]]]:
     """The confusion matrix (K, K) over a whole set and (mIoU, index) of each image, the same on every process.
 
     Images go through the network in the same batches of `batch` however many processes share the work, each batch on
-    one of them: sharded evaluation is exact. When `interrupted()` becomes true the rest is left out.
+    one of them: sharded evaluation is exact. Stops early when `interrupted()` is true.
     """
-    rank, size = (world.rank, world.size) if world else (0, 1)
     was_training = model.training
     model.eval()
-    chunks = [range(a, min(a + batch, len(pairs))) for a in range(0, len(pairs), batch)][rank::size]
+    chunks = [range(a, min(a + batch, len(pairs))) for a in range(0, len(pairs), batch)][world.rank::world.size]
     order = [i for chunk in chunks for i in chunk]
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     per_image = []
     samples = read_ahead(pairs.read, order, model.cfg.workers)
-    with tqdm(total=len(order) * size, desc="evaluate", unit="image", disable=not progress, leave=False) as bar:
+    with tqdm(total=len(order) * world.size, desc="evaluate", unit="image", disable=not progress, leave=False) as bar:
         for chunk in chunks:
             if interrupted():
                 break
@@ -88,11 +88,10 @@ def evaluate_split(model: SCHNet, pairs, num_classes: int, scales: Sequence[floa
                 counts = confusion_matrix(torch.from_numpy(pred), torch.from_numpy(label), num_classes)
                 matrix += counts
                 per_image.append((scores(counts)["miou"], i))
-            bar.update(len(chunk) * size)
+            bar.update(len(chunk) * world.size)
     model.train(was_training)
-    if world:
-        parts = world.gather((matrix, per_image))
-        matrix, per_image = sum(part[0] for part in parts), [item for part in parts for item in part[1]]
+    parts = world.gather((matrix, per_image))
+    matrix, per_image = sum(part[0] for part in parts), [item for part in parts for item in part[1]]
     return matrix, sorted(per_image, key=lambda item: item[1])
 
 
@@ -101,19 +100,12 @@ def evaluate_split(model: SCHNet, pairs, num_classes: int, scales: Sequence[floa
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", "--checkpoint", help="folder of a run, or a checkpoint; the newest run if not given. "
-                        "Under torchrun, which has options that begin with --run, only --checkpoint")
-    parser.add_argument("--tta", action="store_true", help="average over scales and flips (§4.4)")
+    add_run_options(parser, batch=4)
     parser.add_argument("--split", choices=("val", "train"), default="val")
-    parser.add_argument("--batch", type=int, default=4, help="photos at a time per process (4)")
-    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ...; the GPU if there is one")
     parser.add_argument("--out", type=user_path,
                         help="folder of the results; evaluation[_tta][_train] in the run's if not given")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run's config")
-    args = parser.parse_intermixed_args(argv)
-    if args.batch < 1:
-        parser.error("--batch must be at least 1")
-    return args
+    return parser.parse_intermixed_args(argv)
 
 
 def open_labelled(model: SCHNet, labels: LabelSet, path: Path, split: str):
@@ -127,23 +119,23 @@ def open_labelled(model: SCHNet, labels: LabelSet, path: Path, split: str):
 
 
 def run(args: argparse.Namespace, world: World):
-    with world.together():
+    with world.all_or_none():
         model, labels, path = load_run(args.run, args.overrides, world.device)
-        sha256 = weights.sha256(path)                                    # of what is scored: a run may be under way
+        sha256 = weights.sha256(path)                                    # of the scored file: training may still be running
         pairs = open_labelled(model, labels, path, args.split)
-        strange = doubtful_labels(pairs, labels.classes) if world.main else ""
+        warning = sample_warning(pairs, labels.classes) if world.main else ""
         folder = args.out or path.parent / ("evaluation" + "_tta" * args.tta + "_train" * (args.split == "train"))
         if world.main:
             usable_folder(folder)
-    world.agree(sha256, "checkpoint")
-    world.agree(fingerprint(pairs), f"{args.split} split")
+    world.check_same(sha256, "checkpoint")
+    world.check_same(fingerprint(pairs), f"{args.split} split")
     labels = dataclasses.replace(labels, name=model.cfg.dataset)         # what is scored, not what was trained on
-    scales, flip_pairs = (model.cfg.tta_scales, labels.flip_pairs) if args.tta else ((1.0,), None)
+    scales, flip_pairs = tta_views(model.cfg, labels.flip_pairs, args.tta)
     how = f"scales {' '.join(map(str, scales))} and flips" if args.tta else "single scale"
-    world.say(f"{path}: {len(pairs)} images of {labels.name} {args.split}, {how}"
-              + (f"\nwarning: {strange}" if strange else ""))
+    world.print0(f"{path}: {len(pairs)} images of {labels.name} {args.split}, {how}"
+              + (f"\nwarning: {warning}" if warning else ""))
     start = time.monotonic()
-    matrix, per_image = evaluate_split(model, pairs, len(labels.classes), scales, flip_pairs, args.batch, world,
+    matrix, per_image = evaluate_split(model, pairs, len(labels.classes), world, scales, flip_pairs, args.batch,
                                        progress=world.main)
     seconds = (time.monotonic() - start) / len(pairs)
     if not world.main:

@@ -39,7 +39,7 @@ from torch import Tensor
 from augment import MEAN_COLOUR
 from config import user_path
 from datasets import LabelSet
-from engine.errors import UserError, run_program
+from errors import UserError, run_program
 from files import weights
 from inference import load_run
 from synthetic.draw import draw

@@ -1,14 +1,15 @@
-"""The same functions, faster. Their plain forms stand in the files that are read beside the paper.
+"""Faster versions of plain functions elsewhere in this repository.
 
     @fast.replaced_by(fast.ms_deform_attn)
     def ms_deform_attn(value, shapes, locations, weights): ...
 
-calls the form of this file while `fast.ENABLED` is true; `SCHNET_FAST=0 python train.py ...` runs the plain ones.
-tests/test_fast.py compares each pair, values and gradients; `python benchmarks/bench_fast.py` says what each buys.
+calls the version in this file while `fast.ENABLED` is true; `SCHNET_FAST=0 python train.py ...` runs the plain ones.
+tests/test_fast.py compares each pair, values and gradients; `python benchmarks/bench_fast.py` measures each.
 """
 
 import functools
 import os
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from layers import level_sizes, relative_positions
 
 ENABLED = os.environ.get("SCHNET_FAST", "1") != "0"
 PIECE = 4 << 20                                            # bytes of attention logits at a time on a CPU
+CPU_STRIP, GPU_STRIP = 2 << 20, 256 << 20                  # bytes of class probabilities at a time; 2 MiB fit in a CPU's cache
 
 
 def replaced_by(form, on: tuple[str, ...] = ("cpu", "cuda"), in_onnx: bool = True):
@@ -278,3 +280,44 @@ def lovasz_weights(errors: Tensor, truth: Tensor) -> Tensor:
     intersection = intersection.to(errors.dtype)
     steps = torch.where(hit, 1, intersection / (union - 1).clamp(min=1)) / union
     return torch.empty_like(errors).scatter_(-1, order, steps)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# inference.probabilities and inference.label_map, in strips of rows: memory stays bounded however large the photo is
+
+def strips(views: list[Tensor], size: tuple[int, int],
+           merge: Sequence[Sequence[int]] | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, probabilities (K, rows, W)) of a photo (H, W), from the top down.
+
+    Rows are interpolated by hand: F.interpolate on a cut-out strip would differ at its edges.
+    """
+    (height, width), device = size, views[0].device
+    limit = CPU_STRIP if device.type == "cpu" else GPU_STRIP
+    step = max(1, limit // (4 * width * views[0].shape[0]))
+    for top in range(0, height, step):
+        rows, total = slice(top, min(top + step, height)), 0
+        for view in views:
+            h = view.shape[1]
+            y = ((torch.arange(rows.start, rows.stop, device=device) + 0.5) * (h / height) - 0.5).clamp(0, h - 1)
+            above = y.floor().long()
+            strip = torch.lerp(view[:, above], view[:, (above + 1).clamp(max=h - 1)], (y - above)[:, None])  # (K, rows, w)
+            strip = F.interpolate(strip[None], (len(y), width), mode="bilinear", align_corners=False)[0]
+            total = total + strip.softmax(0)
+        total = total / len(views)
+        yield rows, total if merge is None else torch.stack([total[list(sources)].sum(0) for sources in merge])
+
+
+def probabilities(views: list[Tensor], size: tuple[int, int], merge: Sequence[Sequence[int]] | None = None) -> Tensor:
+    """(K, H, W)."""
+    result = views[0].new_empty(len(views[0] if merge is None else merge), *size)
+    for rows, strip in strips(views, size, merge):
+        result[:, rows] = strip
+    return result
+
+
+def label_map(views: list[Tensor], size: tuple[int, int], merge: Sequence[Sequence[int]] | None = None) -> Tensor:
+    """(H, W) uint8, on the CPU."""
+    label = torch.empty(size, dtype=torch.uint8)           # preallocated: many small parts would fragment memory
+    for rows, strip in strips(views, size, merge):
+        label[rows] = strip.max(0).indices.byte().cpu()    # argmax(0) is 4x slower on a CPU
+    return label

@@ -1,18 +1,15 @@
-"""From a checkpoint and a photo to class probabilities (§4.4): what validation, evaluation, prediction and export share.
+"""From a checkpoint and a photo to class probabilities (§4.4): shared by validation, evaluation, prediction and export.
 
     model, labels, path = load_run("runs/cihp")
-    probabilities = predict(model, image, model.cfg.tta_scales, labels.flip_pairs)     # (K, H, W)
+    probabilities = predict(model, image, *tta_views(model.cfg, labels.flip_pairs))    # (K, H, W)
 
-A photo is an RGB array (H, W, 3), uint8. It is seen with its long side at `base_size` times each scale, padded as in
-training, and, with `flip_pairs`, mirrored too; the softmax of every view is brought to the photo's own size and averaged.
+A photo is an RGB array (H, W, 3), uint8. The network sees it with its long side at `base_size` times each scale, padded
+as in training, and, with `flip_pairs`, mirrored too; the softmax of every view is resized to the photo and averaged.
 """
 
-import contextlib
+import argparse
 import dataclasses
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,26 +19,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import config
+import fast
 from augment import MEAN_COLOUR, flip_order, pad, resize_photo, scaled_size
 from config import Config
-from datasets import LabelSet
 from engine import checkpoint
-from engine.errors import UserError
 from engine.processes import pick_device
+from errors import UserError
 from files import weights
+from files.labels import LabelSet
+from layers import autocast, cast_frozen, round_up
 from model import SCHNet, build_model
 
-# What may be said anew of a trained network: where files lie, what it is shown, how it computes. The rest it was built of.
-ANEW = {*config.CUSTOM, *"dataset data_root synthetic_size synthetic_train synthetic_val crop_size base_size workers "
-                         "sam_weights clip_weights vocab ftm_residual ftm_scale_logits srm_sites precision "
-                         "tta_scales".split()}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-CPU_STRIP, GPU_STRIP = 2 << 20, 256 << 20          # bytes: probabilities are made in strips of rows, so that no photo
-#                                                    is too large; in a CPU's cache they also take a third of the time
-
+Views = tuple[Sequence[float], Sequence[tuple[int, int]] | None]         # scales; flip pairs, None: no flip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the network of a run
+
+def add_run_options(parser: argparse.ArgumentParser, batch: int | None = None):
+    """The options of every program that uses a trained run; `batch`: the default of --batch, None: no such option."""
+    parser.add_argument("--run", "--checkpoint", help="folder of a run, or a checkpoint; the newest run if not given. "
+                        "Under torchrun, which has options that begin with --run, only --checkpoint")
+    parser.add_argument("--tta", action="store_true", help="average over scales and flips (§4.4): slower, a little better")
+    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ...; the GPU if there is one")
+    if batch is not None:
+        parser.add_argument("--batch", type=_positive, default=batch, help=f"photos at a time per process ({batch})")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
 
 def load_run(run: str | Path | None = None, overrides: Sequence[str] = (),
              device: str | torch.device = "") -> tuple[SCHNet, LabelSet, Path]:
@@ -54,58 +62,49 @@ def load_run(run: str | Path | None = None, overrides: Sequence[str] = (),
     if target.type == "cpu" and "precision" not in config.parse_overrides(overrides):
         overrides = [*overrides, "precision=fp32"]
     model, labels = restore(checkpoint.read(path), path, overrides)
-    store_frozen(model, model.cfg.precision)
+    cast_frozen(model, model.cfg.precision)
     return model.to(target), labels, path
 
 
 def restore(content: dict, path: Path, overrides: Sequence[str] = ()) -> tuple[SCHNet, LabelSet]:
-    """The network of a checkpoint, in evaluation mode on the CPU. `overrides` (`key=value`): of the keys in `ANEW`."""
-    anew, before = config.parse_overrides(overrides), config.from_dict(content["config"], source=str(path))
-    cfg = dataclasses.replace(before, **anew)
-    for key in anew:
-        own = key in ("classes", "palette", "flip_pairs") and cfg.dataset == before.dataset
-        if getattr(cfg, key) != getattr(before, key) and (own or key not in ANEW):
-            raise UserError(f"{key}: {path} was trained with {getattr(before, key)!r}, which cannot be changed any more")
+    """The network of a checkpoint, in evaluation mode on the CPU. `overrides` (`key=value`): of `config.OVERRIDABLE`."""
+    given, trained = config.parse_overrides(overrides), config.from_dict(content["config"], source=str(path))
+    cfg = dataclasses.replace(trained, **given)
+    for key in given:
+        own = key in ("classes", "palette", "flip_pairs") and cfg.dataset == trained.dataset
+        if getattr(cfg, key) != getattr(trained, key) and (own or key not in config.OVERRIDABLE):
+            raise UserError(f"{key}: {path} was trained with {getattr(trained, key)!r}, which cannot be changed")
     labels = LabelSet(**content["labels"])
     for key, expected in content["official"].items():
         file = getattr(cfg, key)
         if not Path(file).exists():
-            raise UserError(f"{path} needs {file}: run `python download.py`, or say where it is with {key}=PATH")
+            raise UserError(f"{path} needs {file}: run `python download.py`, or give its place with {key}=PATH")
         if weights.sha256(file) != expected:
-            raise UserError(f"{path} was trained on another {file} (its SHA-256 starts with {expected[:12]})")
+            raise UserError(f"{path} was trained with another {file} (its SHA-256 starts with {expected[:12]})")
     state = content["model"]
-    random = {key: "" for key in ("sam_weights", "clip_weights") if key not in content["official"]}  # all is in here
+    random = {key: "" for key in ("sam_weights", "clip_weights") if key not in content["official"]}  # all is in `state`
     text = (state["f_txt"], state["sim_scale"]) if cfg.srm else None
     model = build_model(dataclasses.replace(cfg, **random), labels.classes, text)
     checkpoint.load_state(model, state, path)
     return model.eval(), labels
 
 
-def autocast(device: torch.device, precision: str):
-    dtype = DTYPES[precision]
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def store_frozen(model: nn.Module, precision: str):
-    """Keep frozen linear layers' weights as `autocast` would round them at every use: the same results to the last bit,
-    half the memory of the weights, and no second copy of them for the backward pass. For use under that autocast only."""
-    if DTYPES[precision] is not None:
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad and parameter.ndim == 2 and name.endswith("weight"):      # in_proj_weight too
-                parameter.data = parameter.data.to(DTYPES[precision])
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # from a photo to probabilities
+
+def tta_views(cfg: Config, flip_pairs: Sequence[tuple[int, int]], tta: bool = True) -> Views:
+    """§4.4's views with test-time augmentation, or the single one without."""
+    return (cfg.tta_scales, flip_pairs) if tta else ((1.0,), None)
+
 
 def canvas(image: np.ndarray, cfg: Config, scale: float) -> tuple[np.ndarray, tuple[int, int]]:
     """The photo (H, W, 3) as the network sees it at `scale`, and the photo's size in it.
 
-    Its long side is base_size * scale; at the bottom and right it is padded to what training saw, in multiples of 32
-    (480: 384, 480, 608, 736).
+    Its long side is base_size * scale; it is padded at the bottom and right to the size of training samples, in multiples
+    of 32 (480: 384, 480, 608, 736).
     """
     size = scaled_size(image.shape[:2], cfg.base_size * scale)
-    sides = [-(-max(side, round(crop * scale)) // 32) * 32 for side, crop in zip(size, cfg.crop_size)]
+    sides = [round_up(max(side, round(crop * scale))) for side, crop in zip(size, cfg.crop_size)]
     return pad(resize_photo(image, size), sides, MEAN_COLOUR), size
 
 
@@ -139,39 +138,22 @@ def _mirror(image: Tensor, width: int) -> Tensor:
     return torch.cat([image[..., :width].flip(-1), image[..., width:]], -1)
 
 
-def probabilities(logits: list[Tensor], size: tuple[int, int], top: int, bottom: int) -> Tensor:
-    """(K, bottom - top, W), these rows of the photo: softmax at its own size (bilinear), averaged over the views.
+@fast.replaced_by(fast.probabilities)
+def probabilities(views: list[Tensor], size: tuple[int, int], merge: Sequence[Sequence[int]] | None = None) -> Tensor:
+    """(K, H, W): the softmax of every view (K, h, w) at the photo's size, averaged (§4.4).
 
-    Down by hand: of rows that are cut out first, `F.interpolate` would make others at the edges of a strip.
+    `merge`: sums of the network's classes, see files/labels.py. They are added before the maximum is taken: 40 % skirt,
+    35 % shirt and 25 % coat is an upper garment.
     """
-    total = 0
-    for view in logits:
-        h = view.shape[1]
-        y = ((torch.arange(top, bottom, device=view.device) + 0.5) * (h / size[0]) - 0.5).clamp(0, h - 1)
-        above = y.floor().long()
-        weight = (y - above)[:, None]
-        rows = torch.lerp(view[:, above], view[:, (above + 1).clamp(max=h - 1)], weight)     # (K, rows, w)
-        rows = F.interpolate(rows[None], (bottom - top, size[1]), mode="bilinear", align_corners=False)[0]
-        total = total + rows.softmax(0)
-    return total / len(logits)
+    full = [F.interpolate(view[None], size, mode="bilinear", align_corners=False)[0] for view in views]
+    mean = torch.stack([view.softmax(0) for view in full]).mean(0)
+    return mean if merge is None else torch.stack([mean[list(sources)].sum(0) for sources in merge])
 
 
-def strips(logits: list[Tensor], size: tuple[int, int],
-           merge: Sequence[Sequence[int]] | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(top row, probabilities (K, rows, W), labels uint8 (rows, W)) of a photo of any size, from the top down.
-
-    With `merge` the classes are others, each the sum of the network's labels that it lists (classmap.py).
-    """
-    height, width = size
-    limit = CPU_STRIP if logits[0].device.type == "cpu" else GPU_STRIP
-    rows = max(1, limit // (4 * width * logits[0].shape[0]))
-    for top in range(0, height, rows):
-        strip = probabilities(logits, size, top, min(top + rows, height))
-        if merge is not None:
-            # Added before the maximum is taken: what is 40 % skirt, 35 % shirt and 25 % coat is an upper garment. The
-            # label alone, renamed afterwards, would say skirt.
-            strip = torch.stack([strip[list(sources)].sum(0) for sources in merge])
-        yield top, strip, strip.max(0).indices.to(torch.uint8)           # on a CPU argmax(0) takes four times as long
+@fast.replaced_by(fast.label_map)
+def label_map(views: list[Tensor], size: tuple[int, int], merge: Sequence[Sequence[int]] | None = None) -> Tensor:
+    """(H, W) uint8 on the CPU: the most probable class of each pixel."""
+    return probabilities(views, size, merge).argmax(0).byte().cpu()
 
 
 @torch.inference_mode()
@@ -180,36 +162,15 @@ def predict(model: nn.Module, image: np.ndarray, scales: Sequence[float] = (1.0,
             merge: Sequence[Sequence[int]] | None = None) -> Tensor:
     """Class probabilities (K, H, W) of an RGB photo (H, W, 3) uint8, at its own size.
 
-    `scales` and `flip_pairs` (None: no flip; (): a flip without left and right) are §4.4's test-time augmentation;
-    `merge`: as for `strips`.
+    `scales` and `flip_pairs` (None: no flip; (): a flip without left and right) are §4.4's test-time augmentation.
     """
-    logits = views(model, [image], scales, flip_pairs)[0]
-    result = logits[0].new_empty(len(logits[0] if merge is None else merge), *image.shape[:2])
-    for top, strip, _ in strips(logits, image.shape[:2], merge):
-        result[:, top:top + strip.shape[1]] = strip
-    return result
+    return probabilities(views(model, [image], scales, flip_pairs)[0], image.shape[:2], merge)
 
 
 @torch.inference_mode()
 def predict_labels(model: nn.Module, images: list[np.ndarray], scales: Sequence[float] = (1.0,),
                    flip_pairs: Sequence[tuple[int, int]] | None = None,
                    merge: Sequence[Sequence[int]] | None = None) -> list[np.ndarray]:
-    """Label maps (H, W) uint8 of RGB photos of any sizes, in bounded memory."""
-    result = []
-    for image, logits in zip(images, views(model, images, scales, flip_pairs)):
-        label = np.empty(image.shape[:2], np.uint8)        # filled in: kept, the small parts would tear up the memory
-        for top, _, part in strips(logits, label.shape, merge):
-            label[top:top + len(part)] = part.cpu().numpy()
-        result.append(label)
-    return result
-
-
-def read_ahead(read: Callable, items: Iterable, threads: int) -> Iterator[tuple]:
-    """(item, read(item)) in this order; files are decoded by threads while the network works."""
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        items = iter(items)
-        waiting = deque((item, pool.submit(read, item)) for item in islice(items, threads + 1))
-        while waiting:
-            item, future = waiting.popleft()
-            waiting.extend((item, pool.submit(read, item)) for item in islice(items, 1))
-            yield item, future.result()
+    """Label maps (H, W) uint8 of RGB photos of any sizes."""
+    return [label_map(logits, image.shape[:2], merge).numpy()
+            for image, logits in zip(images, views(model, images, scales, flip_pairs))]

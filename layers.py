@@ -1,4 +1,6 @@
-"""What the network files share: resizing, positions, the start of new layers."""
+"""Shared by the network files: resizing, position tables, initialisation, precision."""
+
+import contextlib
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,11 @@ from torch import Tensor, nn
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, C, h, w) -> (B, C, *size), bilinear."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def round_up(side: int) -> int:
+    """The next multiple of 32, the stride of the adapter's coarsest map."""
+    return -(-side // 32) * 32
 
 
 def resample_positions(table: Tensor, h: int, w: int) -> Tensor:
@@ -34,13 +41,31 @@ def relative_positions(table: Tensor, size: int) -> Tensor:
 
 
 def level_sizes(shapes: list[tuple[int, int]], device: torch.device) -> Tensor:
-    """(width, height) of each map, (L, 2). Filled in on the device: copying a list there would wait for a GPU."""
+    """(width, height) of each map, (L, 2). Filled on the device: building it from a list would force a GPU sync."""
     return torch.stack([torch.full((), side, device=device) for h, w in shapes for side in (w, h)]).view(-1, 2)
 
 
 def init_linears(module: nn.Module):
-    """ViT's start of new linear layers: truncated normal of 0.02, no bias."""
+    """ViT's initialisation of linear layers: truncated normal of 0.02, no bias."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+
+
+def autocast(device: torch.device, precision: str):
+    """A context in which the network runs in `precision`: bf16, fp16 or fp32."""
+    dtype = DTYPES[precision]
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def cast_frozen(model: nn.Module, precision: str):
+    """Stores frozen linear layers' weights as `autocast` would round them at every use: the same results to the last bit,
+    half the memory of the weights, no second copy saved for the backward pass. For use under that autocast only."""
+    if DTYPES[precision] is not None:
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad and parameter.ndim == 2 and name.endswith("weight"):      # in_proj_weight too
+                parameter.data = parameter.data.to(DTYPES[precision])

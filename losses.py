@@ -7,35 +7,37 @@ cost 0; nothing waits for a GPU.
 
 Letters: B batch, K classes, N pixels of a group of images.
 """
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import fast
 from config import IGNORE
 
 
-def parsing_loss(logits: torch.Tensor, labels: torch.Tensor, lovasz_weight: float = 1.0, group: int = 4,
-                 ignore: int = IGNORE) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def parsing_loss(logits: Tensor, labels: Tensor, lovasz_weight: float = 1.0,
+                 group: int = 4) -> tuple[Tensor, dict[str, Tensor]]:
     """CE + lovasz_weight * Lovasz of logits (B, K, H, W) and labels (B, H, W), uint8 or int64; parts without gradient.
 
     Computed on `group` consecutive images at a time and averaged over the groups: the authors' 16 images on 4 GPUs saw
     4 at a time, and so the gradient does not depend on how a batch is spread over processes or accumulation steps.
     """
     groups = list(zip(logits.split(group), labels.split(group)))
-    ce = torch.stack([cross_entropy(x, y, ignore) for x, y in groups]).mean()
-    lovasz = torch.stack([lovasz_softmax(x, y, ignore) for x, y in groups]).mean()
+    ce = torch.stack([cross_entropy(x, y) for x, y in groups]).mean()
+    lovasz = torch.stack([lovasz_softmax(x, y) for x, y in groups]).mean()
     return ce + lovasz_weight * lovasz, {"ce": ce.detach(), "lovasz": lovasz.detach()}
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore: int = IGNORE) -> torch.Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over the labelled pixels; 0, not nan, where there is none."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(logits, labels.long(), ignore_index=ignore, reduction="sum")
-    return total / (labels != ignore).sum().clamp(min=1)
+    total = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp(min=1)
 
 
 @fast.replaced_by(fast.lovasz_softmax, on=("cpu",))
-def lovasz_softmax(logits: torch.Tensor, labels: torch.Tensor, ignore: int = IGNORE) -> torch.Tensor:
+def lovasz_softmax(logits: Tensor, labels: Tensor, ignore: int = IGNORE) -> Tensor:
     """logits (B, K, H, W), labels (B, H, W) of any integer type -> scalar in fp32 or better.
 
     The cost of a class is the weighted sum of its errors, 1 - p where the class is, p elsewhere; the mean is over the
@@ -51,7 +53,7 @@ def lovasz_softmax(logits: torch.Tensor, labels: torch.Tensor, ignore: int = IGN
 
 
 @fast.replaced_by(fast.lovasz_weights)
-def lovasz_weights(errors: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+def lovasz_weights(errors: Tensor, truth: Tensor) -> Tensor:
     """errors (K, N) in [0, 1], truth (K, N) bool -> weight of each error, (K, N); of no meaning where a class is absent.
 
     Call the pixels of a class wrong one after the other, largest error first: a weight is the step that the Jaccard loss

@@ -18,19 +18,19 @@ SAM and CLIP stay frozen, but for SAM's patch embedding (§4.3). Gradients still
 embedding, SRM, FTM and the injectors lie before them; only CLIP runs without a graph.
 """
 
-import dataclasses
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import clip_vit
+import sam_vit
 from adapter import ViTAdapter
 from clip_vit import CLIP, VisionTransformer, load_clip
 from config import Config
-from engine.errors import UserError
-from layers import init_linears, resize
+from errors import UserError
+from layers import init_linears, resize, round_up
 from sam_vit import SAMViT, load_sam
 from tokenizer import tokenize
 from uperhead import FCNHead, UPerHead
@@ -113,7 +113,7 @@ class SCHNet(nn.Module):
         if cfg.freeze:                                                   # §4.3
             for encoder in filter(None, (sam, clip)):
                 encoder.requires_grad_(False)
-            (sam.patch_embed if cfg.backbone == "sam" else clip.conv1).requires_grad_(True)
+            self.encoder.patch_embed.requires_grad_(True)
         if cfg.backbone == "clip":                                       # a plain backbone has no class token (ViT-Adapter)
             for unused in (clip.class_embedding, clip.proj, *clip.ln_post.parameters()):
                 unused.requires_grad_(False)
@@ -134,7 +134,7 @@ class SCHNet(nn.Module):
 
     @property
     def encoder(self) -> SAMViT | VisionTransformer:
-        """The plain vision transformer that ViT-Adapter stands around."""
+        """The plain ViT that ViT-Adapter wraps."""
         return self.sam if self.cfg.backbone == "sam" else self.clip
 
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
@@ -142,11 +142,14 @@ class SCHNet(nn.Module):
         height, width = image.shape[-2:]
         image = self._pad(image)
         features = self.forward_features(image)
-        logits = resize(self.head(features), image.shape[-2:])[..., :height, :width]
+
+        def upsample(x: Tensor) -> Tensor:
+            return resize(x, image.shape[-2:])[..., :height, :width]
+
+        logits = upsample(self.head(features))
         if not self.training:
             return logits
-        aux = self.aux(features[2]) if self.aux else None
-        return logits, aux if aux is None else resize(aux, image.shape[-2:])[..., :height, :width]
+        return logits, upsample(self.aux(features[2])) if self.aux else None
 
     def forward_features(self, image: Tensor) -> list[Tensor]:
         """image (B, 3, H, W), sides multiples of 32 -> four maps (B, C, ., .) at strides 4, 8, 16, 32. This is Fig. 2.
@@ -154,7 +157,7 @@ class SCHNet(nn.Module):
         Eq. 2 counts i = 1..5 but CLIP has four stages: the last two sites both take f_cv^4, for there is no f_cv^5.
         """
         if self.cfg.srm:
-            f_sim, f_cv = self._semantics(image)                         # (B, K), 4 x (B, h, w, D)     Eq. 1
+            f_sim, f_cv = self.clip_features(image)                         # (B, K), 4 x (B, h, w, D)     Eq. 1
         x = self.encoder.embed(image)                                    # (B, h, w, C)  f_sv^0
         if self.cfg.srm:
             x = self.srm(x, f_cv[0], f_sim)                              #               Eqs. 2, 4
@@ -170,7 +173,7 @@ class SCHNet(nn.Module):
             outs.append(x)
         return self.adapter.fuse(c1, c, outs)
 
-    def _semantics(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def clip_features(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         """CLIP's view of the image: f_sim (B, K) and f_cv^1..4, each (B, h, w, D)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.cfg.freeze):
             f_cls, f_cv = self.clip(image)                               # (B, E), 4 x (B, h, w, D)
@@ -189,7 +192,7 @@ class SCHNet(nn.Module):
     def _pad(self, image: Tensor) -> Tensor:
         """The sides up to multiples of 32 (the adapter's coarsest map), with the mean colour, at the bottom and right."""
         height, width = image.shape[-2:]
-        below, right = -height % 32, -width % 32
+        below, right = round_up(height) - height, round_up(width) - width
         if not below and not right:
             return image
         mean = self.encoder.mean
@@ -199,43 +202,29 @@ class SCHNet(nn.Module):
 def build_model(cfg: Config, classes: list[str] | tuple[str, ...], text: tuple[Tensor, Tensor] | None = None) -> SCHNet:
     """SCHNet for these class names. Weight files named in `cfg` are loaded; an empty name means random weights.
 
-    An encoder's size is its file's, or without a file what `cfg` says (null: ViT-L, ViT-B/16); `model.cfg` has the sizes.
     `text`: the pair (f_txt, sim_scale) of a checkpoint; then neither the text tower nor the vocabulary is needed.
     """
+    for key, sizes in (("sam", sam_vit.SIZES), ("clip", clip_vit.SIZES)):
+        if getattr(cfg, key) not in sizes:
+            raise UserError(f"{key} must be one of {', '.join(sizes)}, not {getattr(cfg, key)!r}")
     sam = clip = f_txt = scale = None
     if cfg.backbone == "sam":
-        sam = load_sam(cfg.sam_weights) if cfg.sam_weights else SAMViT(
-            **_given(dim=cfg.sam_dim, depth=cfg.sam_depth, heads=cfg.sam_heads, window=cfg.sam_window, grid=cfg.sam_grid))
-        cfg = _with_sizes(cfg, "sam_weights", sam_dim=sam.dim, sam_depth=sam.depth, sam_heads=sam.heads,
-                          sam_window=sam.window, sam_grid=sam.grid)
+        sam = load_sam(cfg.sam_weights) if cfg.sam_weights else SAMViT(*sam_vit.SIZES[cfg.sam])
+        if sam.size != sam_vit.SIZES[cfg.sam]:
+            name = next((name for name, size in sam_vit.SIZES.items() if size == sam.size), "of another size")
+            raise UserError(f"{cfg.sam_weights} is {name}, the config asks for sam: {cfg.sam}")
     if cfg.backbone == "clip" or cfg.srm:
-        clip = load_clip(cfg.clip_weights, cfg.clip_taps, cfg.clip_heads, cfg.text_heads) if cfg.clip_weights else CLIP(
-            **_given(dim=cfg.clip_dim, depth=cfg.clip_depth, heads=cfg.clip_heads, grid=cfg.clip_grid, taps=cfg.clip_taps,
-                     embed=cfg.clip_embed, text_dim=cfg.text_dim, text_depth=cfg.text_depth, text_heads=cfg.text_heads))
-        cfg = _with_sizes(cfg, "clip_weights", clip_dim=clip.visual.dim, clip_depth=clip.visual.depth,
-                          clip_heads=clip.visual.heads, clip_grid=clip.visual.grid, clip_embed=clip.embed,
-                          text_dim=clip.text_dim, text_depth=clip.text_depth, text_heads=clip.text_heads)
-        if cfg.clip_taps[-1] != clip.visual.depth - 1:
-            raise UserError(f"clip_taps must end with CLIP's last block, {clip.visual.depth - 1}, not {cfg.clip_taps}")
+        size = clip_vit.SIZES[cfg.clip]
+        if cfg.clip_taps[-1] != size[1] - 1:
+            raise UserError(f"clip_taps must end with CLIP's last block, {size[1] - 1}, not {cfg.clip_taps}")
+        clip = load_clip(cfg.clip_weights, cfg.clip_taps, cfg.clip) if cfg.clip_weights else CLIP(*size, cfg.clip_taps)
     if cfg.srm:
-        f_txt, scale = text if text is not None else _text_features(cfg, clip, classes)
+        f_txt, scale = text if text is not None else text_features(cfg, clip, classes)
     return SCHNet(cfg, len(classes), sam, clip.visual if clip else None, f_txt, scale)
 
 
-def _given(**sizes) -> dict:
-    return {name: size for name, size in sizes.items() if size is not None}
-
-
-def _with_sizes(cfg: Config, key: str, **sizes: int) -> Config:
-    """`cfg` with an encoder's sizes; one that it asks for and the weight file has otherwise is refused."""
-    for name, size in sizes.items():
-        if getattr(cfg, name) not in (None, size):
-            raise UserError(f"{name}: {getattr(cfg, key)} has {size}, the config says {getattr(cfg, name)}")
-    return dataclasses.replace(cfg, **sizes)
-
-
 @torch.no_grad()
-def _text_features(cfg: Config, clip: CLIP, classes: list[str] | tuple[str, ...]) -> tuple[Tensor, Tensor]:
+def text_features(cfg: Config, clip: CLIP, classes: list[str] | tuple[str, ...]) -> tuple[Tensor, Tensor]:
     """f_txt = Enc_ct(T) (§3.1), computed once. The template of the prompts is ours: the paper has "a text prompt T from labels"."""
     if cfg.clip_weights and not cfg.vocab:
         raise UserError("vocab: CLIP's weights need CLIP's vocabulary; `python download.py` fetches it")

@@ -45,11 +45,11 @@ from tqdm import tqdm
 import classmap
 import inference
 from config import user_path
-from engine.errors import UserError, in_one_line
+from errors import UserError, in_one_line
 from engine.processes import World, run_together
 from files.images import ALL_ENDINGS, ALL_FORMATS, NotAPicture, as_shown, read_photo
 from files.walk import walk
-from files.whole import usable_folder, whole
+from files.atomic import usable_folder, atomic_write
 from viz import pictures, video
 
 VIDEO_ENDINGS = frozenset(".3g2 .3gp .asf .avi .divx .f4v .flv .m2ts .m2v .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf "
@@ -134,7 +134,7 @@ class Parser:
         with self.lock:
             logits = inference.views(self.model, [image], *self._views(None))[0]
         label = np.empty((height, width), np.uint8)
-        with whole(path) as part:
+        with atomic_write(path) as part:
             file = np.lib.format.open_memmap(part, "w+", np.float16, (len(self.classes), height, width))
             for top, probabilities, labels in inference.strips(logits, (height, width), self.merge):
                 label[top:top + len(labels)] = labels.cpu().numpy()
@@ -437,17 +437,17 @@ def look(args: argparse.Namespace, report: Report) -> tuple[list[Job], list[Job]
 
 def run(args: argparse.Namespace, world: World, report: Report):
     start = time.monotonic()
-    with world.together():
+    with world.all_or_none():
         found = look(args, report) if world.main else None
-    photos, videos, cameras = world.from_main(found)
-    with world.together():
+    photos, videos, cameras = world.broadcast(found)
+    with world.all_or_none():
         parser = Parser(args.run, args.tta, args.size, world.device, args.map, args.overrides)
         done = set()
         if args.skip_existing and world.main:
             done = {job.name for job in photos if photo_is_done(parser, job, args)}
             done |= {job.name for job in videos if video_is_done(job, args)}
-    done = world.from_main(done)
-    world.say(f"{parser.path}: {len(parser.classes)} classes of {parser.labels.name}"
+    done = world.broadcast(done)
+    world.print0(f"{parser.path}: {len(parser.classes)} classes of {parser.labels.name}"
               + (", with TTA" if args.tta else "")
               + (f"; {len(done)} left out, they have their results" if done else ""))
     try:

@@ -10,25 +10,34 @@ In the comments: B images of h x w tokens of width C; n heads of width d; w' win
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 import fast
-from engine.errors import UserError
+from errors import UserError
 from files import weights
 from layers import init_linears, relative_positions, resample_positions
 
 MEAN = (123.675, 116.28, 103.53)                           # SAM's preprocessing: ImageNet's, for values from 0 to 255
 STD = (58.395, 57.12, 57.375)
-UNUSED = ("neck.", "prompt_encoder.", "mask_decoder.")      # what the official file holds besides
+UNUSED = ("neck.", "prompt_encoder.", "mask_decoder.")      # the other tensors of the official file
+SIZES = {
+    #         dim   depth heads window grid
+    "vit_b": (768,  12,   12,   14,    64),                 # grid: side of the position table; 64 is a 1024 px image
+    "vit_l": (1024, 24,   16,   14,    64),
+    "vit_h": (1280, 32,   16,   14,    64),
+    "small": (96,   4,    4,    8,     16),                 # configs/custom.yaml
+    "demo":  (64,   4,    4,    4,     8),                  # configs/demo.yaml
+}
 
 
-def window_partition(x: torch.Tensor, size: int) -> torch.Tensor:
+def window_partition(x: Tensor, size: int) -> Tensor:
     """(B, h, w, C) -> windows (B w', size, size, C); zeros fill those that stick out at the bottom and on the right."""
     x = F.pad(x, (0, 0, 0, -x.shape[2] % size, 0, -x.shape[1] % size))
     x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))                     # (B, rows, size, columns, size, C)
     return x.transpose(2, 3).flatten(0, 2)
 
 
-def window_unpartition(x: torch.Tensor, h: int, w: int) -> torch.Tensor:
+def window_unpartition(x: Tensor, h: int, w: int) -> Tensor:
     """Windows (B w', size, size, C) back to (B, h, w, C); what was filled in is cut off."""
     size = x.shape[1]
     x = x.unflatten(0, (-1, -(-h // size), -(-w // size))).transpose(2, 3)      # (B, rows, size, columns, size, C)
@@ -38,7 +47,7 @@ def window_unpartition(x: torch.Tensor, h: int, w: int) -> torch.Tensor:
 class Attention(nn.Module):
     """Self-attention with decomposed relative positions, over the whole grid (window 0) or in windows."""
 
-    def __init__(self, dim: int, heads: int, window: int, size: int) -> None:
+    def __init__(self, dim: int, heads: int, window: int, size: int):
         super().__init__()
         self.heads = heads
         self.window = window
@@ -48,7 +57,7 @@ class Attention(nn.Module):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, dim // heads))
 
     @fast.replaced_by(fast.sam_attention, on=("cpu",))
-    def forward(self, x: torch.Tensor) -> torch.Tensor:                         # (B, h, w, C)
+    def forward(self, x: Tensor) -> Tensor:                         # (B, h, w, C)
         # SAM does not mask the zeros that fill up a window: `qkv` makes its bias of them, so that the bias is the key
         # and the value of a padded position, which takes part in the softmax. The weights were trained that way.
         if self.window:
@@ -56,7 +65,7 @@ class Attention(nn.Module):
         return self.attend(x)
 
     @fast.replaced_by(fast.sam_attend)
-    def attend(self, x: torch.Tensor) -> torch.Tensor:
+    def attend(self, x: Tensor) -> Tensor:
         """softmax(q.k / sqrt(d) + q.Rh[y - y'] + q.Rw[x - x']) v for tokens (B, h, w, C), every one with every one."""
         B, h, w, C = x.shape
         q, k, v = self.qkv(x).view(B, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)     # (B, n, h w, d)
@@ -70,70 +79,67 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.lin1 = nn.Linear(dim, hidden)
         self.lin2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.lin2(F.gelu(self.lin1(x)))
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, window: int, size: int) -> None:
+    def __init__(self, dim: int, heads: int, window: int, size: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads, window, size)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.mlp = MLP(dim, 4 * dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:                         # (B, h, w, C)
+    def forward(self, x: Tensor) -> Tensor:                         # (B, h, w, C)
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, dim: int, patch: int) -> None:
+    def __init__(self, dim: int):
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch, patch)
+        self.proj = nn.Conv2d(3, dim, 16, stride=16)
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
+    def forward(self, image: Tensor) -> Tensor:
         return self.proj(image).permute(0, 2, 3, 1).contiguous()                # (B, h, w, C), also in memory
 
 
 class SAMViT(nn.Module):
-    """The image encoder without its neck; the defaults are ViT-L's at 1024 x 1024."""
+    """The image encoder without its neck; the defaults are ViT-L's at 1024 x 1024. `depth` is a multiple of 4."""
 
-    def __init__(self, dim: int = 1024, depth: int = 24, heads: int = 16, window: int = 14, grid: int = 64,
-                 patch: int = 16, mlp_ratio: float = 4.0) -> None:
+    def __init__(self, dim: int = 1024, depth: int = 24, heads: int = 16, window: int = 14, grid: int = 64):
         super().__init__()
-        if depth % 4 or dim % heads:
-            raise UserError(f"sam_depth ({depth}) must be a multiple of 4, and sam_dim ({dim}) of sam_heads ({heads})")
-        self.dim, self.depth, self.heads, self.window, self.grid = dim, depth, heads, window, grid
-        self.patch_embed = PatchEmbed(dim, patch)
+        self.dim, self.depth, self.size = dim, depth, (dim, depth, heads, window, grid)
+        self.patch_embed = PatchEmbed(dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dim))
         self.blocks = nn.ModuleList()
         for i in range(depth):
             wide = (i + 1) % (depth // 4) == 0                                  # the last of each quarter sees it all
-            self.blocks.append(Block(dim, heads, mlp_ratio, 0 if wide else window, grid if wide else window))
+            self.blocks.append(Block(dim, heads, 0 if wide else window, grid if wide else window))
         for name, values in (("mean", MEAN), ("std", STD)):                     # in no file: real even beside "meta"
             self.register_buffer(name, torch.tensor(values, device="cpu").view(3, 1, 1) / 255, persistent=False)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)                         # relative positions start at zero
         init_linears(self)
 
-    def normalize(self, image: torch.Tensor) -> torch.Tensor:
+    def normalize(self, image: Tensor) -> Tensor:
         return (image - self.mean) / self.std
 
-    def embed(self, image: torch.Tensor) -> torch.Tensor:
+    def embed(self, image: Tensor) -> Tensor:
         """RGB in [0, 1], (B, 3, H, W) -> patch tokens with their absolute positions, (B, h, w, C)."""
         x = self.patch_embed(self.normalize(image))
         return x + resample_positions(self.pos_embed[0], *x.shape[1:3])
 
-    def layer(self, i: int, x: torch.Tensor) -> torch.Tensor:
+    def layer(self, i: int, x: Tensor) -> Tensor:
         """Layer i of `depth`: (B, h, w, C) -> (B, h, w, C)."""
         return self.blocks[i](x)
 
-    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, image: Tensor) -> list[Tensor]:
         """RGB in [0, 1], (B, 3, H, W) -> the output of each quarter of the blocks, 4 x (B, h, w, C).
 
         SCHNet runs the layers itself, `SCHNet.forward_features`; this is the encoder alone, as the peers have it.
@@ -147,18 +153,19 @@ class SAMViT(nn.Module):
 
 
 def load_sam(path: str) -> SAMViT:
-    """SAM's image encoder in fp32, from an official file (ViT-B, L or H) or one of the encoder alone; its size is the
-    file's. Raises `UserError`."""
+    """SAM's image encoder in fp32, from an official file (ViT-B, L or H) or one of the encoder alone; its size is read
+    from the file. Raises `UserError`."""
     tensors = {name.removeprefix("image_encoder."): tensor for name, tensor in weights.read_tensors(path).items()}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(UNUSED)}
     tables = [len(tensor) for name, tensor in tensors.items() if name.endswith("attn.rel_pos_h")]
-    if "pos_embed" not in tensors or not tables:
+    depth = weights.count_blocks(tensors, "blocks.")
+    if "pos_embed" not in tensors or not tables or not depth or depth % 4:
         raise UserError(f"{path}: this is {weights.describe(tensors)}, SAM's image encoder is needed")
     _, grid, _, dim = tensors["pos_embed"].shape
     head = tensors["blocks.0.attn.rel_pos_h"].shape[1]
     window = (min(tables) + 1) // 2                                             # tables of global layers are longer
-    with torch.device("meta"):                                                  # no time for random weights
-        model = SAMViT(dim, weights.count_blocks(tensors, "blocks."), dim // head, window, grid)
+    with torch.device("meta"):                                                  # skips the random initialisation
+        model = SAMViT(dim, depth, dim // head, window, grid)
     weights.check_keys(model, tensors, path)
     model.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, assign=True)
     return model

@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
-from files.weights import VOCAB_FILE
+from errors import UserError, reading
 
 CONTEXT = 77                                               # tokens the text tower takes
 START, END = 49406, 49407
@@ -94,16 +93,13 @@ def _vocabulary(path: str) -> tuple[dict[tuple[str, str], int], dict[str, int]]:
 
 
 def _read(path: Path) -> str:
-    """The unpacked vocabulary file, checked: with any other one the ids would silently mean other words."""
+    """The unpacked vocabulary file, checked: any other file would silently change the token ids."""
     try:
-        data = path.read_bytes()
+        with reading(path, "vocabulary", "; `python download.py` gets CLIP's"):
+            data = path.read_bytes()
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; `python download.py` gets CLIP's vocabulary") from None
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise UserError(f"{path}: is damaged or cut off; get it again with `python download.py`") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     if hashlib.sha256(data).hexdigest() != TEXT_SHA256:
-        raise UserError(f"{path}: is not CLIP's vocabulary {VOCAB_FILE.name}; get it with `python download.py`")
+        raise UserError(f"{path}: is not CLIP's vocabulary; get it with `python download.py`")
     return data.decode("utf-8")

@@ -5,9 +5,11 @@ UPerHead and FCNHead (https://github.com/open-mmlab/mmsegmentation, Apache-2.0),
 
 Letters: B batch, K classes, O channels out, f1..f4 the adapter's maps at strides 4, 8, 16, 32.
 """
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 import fast
 from layers import resize
@@ -24,7 +26,7 @@ class ConvModule(nn.Module):
         self.bn = nn.BatchNorm2d(out_dim)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x.contiguous(memory_format=torch.channels_last))))
 
 
@@ -36,7 +38,7 @@ def classifier(in_dim: int, num_classes: int) -> nn.Conv2d:
 
 
 @fast.replaced_by(fast.conv_of_resized)
-def conv_of_resized(maps: list[torch.Tensor], weight: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def conv_of_resized(maps: list[Tensor], weight: Tensor, size: tuple[int, int]) -> Tensor:
     """3x3 convolution, zero padding, of the maps (B, C, h, w) resized to `size` and joined; the first has that size.
 
     weight (O, sum of C, 3, 3) -> (B, O, *size).
@@ -47,7 +49,7 @@ def conv_of_resized(maps: list[torch.Tensor], weight: torch.Tensor, size: tuple[
 class UPerHead(nn.Module):
     """Pyramid pooling on f4, top-down pathway, all four maps fused at stride 4."""
 
-    def __init__(self, in_dim: int, dim: int, num_classes: int, dropout: float = 0.1):
+    def __init__(self, in_dim: int, dim: int, num_classes: int, dropout: float):
         super().__init__()
         self.psp_modules = nn.ModuleList(
             [nn.Sequential(nn.AdaptiveAvgPool2d(side), ConvModule(in_dim, dim, 1)) for side in POOL_SIDES])
@@ -58,16 +60,12 @@ class UPerHead(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = classifier(dim, num_classes)
 
-    def pool(self, f4: torch.Tensor) -> torch.Tensor:
+    def pool(self, f4: Tensor) -> Tensor:
         """Pyramid pooling: context of the whole image beside each cell."""
-        bn = self.psp_modules[0][1].bn
-        if f4.shape[0] == 1 and isinstance(bn, nn.BatchNorm2d) and bn.training:
-            raise ValueError("UPerHead: BatchNorm cannot be trained on one image per process (its 1x1 pool leaves one "
-                             "value per channel): use at least 2 images per process and accumulation step")
         context = [resize(module(f4), f4.shape[2:]) for module in self.psp_modules]
         return self.bottleneck(torch.cat([f4, *context], dim=1))
 
-    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+    def forward(self, features: list[Tensor]) -> Tensor:
         """[f1..f4] (B, in_dim, H/4, W/4) .. (B, in_dim, H/32, W/32) -> logits (B, K, H/4, W/4)."""
         maps = [lateral(f) for lateral, f in zip(self.lateral_convs, features)] + [self.pool(features[3])]
         for i in (2, 1, 0):
@@ -80,12 +78,12 @@ class UPerHead(nn.Module):
 class FCNHead(nn.Module):
     """One 3x3 convolution and a classifier on f3, in training only."""
 
-    def __init__(self, in_dim: int, dim: int, num_classes: int, dropout: float = 0.1):
+    def __init__(self, in_dim: int, dim: int, num_classes: int, dropout: float):
         super().__init__()
         self.convs = nn.Sequential(ConvModule(in_dim, dim, 3))
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = classifier(dim, num_classes)
 
-    def forward(self, f3: torch.Tensor) -> torch.Tensor:
+    def forward(self, f3: Tensor) -> Tensor:
         """(B, in_dim, H/16, W/16) -> (B, K, H/16, W/16)."""
         return self.conv_seg(self.dropout(self.convs(f3)))

@@ -16,7 +16,7 @@ from peers import CLIPS
 from timing import begin, error, measure, options, report
 
 from clip_vit import CLIP
-from inference import store_frozen
+from inference import cast_frozen
 from test_clip_vit import random_state
 
 OURS = "this project"
@@ -49,7 +49,7 @@ def main() -> int:
     for mode, allowed in (("fp32", 1e-5), ("bf16", 0.05)):
         for name, (model, _) in towers.items():
             if mode == "bf16" and (name == OURS or args.kept):
-                store_frozen(model, mode)
+                cast_frozen(model, mode)
         with torch.autocast(args.device, torch.bfloat16, enabled=mode == "bf16"):
             errors = {name: error(run(image), reference) for name, (_, run) in towers.items()}
             measured = measure({name: lambda run=run: run(image) for name, (_, run) in towers.items()}, args.rounds, mode,

@@ -21,7 +21,7 @@ import torch
 from peers import SAMS, sam
 from timing import begin, error, forget_peak, measure, options, report, resident
 
-from inference import store_frozen
+from inference import cast_frozen
 from sam_vit import SAMViT
 from test_sam_vit import LARGE, build, random_state
 
@@ -39,11 +39,11 @@ def encoder(name: str, state: dict[str, torch.Tensor], size: int, mode: str, kep
     """A function of an image in [0, 1] that returns the outputs of layers 6 12 18 24, (B, h, w, C) each."""
     if name == OURS:
         model = build(state, **LARGE).to(state["pos_embed"].device)
-        store_frozen(model, mode)
+        cast_frozen(model, mode)
         return model
     model, run = sam(name, state, size)
     if kept:
-        store_frozen(model, mode)
+        cast_frozen(model, mode)
     return run
 
 
@@ -75,7 +75,7 @@ def report_memory(args: argparse.Namespace):
     run = encoder(args.memory_of, state, size, mode if args.kept else "fp32", args.kept)
     del state
     if args.memory_of == OURS:                             # only now: what it leaves behind is free for the next layer
-        store_frozen(run, mode)
+        cast_frozen(run, mode)
     if args.device == "cpu":
         before = resident()
         forget_peak()

@@ -23,7 +23,7 @@ import sam_vit  # noqa: E402
 import train  # noqa: E402
 import uperhead  # noqa: E402
 from config import load_config  # noqa: E402
-from inference import autocast, store_frozen  # noqa: E402
+from inference import autocast, cast_frozen  # noqa: E402
 from model import build_model  # noqa: E402
 
 PAIRS = {
@@ -73,7 +73,7 @@ def main():
         cfg = load_config(ROOT / "configs/lip.yaml", ["sam_weights=", "clip_weights=", "vocab=", f"precision={precision}",
                                                       f"crop_size={args.size}"])
         model = build_model(cfg, [f"class {n}" for n in range(20)])
-        store_frozen(model, precision)
+        cast_frozen(model, precision)
         model.to(device)
         image = torch.randint(0, 256, (args.batch, 3, args.size, args.size), dtype=torch.uint8, device=device)
         label = torch.randint(0, 20, (args.batch, args.size // 16, args.size // 16), dtype=torch.uint8, device=device)

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import train  # noqa: E402
 from config import Config, load_config  # noqa: E402
-from inference import autocast, store_frozen  # noqa: E402
+from inference import autocast, cast_frozen  # noqa: E402
 from model import SCHNet, build_model  # noqa: E402
 
 CLASSES = [f"class {n}" for n in range(20)]
@@ -177,7 +177,7 @@ def main():
     began = time.perf_counter()
     model = build_model(cfg, CLASSES)
     agreement(model, cfg, device)
-    store_frozen(model, cfg.precision)                     # as train.py and load_run do
+    cast_frozen(model, cfg.precision)                     # as train.py and load_run do
     for batch, checkpointing in ((16, False), (16, True), (4, False), (4, True)):
         training(model, cfg, device, batch, checkpointing, args.rounds)
         if device.type == "cuda":

@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from augment import flip_order  # noqa: E402
 from config import load_config  # noqa: E402
 from datasets import LABEL_SETS  # noqa: E402
-from inference import predict, store_frozen  # noqa: E402
+from inference import predict, cast_frozen  # noqa: E402
 from layers import resample_positions  # noqa: E402
 from model import SCHNet, build_model  # noqa: E402
 from viz.pictures import save_png  # noqa: E402
@@ -92,7 +92,7 @@ def compare(size: int, modes: list[str], rounds: int) -> bool:
     wanted = {name: (check or run)() for name, (run, check) in runs.items()}
     for mode in modes:
         with autocast(mode):
-            store_frozen(model, mode)
+            cast_frozen(model, mode)
             errors = {name: error(run(), wanted[name]) for name, (run, _) in runs.items()}
             measured = measure({name: run for name, (run, _) in runs.items()}, rounds, mode)
         found = measured.figures()
@@ -123,7 +123,7 @@ def augmented(modes: list[str], rounds: int) -> bool:
     model = schnet()
     for mode in modes:
         model.cfg = dataclasses.replace(model.cfg, precision=mode)
-        store_frozen(model, mode)
+        cast_frozen(model, mode)
         found, runs = {}, {}
 
         def keep(name, *args):
@@ -153,7 +153,7 @@ def one_point(size: int, batch: int, mode: str, rounds: int):
     """A child's work: MiB at the peak of the first run above what was held before; per image seconds of the others by
     the wall's clock and the processor's, GFLOP, and their share."""
     model, image = schnet(), torch.rand(batch, 3, size, size)
-    store_frozen(model, mode)
+    cast_frozen(model, mode)
     forget_peak()
     before = resident()
     with autocast(mode):

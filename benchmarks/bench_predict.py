@@ -139,7 +139,7 @@ def full_size(precision: str) -> predict.Parser:
     labels = label_set(cfg)
     torch.manual_seed(0)
     model = build_model(cfg, labels.classes).eval()
-    inference.store_frozen(model, precision)
+    inference.cast_frozen(model, precision)
     load_run, inference.load_run = inference.load_run, lambda *_: (model, labels, Path("random weights"))
     try:
         return predict.Parser()

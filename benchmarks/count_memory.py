@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import adapter  # noqa: E402
 from config import Config, load_config  # noqa: E402
 from datasets import label_set  # noqa: E402
-from inference import autocast, store_frozen  # noqa: E402
+from inference import autocast, cast_frozen  # noqa: E402
 from model import SCHNet, build_model  # noqa: E402
 from sam_vit import Attention  # noqa: E402
 
@@ -68,7 +68,7 @@ def row(path: str, overrides: tuple[str, ...]) -> str:
     model = network(cfg)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu").train()
-        store_frozen(model, cfg.precision)
+        cast_frozen(model, cfg.precision)
         (flops, kept), (flops_of_3, kept_of_3) = (step(model, torch.empty(n, 3, *cfg.crop_size)) for n in (2, 3))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fixed = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + 3 * 4 * trained

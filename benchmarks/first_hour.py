@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench_gpu import RANDOM, SMALL  # noqa: E402
-from files.whole import write_text  # noqa: E402
+from files.atomic import write_text  # noqa: E402
 
 ITERS = 200
 

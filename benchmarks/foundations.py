@@ -38,8 +38,8 @@ sys.path.insert(0, str(ROOT))
 from clip_vit import CLIP, load_clip  # noqa: E402
 from config import Config, load_config, user_path  # noqa: E402
 from datasets import DrawnSet, label_set, open_split, train_loader  # noqa: E402
-from engine.errors import UserError, run_program  # noqa: E402
-from files.whole import whole, write_text  # noqa: E402
+from errors import UserError, run_program  # noqa: E402
+from files.atomic import atomic_write, write_text  # noqa: E402
 from sam_vit import SAMViT, load_sam  # noqa: E402
 from tokenizer import tokenize  # noqa: E402
 from train import get_lr  # noqa: E402
@@ -276,7 +276,7 @@ def probe(folder: Path, changes: Sequence[str] = ()) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------------- program
 
 def save(path: Path, tensors: dict[str, Tensor]):
-    with whole(path) as part:
+    with atomic_write(path) as part:
         torch.save(tensors, part)
 
 

@@ -48,7 +48,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation  # no
 
 from config import Config, load_config, to_yaml  # noqa: E402
 from datasets import label_set, open_split, train_loader  # noqa: E402
-from engine.errors import UserError  # noqa: E402
+from errors import UserError  # noqa: E402
 from evaluate import confusion_matrix, evaluate_split, scores  # noqa: E402
 from inference import predict_labels  # noqa: E402
 from model import build_model  # noqa: E402

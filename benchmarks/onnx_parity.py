@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import export  # noqa: E402
 from config import Config, load_config  # noqa: E402
 from datasets import label_set  # noqa: E402
-from inference import autocast, load_run, store_frozen  # noqa: E402
+from inference import autocast, load_run, cast_frozen  # noqa: E402
 from model import SCHNet, build_model  # noqa: E402
 from synthetic.draw import draw  # noqa: E402
 
@@ -60,7 +60,7 @@ def side_by_side(model: SCHNet, path: Path, size: tuple[int, int], rounds: int, 
     images = [draw(1, n, size)[0][None] for n in range(figures)]
     deployed, half = export.Deployed(model).eval(), export.Deployed(copy.deepcopy(model)).eval()
     half.requires_grad_(False)
-    store_frozen(half, "bf16")
+    cast_frozen(half, "bf16")
 
     def in_torch(module: torch.nn.Module, image: np.ndarray, precision: str) -> np.ndarray:
         with torch.inference_mode(), autocast(torch.device("cpu"), precision):

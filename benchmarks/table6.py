@@ -48,10 +48,10 @@ sys.path.insert(0, str(ROOT))
 
 from config import Config, load_config, to_yaml, user_path  # noqa: E402
 from datasets import label_set, open_split, train_loader  # noqa: E402
-from engine.errors import UserError, run_program  # noqa: E402
+from errors import UserError, run_program  # noqa: E402
 from evaluate import evaluate_split, scores  # noqa: E402
 from files.weights import sha256  # noqa: E402
-from files.whole import write_text  # noqa: E402
+from files.atomic import write_text  # noqa: E402
 from model import SCHNet, build_model  # noqa: E402
 from train import forward_backward, param_groups  # noqa: E402
 from viz import pictures, plots  # noqa: E402
@@ -144,14 +144,14 @@ def settings(job: Job, args: argparse.Namespace) -> Config:
 def shuffle_similarities(model: SCHNet, pairs, count: int = 256):
     """From now on SRM gets the class similarities of other pictures, some of `count`, drawn anew for each picture."""
     images = [torch.from_numpy(pairs.read(i)[0]).permute(2, 0, 1) / 255 for i in range(min(count, len(pairs)))]
-    semantics, rng = model._semantics, torch.Generator().manual_seed(0)
+    semantics, rng = model.clip_features, torch.Generator().manual_seed(0)
     with torch.no_grad():
         others = torch.cat([semantics(image[None])[0] for image in images])              # (N, K)
 
     def shuffled(image: Tensor) -> tuple[Tensor, list[Tensor]]:
         return others[torch.randint(len(others), (len(image),), generator=rng)], semantics(image)[1]
 
-    model._semantics = shuffled
+    model.clip_features = shuffled
 
 
 def budget(job: Job, args: argparse.Namespace) -> float:

@@ -1,10 +1,12 @@
-"""The folder of a run. Only the main process opens and writes it: the others may be on machines that do not see it.
+"""A training run on disk: its folder, log, checkpoints and pictures, and what its progress is.
 
     runs/cihp/last.pt, previous.pt, best.pt      see checkpoint.py
-    runs/cihp/config.yaml                        every knob as it was used
+    runs/cihp/config.yaml                        every setting of the run
     runs/cihp/log.jsonl                          a line per log_every iterations, and one per validation
-    runs/cihp/curves.png, validation.png         to look at, refreshed as it runs
-    runs/cihp/.lock                              held by the process that trains in it; names torchrun's processes
+    runs/cihp/curves.png, validation.png         plots, updated during training
+    runs/cihp/.lock                              held by the process that trains in it
+
+Only the main process opens and writes the folder: the others may be on machines that do not see it.
 """
 
 import contextlib
@@ -13,198 +15,301 @@ import errno
 import json
 import math
 import os
-import shlex
+import signal
 import sys
-import textwrap
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from config import SIZES, Config, to_overrides, to_yaml
-from datasets import LabelSet
+from config import RESUMABLE, Config, to_yaml
+from datasets import DrawnSet, LabelSet, PairSet, fingerprint, sample_warning
 from engine import checkpoint
-from engine.errors import UserError
-from engine.processes import World
-from files.whole import LITTER, write_text
-from model import SCHNet
-from viz import pictures, plots
+from engine.processes import Stop, StopSignal, World, memory
+from errors import UserError
+from files.atomic import LEFTOVERS, write_text
+from viz import pictures, training
 
-# Keys that may change when a run goes on: where things lie, how often something is done, how the work is cut up.
-HARMLESS = {"data_root", "sam_weights", "clip_weights", "vocab", "workers", "log_every", "eval_every", "save_every",
-            "out", "checkpointing", "tta_scales", "accum_steps"}
-
-LOSSES = {"loss": "total", "ce": "cross-entropy", "lovasz": "Lovasz-softmax", "aux": "auxiliary head"}
-SCORES = {"miou": "mIoU", "mean_acc": "mean accuracy", "pixel_acc": "pixel accuracy"}
+MAX_SKIPPED = 20                                           # consecutive steps with a non-finite loss or gradient
 
 
 @dataclass
 class Progress:
-    """How far a run is. Saved with the weights: its log and its best score go on as if it had never stopped."""
+    """Training progress. Saved with the weights, so that log and best score continue as if the run had never stopped."""
     iteration: int = 0                                     # done, or skipped
     skipped: int = 0                                       # steps whose loss or gradient was not finite
     in_a_row: int = 0                                      # of these, since the last step that was taken
     validated: int = 0                                     # iteration of the newest validation
     best_miou: float = -1.0
     best_iteration: int = 0
-    sums: dict[str, float] = field(default_factory=dict)   # of the losses since the last entry of the log
+    sums: dict[str, float] = field(default_factory=dict)   # of the losses since the last log entry
     count: int = 0
-    images: int = 0                                        # of the training set
     train: str = ""                                        # fingerprints of both splits
     val: str = ""
     seconds: float = 0.0
 
 
 class Run:
-    """The folder, its log and its pictures."""
+    """The folder of a run and the record of its progress."""
 
-    def __init__(self, cfg: Config, world: World):
-        self.cfg, self.world = cfg, world
+    def __init__(self, cfg: Config, world: World, labels: LabelSet):
+        self.cfg, self.world, self.labels = cfg, world, labels
         self.folder = Path(cfg.out or "runs/demo")
-        self.log = self.folder / "log.jsonl"
-        self.locked = None                                 # .lock, open as long as this run
+        self.log_path = self.folder / "log.jsonl"
         self.entries: list[dict] = []
+        self.progress = Progress()
+        self.saved = 0                                     # iteration of last.pt
+        self.waited, self.logged = 0.0, time.monotonic()   # seconds waited for data since the last log entry, and its time
+
+    # ---- before training
 
     def open(self, resume: bool) -> dict | None:
-        """Make the folder, or find the checkpoint to go on from; a run that is there is never overwritten."""
-        if not self.world.main:
-            return None
-        nothing = UserError(f"{self.folder}: no checkpoint to go on from (no {checkpoint.LAST}); without --resume the "
-                            "run begins anew")
-        if resume and not self.folder.exists():
-            raise nothing
+        """Locks the folder, making it if need be; returns the checkpoint to resume from. An existing run is never
+        overwritten."""
+        with self.world.all_or_none():
+            content = self._open(resume) if self.world.main else None
+        return self.world.broadcast(content)
+
+    def _open(self, resume: bool) -> dict | None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            before = self.lock()                           # of two that come at once, one must find what the other left
+            self._lock()                                   # of two concurrent starts, the second must see the first's files
         except OSError as error:
             raise UserError(f"out: {self.folder} cannot be used ({error.strerror})") from None
         names = checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST
-        held = [name for name in names if os.path.lexists(self.folder / name)]      # a link to a disk that is away, too
+        held = [name for name in names if os.path.lexists(self.folder / name)]       # also a link to a disk that is away
         if held == [checkpoint.BEST]:
-            raise UserError(f"{self.folder} holds a {checkpoint.BEST} but no {checkpoint.LAST}, which alone has what "
-                            "training needs to go on: choose another folder with out=FOLDER")
-        if held and not resume and not (self.world.restarted and self.world.agents & before):
-            raise UserError(f"{self.folder} already holds a run: go on with --resume, or choose another folder "
+            raise UserError(f"{self.folder} holds {checkpoint.BEST} but no {checkpoint.LAST}, which training needs to "
+                            "resume: choose another folder with out=FOLDER")
+        if held and not resume:
+            raise UserError(f"{self.folder} already contains a run: continue it with --resume, or choose another folder "
                             "with out=FOLDER")
-        if resume and not held:
-            raise nothing
-        for part in self.folder.glob(LITTER):              # what a kill left half-written
-            part.unlink()
-        return self._go_on() if held else None
+        for leftover in self.folder.glob(LEFTOVERS):
+            leftover.unlink()
+        if not held and resume:
+            self.world.print0(f"{self.folder}: no checkpoint, starting a new run")
+        return self._resume() if held else None
 
-    def begin(self):
-        """Nothing has failed: from here on the folder is this run's."""
-        if self.world.main:
-            if self.locked:
-                self.locked.truncate(0)
-                self.locked.write("".join(f"{agent}\n" for agent in sorted(self.world.agents)))
-                self.locked.flush()
-            write_text(self.folder / "config.yaml", to_yaml(self.cfg))
-            self.write_log()                               # cut back to the checkpoint; empty for a new run
-
-    def lock(self) -> set[str]:
-        """Two runs in one folder would overwrite each other. The system's lock ends with the process that has it.
-
-        Returns whose run it was: one that torchrun restarts goes on by itself, one that it starts anew does not.
-        """
+    def _lock(self):
+        """An exclusive lock on the folder, released by the system when the process ends."""
         if sys.platform == "win32":
-            return set()
+            return
         import fcntl
-        self.locked = open(self.folder / ".lock", "a+")    # not inherited by the loaders, as flock's would be
+        self.lock = open(self.folder / ".lock", "a")       # lockf: not inherited by the loaders, as flock's would be
         try:
-            fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:                           # anything else: a file system without locks
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise UserError(f"{self.folder}: another process is training in this folder; choose another with "
                                 "out=FOLDER") from None
-        self.locked.seek(0)
-        return set(self.locked.read().splitlines())
 
-    def _go_on(self) -> dict:
+    def _resume(self) -> dict:
         content, path, damaged = checkpoint.read_last(self.folder)
-        for file, why in damaged:                          # aside: the next save must not put it in the other's place
+        for file, why in damaged:                          # renamed, so that the next save does not rotate it over the good one
             with contextlib.suppress(OSError):
                 file.rename(file.with_suffix(".damaged"))
-            self.world.say(f"warning: {why}; {path} is used")
-        old = dataclasses.asdict(Config()) | content["config"]           # a knob that is newer than the checkpoint
-        changed = {key: f"{key} {old.get(key)!r} -> {value!r}" for key, value in vars(self.cfg).items()
-                   if old.get(key) != value and not (key in SIZES and value is None)}
-        refused = [text for key, text in changed.items() if key not in HARMLESS]
+            self.world.print0(f"warning: {why}; {path} is used")
+        old = dataclasses.asdict(Config()) | content["config"]           # a key may be newer than the checkpoint
+        changed = {key: f"{key} {old[key]!r} -> {value!r}" for key, value in vars(self.cfg).items() if old[key] != value}
+        refused = [text for key, text in changed.items() if key not in RESUMABLE]
         if refused:
-            raise UserError(f"{path} was trained with another configuration ({', '.join(refused)}): restore it, or "
-                            "start a new run with out=FOLDER")
-        now = content["progress"]
-        lines = self.log.read_text().splitlines() if self.log.exists() else []
+            raise UserError(f"{path} was trained with other settings ({', '.join(refused)}): resume with "
+                            f"--cfg {self.folder / 'config.yaml'} --resume, or start a new run with out=FOLDER")
+        progress = content["progress"]
+        lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
         try:
             entries = [json.loads(line) for line in lines if line.strip()]
             self.entries = [entry for entry in entries
-                            if entry["iter"] <= (now["validated"] if "miou" in entry else now["iteration"])]
+                            if entry["iter"] <= progress["validated" if "miou" in entry else "iteration"]]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.log}: not as it was written; mend it, or put it aside to go on without") from None
-        self.world.say(f"going on from {path}, iteration {now['iteration']}"
-                       + (f"; changed: {', '.join(changed.values())}" if changed else ""))
+            raise UserError(f"{self.log_path}: corrupt; fix it, or move it away to resume without it") from None
+        self.world.print0(f"resuming from {path}, iteration {progress['iteration']}"
+                          + (f"; changed: {', '.join(changed.values())}" if changed else ""))
         return content
 
-    def note(self, **entry):
-        """One more line of the log; a score that does not exist (nan) becomes null."""
+    def start(self, learner, content: dict | None, train: PairSet | DrawnSet, val: PairSet | DrawnSet):
+        """Restores the learner from the checkpoint and claims the folder: config.yaml, log.jsonl."""
+        self.official, last = checkpoint.official_files(learner.model), self.folder / checkpoint.LAST
+        if content:
+            checkpoint.load_state(learner.model, content["model"], last)
+            if content["official"] != self.official:
+                raise UserError(f"{self.folder} was trained with different official weights than "
+                                f"{', '.join(self.official) or 'none'} now name")
+            checkpoint.load_optimizer(learner.model, learner.optimizer, content["optimizer"], last)
+            learner.scaler.load_state_dict(content["scaler"])
+            self.progress = Progress(**content["progress"])
+        self._note_data(fingerprint(train), fingerprint(val))
+        self.saved = self.progress.iteration
+        if self.world.main:
+            write_text(self.folder / "config.yaml", to_yaml(self.cfg))
+            self._write_log()                              # cut back to the checkpoint; empty for a new run
+            for warning in (sample_warning(pairs, self.labels.classes) for pairs in (train, val)):
+                if warning:
+                    self.world.print0(f"warning: {warning}")
+        self.started = time.monotonic() - self.progress.seconds
+        self.bar = tqdm(total=self.cfg.iters, initial=self.progress.iteration, unit="it", disable=not self.world.main,
+                        dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
+
+    def _note_data(self, train: str, val: str):
+        """Records the fingerprints of the splits; warns if they changed since the checkpoint."""
+        progress = self.progress
+        if progress.train not in ("", train):
+            self.world.print0(f"warning: the training images have changed ({progress.train.split()[0]} before, "
+                              f"{train.split()[0]} now): the sample order changes from here")
+        if progress.val not in ("", val):
+            self.world.print0(f"warning: the validation set has changed: {checkpoint.BEST} will be the best on the new one")
+            progress.best_miou, progress.best_iteration = -1.0, 0
+        progress.train, progress.val = train, val
+
+    # ---- during training
+
+    def due(self, every: int) -> bool:
+        return self.progress.iteration % every == 0 or self.progress.iteration == self.cfg.iters
+
+    def next_batches(self, batches: Iterator, stop: StopSignal, learner) -> list[tuple]:
+        """The micro-batches of a step. Where a process was asked to stop or has no data, all save and end the run."""
+        start, error, micro_batches = time.monotonic(), "", []
+        try:
+            with stop.wait():
+                micro_batches = [next(batches) for _ in range(self.cfg.accum_steps)]
+        except Stop:
+            pass
+        except UserError as fault:
+            error = str(fault)
+        self.waited += time.monotonic() - start
+        stopping, failed = self.world.sum([stop.number > 0, error != ""])
+        if stopping:
+            self.stop(learner, stop.number)
+        if failed:
+            self.save(learner)
+            error = next(text for text in self.world.gather(error) if text)
+            raise UserError(f"{error}; {self.last_checkpoint()}", everywhere=True)
+        return micro_batches
+
+    def count(self, losses: dict[str, float], taken: bool, names: list[str], lr: float, learner):
+        """Counts a step, taken or skipped; ends the run after too many skipped ones in a row."""
+        progress = self.progress
+        progress.iteration += 1
+        if taken:
+            progress.sums = {name: progress.sums.get(name, 0.0) + value for name, value in losses.items()}
+            progress.count, progress.in_a_row = progress.count + 1, 0
+        else:
+            progress.skipped, progress.in_a_row = progress.skipped + 1, progress.in_a_row + 1
+            what = "gradient" if math.isfinite(losses["loss"]) else "loss"
+            self.record(iter=progress.iteration, skipped=what, batch=sum(self.world.gather(names), []))
+            scale = learner.scaler.get_scale()             # 1 where there is no scaler
+            if progress.in_a_row >= MAX_SKIPPED or scale < 1:
+                self._try_write(self._write_log)
+                why = (f"{progress.in_a_row} steps in a row were skipped" if scale >= 1 else
+                       "the scale of fp16 has fallen below 1")
+                values = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
+                raise UserError(f"iteration {progress.iteration}: {why}, the {what} is not finite ({values}); the batches "
+                                f"are in {self.log_path}; {self.last_checkpoint()}", everywhere=True)
+        shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        skipped = f" {progress.skipped} skipped" if progress.skipped else ""
+        self.bar.set_postfix_str(f"{shown} lr {lr:.1e} {memory(self.world.device):.1f} GiB{skipped}", refresh=False)
+        self.bar.update()
+
+    def log_means(self, lr: float):
+        """A log entry with the mean losses since the last one."""
+        progress, now = self.progress, time.monotonic()
+        means = {name: total / progress.count for name, total in progress.sums.items()}
+        self.record(iter=progress.iteration, **means, lr=lr, seconds=round(now - self.started, 1),
+                    waiting=round(self.waited / (now - self.logged), 3), gib=round(memory(self.world.device), 2))
+        progress.sums, progress.count, self.waited, self.logged = {}, 0, 0.0, now
+        self._try_write(self._write_log)
+
+    def validated(self, result: dict, images: int, learner):
+        """A validation's scores: into the log, and best.pt where they are the best so far."""
+        progress = self.progress
+        progress.validated = progress.iteration
+        self.record(iter=progress.iteration, **{key: result[key] for key in ("miou", "mean_acc", "pixel_acc", "iou")},
+                    seconds=round(time.monotonic() - self.started, 1))
+        self.world.print0(f"iteration {progress.iteration}: mIoU {100 * result['miou']:.2f}, "
+                          f"mean accuracy {100 * result['mean_acc']:.2f}, pixel accuracy {100 * result['pixel_acc']:.2f} "
+                          f"on {images} images")
+        if not result["miou"] <= progress.best_miou:       # true for nan as well
+            before = progress.best_miou, progress.best_iteration
+            progress.best_miou, progress.best_iteration = result["miou"], progress.iteration
+            if not self.world.broadcast(self.world.main and self._save_best(learner)):
+                progress.best_miou, progress.best_iteration = before     # the next validation may write it
+        self.save(learner, must=progress.iteration == self.cfg.iters)
+
+    def stop(self, learner, number: int):
+        """Saves and exits with the signal's exit code, all processes together."""
+        if self.saved < self.progress.iteration:
+            self.save(learner, must=True)
+        number = number or signal.SIGTERM                  # none: another process was asked to stop
+        self.world.print0(f"stopped by {signal.Signals(number).name} after iteration {self.progress.iteration}; "
+                          f"{self.folder / checkpoint.LAST} is saved, --resume continues")
+        self.world.sum([0.0])                              # torchrun ends all when one exits: wait for the save
+        raise SystemExit(128 + number)
+
+    def finish(self):
+        progress = self.progress
+        skipped = f"{progress.skipped} of {self.cfg.iters} steps were skipped: {self.log_path}\n" if progress.skipped else ""
+        self.world.print0(f"{skipped}done: best mIoU {100 * progress.best_miou:.2f} at iteration {progress.best_iteration}, "
+                          f"{self.folder / checkpoint.BEST}; curves in {self.folder / 'curves.png'}\n"
+                          f"next: python evaluate.py --run {self.folder} --tta")
+
+    # ---- writing
+
+    def save(self, learner, must: bool = False):
+        """last.pt and curves.png. A failed write is a warning, unless `must`."""
+        self.progress.seconds = time.monotonic() - self.started
+        if self.world.main:
+            self._try_write(self._save, learner, must=must)
+            self._draw("curves.png", lambda: training.curves(self.entries))
+
+    def _save(self, learner):
+        self._write_log()                                  # first, so that the log is never behind the checkpoint
+        checkpoint.write_last(self.folder, self._content(learner) | {
+            "optimizer": checkpoint.optimizer_state(learner.model, learner.optimizer),
+            "scaler": learner.scaler.state_dict()})
+        self.saved = self.progress.iteration
+
+    def _save_best(self, learner) -> bool:
+        return self._try_write(checkpoint.write, self.folder / checkpoint.BEST, self._content(learner),
+                               must=self.progress.iteration == self.cfg.iters)
+
+    def _content(self, learner) -> dict:
+        return checkpoint.pack(learner.model, self.labels, self.official, {"progress": dataclasses.asdict(self.progress)})
+
+    def _try_write(self, write: Callable, *args, must: bool = False) -> bool:
+        try:
+            write(*args)
+        except UserError as error:
+            if must:
+                raise UserError(f"{error}; {self.last_checkpoint()}") from None
+            self.world.print0(f"warning: {error}; {self.last_checkpoint()}; training continues")
+            return False
+        return True
+
+    def last_checkpoint(self) -> str:
+        """Which checkpoint remains if the run ends now (main process only)."""
+        if not self.saved:
+            return "there is no checkpoint yet"
+        return f"the last checkpoint is of iteration {self.saved}, in {self.folder}"
+
+    def record(self, **entry):
+        """Adds a line to the log; a score that does not exist (nan) becomes null."""
         if self.world.main:
             self.entries.append(json.loads(json.dumps(entry), parse_constant=lambda _: None))
 
-    def write_log(self):
-        """log.jsonl as a whole, so that it never holds half a line."""
+    def _write_log(self):
         if self.world.main:
-            write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in self.entries))
+            write_text(self.log_path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
 
-    def draw_curves(self):
-        """curves.png from the log: the loss and its parts, learning rate, gradient, validation scores."""
-        train, val = [e for e in self.entries if "loss" in e], [e for e in self.entries if "miou" in e]
-        if not train:
-            return
+    def draw_validation(self, samples: list[tuple[np.ndarray, np.ndarray, np.ndarray]]):
+        """validation.png from (photo, label, prediction) of some photos."""
+        self._draw("validation.png", lambda: training.validation(samples, self.labels, self.progress.iteration))
 
-        def series(entries: list[dict], key: str, factor: float = 1) -> tuple[list, list]:
-            values = [math.nan if e[key] is None else factor * e[key] for e in entries]
-            ends = 0, train[-1]["iter"]                    # all panels span the same iterations
-            return [*ends, *(e["iter"] for e in entries)], [math.nan, math.nan, *values]
-
-        panels = {"loss": {name: series(train, key) for key, name in LOSSES.items() if key in train[0]},
-                  "validation, %": {name: series(val, key, 100) for key, name in SCORES.items()},
-                  "learning rate": {"lr": series(train, "lr")}}
-        if "grad" in train[0]:
-            panels["gradient norm"] = {"grad": series(train, "grad")}
-        self._picture("curves.png", lambda: plots.curves(panels, smooth=["loss", "gradient norm"]))
-
-    def draw_validation(self, seen: list[tuple], labels: LabelSet, iteration: int):
-        """validation.png: photos, their labels, and what the network makes of them."""
-        def draw() -> np.ndarray:
-            rows = [[image] + [pictures.overlay(image, part, labels.palette) for part in (label, pred)]
-                    for image, label, pred in seen]
-            sheet = pictures.sheet(rows, titles=["photo", "ground truth", f"iteration {iteration}"])
-            return pictures.with_legend(sheet, labels.classes, labels.palette, size=16)
-
-        self._picture("validation.png", draw)
-
-    def _picture(self, name: str, draw: Callable[[], np.ndarray]):
-        """A picture is nothing to stop for: where it cannot be written, that is said."""
-        if self.world.main:
-            try:
-                pictures.save_png(self.folder / name, draw())
-            except UserError as error:
-                self.world.say(f"warning: {error}")
-
-
-def describe(model: SCHNet, cfg: Config, world: World, count: int) -> str:
-    """The whole configuration, what is about to be trained, and on what."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    each = cfg.batch_size // (world.size * cfg.accum_steps)
-    knobs = " ".join(f"{key}={shlex.quote(text)}" for key, text in to_overrides(cfg).items())
-    lines = [*textwrap.wrap(knobs, 120, break_long_words=False, break_on_hyphens=False),
-             f"{trained / 1e6:.2f} M parameters trained, {(total - trained) / 1e6:.2f} M frozen; "
-             f"{count} training images",
-             f"{cfg.iters} iterations of {cfg.batch_size} images = {world.size} process{'es' * (world.size > 1)} x "
-             f"{cfg.accum_steps} step{'s' * (cfg.accum_steps > 1)} x {each}, {cfg.precision} on {world.device.type}"]
-    if each % cfg.loss_group:
-        lines.append(f"note: {each} images at a time, not a multiple of loss_group={cfg.loss_group}: the loss is "
-                     "another than that of other ways to share the work out")
-    return "\n".join(lines)
+    def _draw(self, name: str, draw: Callable[[], np.ndarray]):
+        """Failing to write a picture is only a warning."""
+        try:
+            pictures.save_png(self.folder / name, draw())
+        except UserError as error:
+            self.world.print0(f"warning: {error}")

@@ -1,46 +1,85 @@
-"""Loader processes: the main process alone answers signals, notices when one of them dies, and ends them."""
+"""Loader processes and threads. The main process handles signals, detects workers that die or stall, and kills them."""
 
+import atexit
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import cv2
 from torch.utils.data import DataLoader
 
-from engine.errors import UserError
+from errors import UserError
+
+STALLED = 600                                              # seconds without a batch
 
 
 def start_worker(_):
     """For `worker_init_fn`."""
     cv2.setNumThreads(0)                                   # the workers are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)           # both are sent to all processes: the main one decides
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)          # what is still done, and ends its workers
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):              # sent to whole process groups: the main process
+        if hasattr(signal, name):                                        # decides, and kills its workers
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def watched(loader: DataLoader) -> Iterator:
-    """The loader's batches. A fault that a worker hands over as a value is raised here; so is the death of one."""
+def watched(loader: DataLoader, expected: Iterator[list[str]]) -> Iterator:
+    """The loader's batches. A `UserError` that a worker returns is raised here; so is its death, and a stall.
+
+    `expected`: the names of the photos of each batch, for the message about a stall.
+    """
     child_died = getattr(signal, "SIGCHLD", None)          # Windows has none
     handler = child_died and signal.getsignal(child_died)
-    batches = iter(loader)
-    if loader.num_workers and child_died:                  # torch's handler raises in whatever the main process is at
-        signal.signal(child_died, handler)                 # when a worker dies; without it, waiting for a batch does
-    while True:
-        try:
+    others, names, workers = set(multiprocessing.active_children()), [], set()
+    try:
+        batches = iter(loader)
+        workers = set(multiprocessing.active_children()) - others
+        atexit.register(kill, workers)                     # also where somebody still holds the loader at the end
+        if workers and child_died:                         # torch's handler raises wherever the main process is when a
+            signal.signal(child_died, handler)             # worker dies; waiting for a batch notices it without it
+        while True:
+            names = next(expected)
             batch = next(batches)
-        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-            other = isinstance(error, RuntimeError) and "DataLoader worker (" not in str(error)
-            if loader.num_workers == 0 or other or str(error).startswith("Caught"):         # a bug keeps its traceback
-                raise
-            reason = " ".join(f"{type(error).__name__} {error}".split())
-            raise UserError("a loader process was ended by the system, usually for want of memory (or of shared "
-                            f"memory, /dev/shm): try fewer workers ({reason})") from None
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except (RuntimeError, OSError, EOFError) as error:
+        line = _in_one_line(error, names) if loader.num_workers else ""
+        if not line:
+            raise
+        raise UserError(line) from None
+    finally:
+        kill(workers)
 
 
-def end_workers():
-    """End the loader processes that are left; Python's own way is SIGTERM, and it would wait for that to work."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+def _in_one_line(error: Exception, names: list[str]) -> str:
+    """What happened to the loader processes; "" for a bug in one of them, which keeps its traceback."""
+    text = " ".join(f"{type(error).__name__} {error}".split())
+    if "timed out" in text:
+        return f"no training sample for {STALLED} s, waiting for {', '.join(names[:4])}: is a file server away?"
+    if "open files" in text:
+        return f"too many open files: raise the limit (ulimit -n) or use fewer workers ({text})"
+    if isinstance(error, (EOFError, ConnectionError, FileNotFoundError)) or "DataLoader worker (" in text:
+        return f"a loader process was killed by the system, usually out of memory: try fewer workers ({text})"
+    if isinstance(error, OSError):
+        return (f"loader processes cannot start ({text}): give the container more shared memory (docker run --shm-size=1g, "
+                "or --ipc=host), or set workers=0")
+    return ""
+
+
+def kill(workers: set[multiprocessing.Process]):
+    """Ends loader processes at once: Python would send SIGTERM, which they ignore, and wait for them for ever."""
+    for worker in workers:
+        worker.kill()
+
+
+def read_ahead(read: Callable, items: Iterable, threads: int) -> Iterator[tuple]:
+    """(item, read(item)) in order; threads decode files while the network works."""
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        items = iter(items)
+        waiting = deque((item, pool.submit(read, item)) for item in islice(items, threads + 1))
+        while waiting:
+            item, future = waiting.popleft()
+            waiting.extend((item, pool.submit(read, item)) for item in islice(items, 1))
+            yield item, future.result()

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config import user_path  # noqa: E402
-from engine.errors import UserError, in_one_line, run_program  # noqa: E402
+from errors import UserError, in_one_line, run_program  # noqa: E402
 from files.images import PHOTO_FORMATS, as_shown  # noqa: E402
 from predict import Parser  # noqa: E402
 from viz import pictures  # noqa: E402

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from config import IGNORE
-from engine.errors import UserError
+from errors import UserError
 
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")              # of a data set
@@ -88,19 +88,6 @@ def orientation(path: str | Path) -> int:
     """Of a photo, by its EXIF tag: 1 (as stored) to 8, see `_turned`."""
     with _opened(path, PHOTO_FORMATS) as image:
         return _orientation(image)
-
-
-def doubt(counts: np.ndarray, classes: Sequence[str]) -> str:
-    """What is strange about labels in which the values 0..255 occur `counts` times (256,), in words; "" if nothing is.
-
-    Many tools write masks of two classes as 0 and 255, or background as 255 and the classes from 0.
-    """
-    seen, ignored = counts[:len(classes)] > 0, counts[IGNORE] / counts.sum()
-    if seen.all() or (not ignored and seen.sum() > 1):
-        return ""
-    absent = [f"{k} {name}" for k, name in enumerate(classes) if not seen[k]]
-    more = f", but {ignored:.2%} of the pixels are {IGNORE}, which is ignored and no class" if ignored else ""
-    return f"no label shows {', '.join(absent)}{more}; classes are 0 to {len(classes) - 1}"
 
 
 @contextlib.contextmanager

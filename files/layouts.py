@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import Config
-from engine.errors import UserError
+from errors import UserError, reading
 from files.images import PHOTO_ENDINGS
 
 LABEL_ENDINGS = (".png",)
@@ -58,11 +58,8 @@ def find_split(cfg: Config, split: str) -> Place:
     if not cfg.data_root:
         raise UserError(f"data_root is not set: give the folder of the {cfg.dataset} data (data_root=/path/to/it)")
     root = Path(os.path.abspath(cfg.data_root))
-    try:
+    with reading(f"data_root {root}", "folder", ": set it with data_root=/path/to/it"):
         os.scandir(root).close()
-    except OSError as error:
-        raise UserError(f"data_root {root}: {error.strerror.lower()} "
-                        "(data_root=/path/to/it says where the data is)") from None
     images_at, labels_at, lists_at = _candidates(cfg, split)
     images = _first(root, images_at, os.path.isdir)
     labels = _first(root, labels_at, os.path.isdir)
@@ -137,9 +134,10 @@ def _listed(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
     its own path.
     """
     try:
-        lines = place.listing.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{place.listing}: cannot be read as a list of names ({error})") from None
+        with reading(place.listing, "list of names"):
+            lines = place.listing.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place.listing}: is not a list of names ({error})") from None
     photos, labels = _Files(place, place.images, PHOTO_ENDINGS), _Files(place, place.labels, LABEL_ENDINGS)
     pairs, faults, first = [], [], {}
     for number, line in enumerate(lines, 1):
@@ -189,10 +187,8 @@ class _Folder:
         self.path, self.endings = path, endings
         self.files: dict[str, list[str]] = {}              # by their names without ending
         self.near: dict[str, str] = {}                     # all, whatever the ending, in small letters
-        try:
+        with reading(path, "folder"):
             names = sorted(os.listdir(path))
-        except OSError as error:
-            raise UserError(f"{path}: the folder cannot be read ({error.strerror})") from None
         for file in names:
             name, ending = os.path.splitext(composed(file))
             self.near.setdefault(name.lower(), file)

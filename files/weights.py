@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine.errors import UserError
+from errors import UserError, reading
 
 
 @dataclass(frozen=True)
@@ -49,35 +49,28 @@ SAM_H_FILE = FileSpec(
     2_564_550_879, "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e", "SAM ViT-H")
 FILES = (CLIP_FILE, SAM_FILE, VOCAB_FILE)                  # what the paper's network needs
 OTHER_FILES = (SAM_B_FILE, SAM_H_FILE)                     # smaller and larger encoders, for who asks for them by name
+HINT = "; `python download.py` gets the official ones"
 AGAIN = "get it again with `python download.py`"
 
 
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file as hexadecimal digits."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise _unreadable(Path(path), error) from None
+    with reading(path, "file of weights", HINT), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a file by name, on the CPU, in the file's types; an outer `state_dict` or `model` is opened."""
     path = Path(path)
     try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-        size = path.stat().st_size
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    try:
-        values = _reader(path, head, size)(path)
+        with reading(path, "file of weights", HINT):
+            with open(path, "rb") as file:
+                head = file.read(512)
+            values = _reader(path, head, path.stat().st_size)(path)
     except UserError:
         raise
     except MemoryError:
-        raise UserError(f"{path}: does not fit into the memory") from None
-    except OSError as error:
-        raise _unreadable(path, error) from None
+        raise UserError(f"{path}: does not fit in memory") from None
     except Exception as error:                             # a damaged file can raise anything at all
         refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:
@@ -148,16 +141,6 @@ def check_keys(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -
 def _names(names, shown: int = 3) -> str:
     names = list(names)
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    if isinstance(error, FileNotFoundError):
-        return UserError(f"{path}: no such file; `python download.py` gets the official ones")
-    if isinstance(error, IsADirectoryError):
-        return UserError(f"{path}: is a folder, not a file of weights")
-    if isinstance(error, PermissionError):
-        return UserError(f"{path}: may not be read (permission denied)")
-    return UserError(f"{path}: cannot be read ({error.strerror or error})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

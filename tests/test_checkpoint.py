@@ -18,7 +18,7 @@ import model as model_file
 from config import Config
 from datasets import LabelSet
 from engine import checkpoint
-from engine.errors import UserError
+from errors import UserError
 from files import weights, whole
 from model import build_model
 from sam_vit import SAMViT

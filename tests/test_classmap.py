@@ -11,7 +11,7 @@ import classmap
 import inference
 from config import Config
 from datasets import LABEL_SETS
-from engine.errors import UserError
+from errors import UserError
 
 MAPS = Path(__file__).parents[1] / "configs" / "maps"
 LIP, CIHP = LABEL_SETS["lip"], LABEL_SETS["cihp"]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from clip_vit import CLIP, load_clip
-from engine.errors import UserError
+from errors import UserError
 from files import weights
 from layers import resample_positions
 

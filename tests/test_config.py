@@ -10,7 +10,7 @@ import evaluate
 import predict
 from config import PATHS, RANGES, SIZES, Config, load_config, to_yaml, user_path
 from engine import checkpoint
-from engine.errors import UserError
+from errors import UserError
 from synthetic import draw
 
 ROOT = Path(__file__).parent.parent

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 import datasets
 from config import Config, from_dict
 from datasets import LABEL_SETS, BatchOrder, LabelSet, TrainSet, label_set, open_split, train_loader
-from engine.errors import UserError
+from errors import UserError
 from files.images import ORIENTATION, read_label, read_photo
 
 ROOT = Path(__file__).parents[1]
@@ -580,7 +580,7 @@ def no_superuser():
         return
     from concurrent.futures import ProcessPoolExecutor  # noqa: F401
 
-    import files.check  # noqa: F401
+    import check  # noqa: F401
     "".encode("utf-8-sig")                                 # Python itself may lie where only the superuser can read
     Image.init()
     os.seteuid(65534)

@@ -23,7 +23,7 @@ import train
 from augment import flip_order
 from config import Config
 from datasets import LABEL_SETS
-from engine.errors import UserError
+from errors import UserError
 from evaluate import confusion_matrix, evaluate_split, scores
 from files.weights import sha256
 from inference import canvas, predict, predict_labels, probabilities

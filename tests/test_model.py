@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from clip_vit import CLIP
 from config import SIZES, Config, load_config
-from engine.errors import UserError
+from errors import UserError
 from losses import parsing_loss
 from model import FTM, SRM, build_model, similarity
 from sam_vit import SAMViT

@@ -25,7 +25,7 @@ import inference
 import predict
 from datasets import LABEL_SETS
 from engine import processes
-from engine.errors import UserError
+from errors import UserError
 from predict import Parser, Report, collect
 from viz import pictures, video
 

@@ -25,11 +25,11 @@ import train
 from config import load_config
 from datasets import open_split
 from engine import processes
-from engine.errors import UserError
+from errors import UserError
 from engine.processes import World, pick_device
 from engine.run import Run
 from evaluate import evaluate_split
-from files.whole import LITTER
+from files.atomic import LEFTOVERS
 from model import build_model
 
 ROOT = Path(__file__).parent.parent
@@ -210,7 +210,7 @@ def test_of_two_that_begin_at_once_in_a_new_folder_one_gets_in(config, tmp_path)
         found = [{int(n) for n in re.findall(r"in (\d+)", process.said())} for process in (one, other)]
     assert found[0] | found[1] == set(range(count)) and not found[0] & found[1]
     for n in range(count):                                 # nothing of it was taken for litter
-        assert len(list((tmp_path / "runs" / str(n)).glob(LITTER))) == 1
+        assert len(list((tmp_path / "runs" / str(n)).glob(LEFTOVERS))) == 1
 
 
 def train_when_told(argv: list[str], go: Path):

@@ -12,7 +12,7 @@ from clip_vit import CLIP
 from config import Config
 from datasets import label_set, open_split, train_loader
 from engine import checkpoint
-from engine.errors import UserError
+from errors import UserError
 from engine.processes import World
 from inference import restore
 from model import SCHNet, build_model
@@ -123,7 +123,7 @@ def test_frozen_weights_kept_in_bf16_give_the_step_of_fp32_ones(files, monkeypat
     """Under autocast, which rounds them at every use: the same step to the last bit."""
     kept, _, _ = trained(files, 1, precision="bf16")
     assert kept.sam.blocks[0].mlp.lin1.weight.dtype == torch.bfloat16
-    monkeypatch.setattr(train, "store_frozen", lambda model, precision: None)
+    monkeypatch.setattr(train, "cast_frozen", lambda model, precision: None)
     plain, _, _ = trained(files, 1, precision="bf16")
     assert plain.sam.blocks[0].mlp.lin1.weight.dtype == torch.float32
     for name, p in plain.named_parameters():

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fast
-from engine.errors import UserError
+from errors import UserError
 from sam_vit import Attention, SAMViT, load_sam
 
 TOLERANCE = 1e-5

@@ -11,7 +11,7 @@ import torch
 
 from config import Config
 from datasets import LABEL_SETS
-from engine.errors import UserError
+from errors import UserError
 from tokenizer import END, START, _vocabulary, tokenize
 
 PACKAGE = find_spec("open_clip")                           # looked at, not imported

@@ -25,9 +25,9 @@ import train
 from config import RANGES, SIZES, Config, load_config
 from datasets import BatchOrder, TrainSet, open_split
 from engine import checkpoint
-from engine.errors import UserError, in_one_line
+from errors import UserError, in_one_line
 from engine.processes import World
-from files import whole as whole_files
+from files import atomic
 from model import build_model
 
 
@@ -337,7 +337,7 @@ def test_frozen_weights_in_half_precision_change_nothing(config, tmp_path, monke
     train.main([*argv, f"out={tmp_path / 'half'}"])
     kill_and_resume(argv, tmp_path / "resumed", at=2)
     assert_same_run(tmp_path / "resumed", tmp_path / "half")
-    monkeypatch.setattr(train, "store_frozen", lambda model, precision: None)
+    monkeypatch.setattr(train, "cast_frozen", lambda model, precision: None)
     train.main([*argv, f"out={tmp_path / 'single'}"])
     half, single = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("half", "single"))
     stored = [name for name, tensor in half["model"].items() if tensor.dtype != torch.float32
@@ -713,7 +713,7 @@ def test_a_full_disk_is_reported_and_training_goes_on_while_it_can(config, whole
                 (folder / name).symlink_to("/dev/full")
         return real(*args)
 
-    monkeypatch.setattr(whole_files.secrets, "token_hex", lambda _: "x")
+    monkeypatch.setattr(atomic.secrets, "token_hex", lambda _: "x")
     full = {1}                                             # the save after iteration 2 fails, the others do not
     monkeypatch.setattr(train, "forward_backward", step)
     train.main(["--cfg", config, f"out={folder}"])
@@ -723,7 +723,7 @@ def test_a_full_disk_is_reported_and_training_goes_on_while_it_can(config, whole
     assert_same_run(folder, whole)
 
     full, folder = {3}, tmp_path / "other"                 # ... and at the end, where it matters
-    monkeypatch.setattr(whole_files.Path, "unlink", lambda *_, **__: None)            # the disk stays full
+    monkeypatch.setattr(atomic.Path, "unlink", lambda *_, **__: None)            # the disk stays full
     line = fails(capsys, "--cfg", config, f"out={folder}")
     assert "could not be written (No space left on device" in line
     assert f"the last good checkpoint is of iteration 3, in {folder}" in line

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.errors import UserError
+from errors import UserError
 from files import weights
 from files.weights import read_tensors
 

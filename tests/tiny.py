@@ -12,35 +12,37 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import yaml
 from PIL import Image
-from torch.nn.parallel import DistributedDataParallel
 
+import clip_vit
+import sam_vit
 import train
 from config import Config
-from datasets import LABEL_SETS
+from files.labels import LABEL_SETS
 from engine import checkpoint
 from engine.processes import World
 from model import build_model
+
+sam_vit.SIZES |= {"tiny": (16, 4, 2, 2, 2), "tests": (32, 4, 2, 3, 4)}
+clip_vit.SIZES |= {"tiny": (16, 4, 2, 2, 8, 8, 1, 2), "tests": (32, 4, 2, 4, 16, 16, 1, 2)}
 
 SIZE = 32
 CONFIG = {
     "dataset": "custom", "classes": ["ground", "left", "right"], "flip_pairs": [[1, 2]], "crop_size": SIZE,
     "base_size": SIZE, "scale_range": [0.75, 1.25], "workers": 0, "sam_weights": "", "clip_weights": "", "vocab": "",
-    "freeze": False, "sam_dim": 16, "sam_depth": 4, "sam_heads": 2, "sam_window": 2, "sam_grid": 2, "clip_dim": 16,
-    "clip_depth": 4, "clip_heads": 2, "clip_grid": 2, "clip_taps": [0, 1, 2, 3], "clip_embed": 8, "text_dim": 8,
-    "text_depth": 1, "text_heads": 2, "ftm_tokens": 4, "prior_dim": 8, "deform_heads": 2, "deform_points": 2,
+    "freeze": False, "sam": "tiny", "clip": "tiny", "clip_taps": [0, 1, 2, 3], "ftm_tokens": 4, "prior_dim": 8, "deform_heads": 2, "deform_points": 2,
     "head_dim": 8, "aux_dim": 8, "iters": 4, "batch_size": 4, "loss_group": 2, "lr": 1e-3, "warmup_iters": 1,
     "precision": "fp32", "log_every": 2, "eval_every": 2, "save_every": 1}
 
 
 SMALL = dict(
-    dataset="synthetic", crop_size=(64, 64), base_size=64, sam_weights="", clip_weights="", vocab="", sam_dim=32,
-    sam_depth=4, sam_heads=2, sam_window=3, sam_grid=4, clip_dim=32, clip_depth=4, clip_heads=2, clip_grid=4,
-    clip_taps=(0, 1, 2, 3), clip_embed=16, text_dim=16, text_depth=1, text_heads=2, ftm_tokens=8, prior_dim=8,
+    dataset="synthetic", crop_size=(64, 64), base_size=64, sam_weights="", clip_weights="", vocab="", sam="tests",
+    clip="tests", clip_taps=(0, 1, 2, 3), ftm_tokens=8, prior_dim=8,
     deform_heads=2, head_dim=16, aux_weight=0.0, tta_scales=(1.0, 1.5))
 
 
@@ -80,44 +82,44 @@ def make_config(folder: Path) -> str:
 
 # ---- one step
 
-def gradients(cfg: Config, parts: int, dtype=torch.float64, world: World | None = None, **changes) -> dict:
+ALONE = SimpleNamespace(rank=0, size=1, main=True, device=torch.device("cpu"), sum=list, gather=lambda value: [value])
+
+
+def gradients(cfg: Config, parts: int, dtype=torch.float64, world: World = ALONE, **changes) -> dict:
     """The gradient of one batch of 4, cut into `parts` micro-batches per process; BatchNorm frozen, nothing dropped."""
-    cfg = dataclasses.replace(cfg, drop_path=0.0, head_dropout=0.0, **changes)
+    cfg = dataclasses.replace(cfg, drop_path=0.0, head_dropout=0.0, accum_steps=parts, **changes)
     torch.manual_seed(0)
-    model = build_model(cfg, cfg.classes).to(dtype).train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.eval()
+    model = build_model(cfg, cfg.classes).to(dtype)
     g = torch.Generator().manual_seed(1)
     image = torch.randint(0, 256, (4, 3, 32, 32), generator=g, dtype=torch.uint8)
     label = torch.randint(0, 3, (4, 32, 32), generator=g, dtype=torch.uint8)
     label[:, :3] = 255
-    rank, size = (world.rank, world.size) if world else (0, 1)
-    batches = [(i, n, None) for i, n in zip(image.chunk(parts * size), label.chunk(parts * size))]
-    network = DistributedDataParallel(model) if size > 1 else model
     model.register_forward_pre_hook(lambda _, args: args[0].to(dtype))
-    optimizer = torch.optim.AdamW(train.param_groups(model), lr=cfg.lr)
-    train.forward_backward(network, optimizer, torch.amp.GradScaler("cpu", enabled=False),
-                           batches[rank * parts:(rank + 1) * parts], cfg, torch.device("cpu"), 5)
+    learner = train.Learner(model, cfg, world)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    batches = [(i, n, None) for i, n in zip(image.chunk(parts * world.size), label.chunk(parts * world.size))]
+    learner.gradient(batches[world.rank * parts:(world.rank + 1) * parts], it=5)
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-def with_faults(step, faults: dict[int, str]):
-    """train.py's `forward_backward` with an "image", "loss" or "gradient" that is nan at these iterations."""
-    def spoiled(network, *args):
-        hooks, kind = [], faults.get(args[5])
+def with_faults(gradient, faults: dict[int, str]):
+    """`Learner.gradient` with an "image", "loss" or "gradient" that is nan at these iterations."""
+    def faulty(learner, micro_batches, it):
+        hooks, kind = [], faults.get(it)
         if kind == "image":                                # reaches BatchNorm's statistics
-            hooks.append(network.register_forward_pre_hook(lambda _, images: images[0] * torch.nan))
+            hooks.append(learner.network.register_forward_pre_hook(lambda _, images: images[0] * torch.nan))
         if kind == "loss":
-            hooks.append(network.register_forward_hook(lambda _, __, logits: (logits[0] * torch.nan, logits[1])))
+            hooks.append(learner.network.register_forward_hook(lambda _, __, logits: (logits[0] * torch.nan, logits[1])))
         if kind == "gradient":
-            hooks.append(network.register_forward_hook(
+            hooks.append(learner.network.register_forward_hook(
                 lambda _, __, logits: logits[0].register_hook(lambda gradient: gradient * torch.nan) and None))
-        parts = step(network, *args)
+        losses = gradient(learner, micro_batches, it)
         for hook in hooks:
             hook.remove()
-        return parts
-    return spoiled
+        return losses
+    return faulty
 
 
 def worst(a: dict, b: dict) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from config import IGNORE
-from files.whole import whole
+from files.atomic import atomic_write
 
 WHITE, INK, FAINT = (255, 255, 255), (33, 37, 41), (108, 117, 125)
 LONGEST_JPEG = 65_500                                      # pixels a side, of libjpeg
@@ -293,5 +293,5 @@ def palette_picture(label: np.ndarray, palette: Palette) -> Image.Image:
 
 
 def _save(path: str | Path, picture: Image.Image, **options):
-    with whole(path) as part:
+    with atomic_write(path) as part:
         picture.save(part, **options)

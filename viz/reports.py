@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import LabelSet
 from viz import pictures, plots
 
 # The paper's figures in percent: LIP Tables 1, 2, 6 (hat ... right shoe, background), CIHP Table 5, PPP Table 4.
@@ -21,7 +20,7 @@ PUBLISHED = {
 }
 
 
-def table(result: dict, labels: LabelSet, tta: bool) -> str:
+def table(result: dict, labels, tta: bool) -> str:
     """The result as lines of text: classes in the order of the paper's Table 1, the background last.
 
     For LIP beside both of the paper's rows, without and with test-time augmentation; the difference is to the one of
@@ -75,7 +74,7 @@ def best_and_worst(per_image: list[tuple[float, int]], count: int = 3) -> list[t
             for word, items in (("best", best), ("worst", worst)) for miou, i in items]
 
 
-def draw(folder: Path, title: str, labels: LabelSet, tta: bool, result: dict, matrix: np.ndarray,
+def draw(folder: Path, title: str, labels, tta: bool, result: dict, matrix: np.ndarray,
          shown: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]) -> list[Path]:
     """PNGs: confusion matrix, bars per class, a sheet of the images `shown` (caption, photo, ground truth, prediction)."""
     paper = PUBLISHED.get((labels.name, tta), {}).get("iou")

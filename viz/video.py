@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from engine.errors import UserError
-from files.whole import whole
+from errors import UserError
+from files.atomic import atomic_write
 from viz import pictures
 
 
@@ -48,7 +48,7 @@ def parse_video(parser, source: Path | int, target: Path, labels: Path | None = 
         rate = 0.0 if live else _rate(times, capture.get(cv2.CAP_PROP_FPS))
         if live:
             pairs, rate = _measure(pairs)
-        with whole(target) as part, tqdm(pairs, total=len(times) or None, unit="frame", desc=Path(name).name,
+        with atomic_write(target) as part, tqdm(pairs, total=len(times) or None, unit="frame", desc=Path(name).name,
                                          disable=not progress) as bar:
             count = _write(bar, parser, part, _writable(rate), labels, live)
             if not count:

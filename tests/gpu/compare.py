@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import train
 from config import Config, load_config
 from engine.processes import World
-from inference import autocast, store_frozen
+from inference import autocast, cast_frozen
 from model import SCHNet, build_model
 from sam_vit import Attention
 
@@ -128,7 +128,7 @@ def frozen_in_half(cfg: Config) -> tuple[tuple, tuple]:
     for half in (True, False):
         model = network(cfg)
         if half:
-            store_frozen(model, "bf16")
+            cast_frozen(model, "bf16")
         results.append(one_step(model, cfg, 2, DEVICE))
     return tuple(results)
 

@@ -26,7 +26,7 @@ import train
 from config import Config
 from datasets import LABEL_SETS, open_split, train_loader
 from engine import checkpoint
-from inference import store_frozen
+from inference import cast_frozen
 from losses import lovasz_softmax
 from synthetic.draw import draw
 
@@ -65,7 +65,7 @@ def test_lower_precision_is_close(wanted, precision, of_logits, of_loss, of_grad
         pytest.skip("fp16 is for GPUs")
     cfg = configuration(f"precision={precision}")
     model = network(cfg)
-    store_frozen(model, precision)
+    cast_frozen(model, precision)
     print(compare.same_logits(logits(model, cfg, 1, DEVICE), wanted[0], of_logits))
     losses, gradients = one_step(model, cfg, 2, DEVICE)
     print(compare.same_loss(losses, wanted[1][0], of_loss))
@@ -142,7 +142,7 @@ def test_fused_attention_is_taken():
 def test_peak_memory(images, checkpointing):
     cfg = configuration("precision=bf16", f"checkpointing={checkpointing}")
     model = network(cfg)
-    store_frozen(model, "bf16")
+    cast_frozen(model, "bf16")
     model.to(DEVICE).train()
     optimizer = torch.optim.AdamW(train.param_groups(model), lr=cfg.lr, fused=True)
     scaler = torch.amp.GradScaler("cuda", enabled=False)

@@ -8,13 +8,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.errors import UserError
+from errors import UserError
 
-LITTER = f".*-{'[0-9a-f]' * 8}.part*"                     # the temporary names below, which a kill leaves behind
+LEFTOVERS = f".*-{'[0-9a-f]' * 8}.part*"                     # the temporary names below, which a kill leaves behind
 
 
 @contextlib.contextmanager
-def whole(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
+def atomic_write(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
     """A temporary path in the folder of `path`, which takes its place when the block ends well and is gone otherwise.
 
     With `keep`, the file that was there before goes by that name. What the system refuses is a `UserError`.
@@ -50,7 +50,7 @@ def usable_folder(folder: str | Path) -> Path:
 
 
 def write_text(path: str | Path, text: str):
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8", newline="\n")
 
 

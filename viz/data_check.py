@@ -17,11 +17,12 @@ import numpy as np
 from tqdm import tqdm
 
 from config import IGNORE, Config
-from engine.errors import UserError
-from files.images import PHOTO_ENDINGS, doubt, orientation, read_label, read_photo, read_photo_of
+from errors import UserError
+from files.images import PHOTO_ENDINGS, orientation, read_label, read_photo, read_photo_of
+from files.labels import LabelSet, label_warning
 from viz import pictures
 
-SIZES = {"lip": {"train": 30_462, "val": 10_000},          # §4.1: pairs of each split
+PAPER_COUNTS = {"lip": {"train": 30_462, "val": 10_000},          # §4.1: pairs of each split
          "cihp": {"train": 28_280, "val": 5_000},
          "ppp": {"train": 1_716, "val": 1_817}}
 DRAWN = 200                                                # figures of the synthetic set: the same code draws them all
@@ -52,7 +53,7 @@ class Split:
         return [i for i, pair in enumerate(self.pairs) if not pair.faults]
 
 
-def report(cfg: Config, labels, found: list[tuple], augmented: Callable, out: Path) -> int:
+def report(cfg: Config, labels: LabelSet, found: list[tuple], augmented: Callable, out: Path) -> int:
     """Prints the report, writes the contact sheets into `out`; the exit code is 1 if there is any fault.
 
     `found`: name, pairs and faults of each split; `augmented(pairs, i, slot)`: pair i as training sees it.
@@ -160,23 +161,23 @@ def _measured(pair: Pair, rgb: np.ndarray, label: np.ndarray) -> Pair:
 # ---- what it means ---------------------------------------------------------------------------------------------------
 
 def count_faults(cfg: Config, split: Split) -> list[str]:
-    expected = SIZES.get(cfg.dataset, {}).get(split.name)
+    expected = PAPER_COUNTS.get(cfg.dataset, {}).get(split.name)
     if split.source is None or expected in (None, len(split.source)):
         return []
     where = split.source.place.listing or split.source.place.images
     return [f"{where}: {len(split.source):,} {split.name} pairs, the paper has {expected:,}"]
 
 
-def class_faults(splits: list[Split], labels) -> list[str]:
+def class_faults(splits: list[Split], labels: LabelSet) -> list[str]:
     """Classes that never occur while 255 does. Rare in val, and no fault, is one that train shows beside its own 255."""
     faults, usual = [], False
     for split in splits:
         counts, place = pixel_counts(split), split.source and split.source.place
-        strange = doubt(counts, labels.classes) if split.good() else ""
+        warning = label_warning(counts, labels.classes) if split.good() else ""
         several = np.count_nonzero(counts[:len(labels.classes)]) > 1
-        if strange and not (usual and several):
-            faults.append(f"{place.labels if place else split.name}: {strange}")
-        usual = not strange and counts[IGNORE] > 0
+        if warning and not (usual and several):
+            faults.append(f"{place.labels if place else split.name}: {warning}")
+        usual = not warning and counts[IGNORE] > 0
     return faults
 
 
@@ -200,7 +201,7 @@ def duplicates(splits: list[Split]) -> tuple[list[tuple[str, str]], list[tuple[s
     return shared, repeated
 
 
-def side_notes(labels) -> list[Note]:
+def side_notes(labels: LabelSet) -> list[Note]:
     """Classes that are named as two sides of one thing, but do not change places in a mirror."""
     pairs = {frozenset(pair) for pair in labels.flip_pairs}
     lower = [name.lower() for name in labels.classes]
@@ -211,7 +212,7 @@ def side_notes(labels) -> list[Note]:
             for a, b in sides if frozenset((a, b)) not in pairs]
 
 
-def absent_notes(splits: list[Split], labels) -> list[Note]:
+def absent_notes(splits: list[Split], labels: LabelSet) -> list[Note]:
     notes = []
     for split in splits:
         counts = pixel_counts(split)
@@ -231,7 +232,7 @@ def passed_over(splits: list[Split]) -> list[Note]:
 def summary(cfg: Config, split: Split) -> str:
     if split.source is None:
         return f"{split.name}: not found"
-    expected = SIZES.get(cfg.dataset, {}).get(split.name)
+    expected = PAPER_COUNTS.get(cfg.dataset, {}).get(split.name)
     lines = [f"{split.name}: {len(split.source):,} pairs" + (f" (the paper: {expected:,})" if expected else "")]
     place = split.source.place
     if place is not None:
@@ -245,7 +246,7 @@ def summary(cfg: Config, split: Split) -> str:
     return "\n".join(lines)
 
 
-def frequencies(splits: list[Split], labels) -> str:
+def frequencies(splits: list[Split], labels: LabelSet) -> str:
     """The table of classes: their share of all pixels, and the number of photos they occur on."""
     columns, heads = [], []
     for split in splits:
@@ -262,7 +263,7 @@ def frequencies(splits: list[Split], labels) -> str:
 
 # ---- contact sheets --------------------------------------------------------------------------------------------------
 
-def draw_sheets(labels, splits: list[Split], augmented: Callable, out: Path) -> list[Path]:
+def draw_sheets(labels: LabelSet, splits: list[Split], augmented: Callable, out: Path) -> list[Path]:
     written = []
     for split in splits:
         good = split.good()
@@ -275,7 +276,7 @@ def draw_sheets(labels, splits: list[Split], augmented: Callable, out: Path) -> 
     return written
 
 
-def _sheet(samples: list[tuple[str, np.ndarray, np.ndarray]], labels, path: Path) -> list[Path]:
+def _sheet(samples: list[tuple[str, np.ndarray, np.ndarray]], labels: LabelSet, path: Path) -> list[Path]:
     if not samples:
         return []
     cells = [(rgb, pictures.drawn_label(label, labels.palette)) for _, rgb, label in samples]
