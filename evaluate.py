@@ -29,7 +29,7 @@ from engine.processes import World, run_together
 from engine.workers import read_ahead
 from errors import UserError
 from files import weights
-from files.atomic import usable_folder, write_text
+from files.atomic import results_folder, write_text
 from inference import add_run_options, load_run, predict_labels, tta_views
 from model import SCHNet
 from viz import reports
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace, world: World):
         warning = sample_warning(pairs, labels.classes) if world.main else ""
         folder = args.out or path.parent / ("evaluation" + "_tta" * args.tta + "_train" * (args.split == "train"))
         if world.main:
-            usable_folder(folder)
+            results_folder(folder)
     world.check_same(sha256, "checkpoint")
     world.check_same(fingerprint(pairs), f"{args.split} split")
     labels = dataclasses.replace(labels, name=model.cfg.dataset)         # what is scored, not what was trained on

@@ -30,7 +30,7 @@ from datasets import DrawnSet, LabelSet, PairSet, fingerprint, sample_warning
 from engine import checkpoint
 from engine.processes import Stop, StopSignal, World, memory
 from errors import UserError
-from files.atomic import LEFTOVERS, write_text
+from files.atomic import LEFTOVERS, MARK, write_text
 from viz import pictures, training
 
 MAX_SKIPPED = 20                                           # consecutive steps with a non-finite loss or gradient
@@ -76,6 +76,7 @@ class Run:
     def _open(self, resume: bool) -> dict | None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / MARK).touch()
             self._lock()                                   # of two concurrent starts, the second must see the first's files
         except OSError as error:
             raise UserError(f"out: {self.folder} cannot be used ({error.strerror})") from None

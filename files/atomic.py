@@ -1,6 +1,7 @@
-"""Files that are written whole or not at all: a name appears only when everything behind it is on the disk."""
+"""Atomic writes: a file gets its name only when all of it is on the disk. Folders for results."""
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -10,21 +11,21 @@ from pathlib import Path
 
 from errors import UserError
 
-LEFTOVERS = f".*-{'[0-9a-f]' * 8}.part*"                     # the temporary names below, which a kill leaves behind
+LEFTOVERS = f".*-{'[0-9a-f]' * 8}.part*"                   # the temporary names below, left behind by a kill
+MARK = ".schnet"                                           # in folders of results: nothing in them is taken for an input
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
-    """A temporary path in the folder of `path`, which takes its place when the block ends well and is gone otherwise.
+    """A temporary path in the folder of `path`, renamed to it when the block succeeds and removed otherwise.
 
-    With `keep`, the file that was there before goes by that name. What the system refuses is a `UserError`.
+    With `keep`, the file that was there before is kept under that name. A system error becomes a `UserError`.
     """
     path = Path(path)
     part = path.with_name(f".{path.stem[:40]}-{secrets.token_hex(4)}.part{path.suffix}")       # names have 255 bytes
     try:
         yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
+        _sync(part)
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(part, path)
@@ -38,20 +39,38 @@ def atomic_write(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-def usable_folder(folder: str | Path) -> Path:
-    """The folder, made if it is not there. One that takes no files is a `UserError` now, not after the work."""
+def write_text(path: str | Path, text: str):
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
+
+
+def mark_folder(folder: str | Path):
+    """Makes a folder for results, and marks it as such. UserError, before the work, if it is not writable."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return folder
+            (folder / MARK).touch()
     except OSError as error:
-        raise UserError(f"{folder} takes no files ({error.strerror or error})") from None
+        raise UserError(f"{folder} is not writable ({error.strerror or error})") from None
 
 
-def write_text(path: str | Path, text: str):
-    with atomic_write(path) as part:
-        part.write_text(text, encoding="utf-8", newline="\n")
+def results_folder(folder: str | Path):
+    """`mark_folder` of a new or empty folder, or of one that is marked already; UserError for any other."""
+    names = sorted(name for name in os.listdir(folder) if not name.startswith(".")) if os.path.isdir(folder) else []
+    if names and not os.path.exists(os.path.join(folder, MARK)):
+        raise UserError(f"{folder} holds other files ({', '.join(names[:3])}{', ...' * (len(names) > 3)}): results need a new "
+                        "or empty folder, choose another --out")
+    mark_folder(folder)
+
+
+def _sync(path: Path):
+    with open(path, "rb+") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):         # some file systems have no fsync
+                raise
 
 
 def _system_error(error: BaseException | None) -> OSError | None:

@@ -1,15 +1,18 @@
-"""How photos and labels are read, and what is said when they cannot be.
+"""Reading photos and labels, with clear errors.
 
 Photos: JPEG, PNG, WebP, BMP in any colour mode (to be parsed: many more formats), as RGB uint8 (H, W, 3). Labels: 8-bit
 PNG, grey or palette, whose pixel values are class numbers, as uint8 (H, W). Pillow decodes all of them: OpenCV takes two
 thirds of the time for a JPEG, but returns one that was cut off as if it were whole, and knows no palette's numbers.
 """
 
-import contextlib
+import errno
+import io
 import os
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -17,14 +20,20 @@ from PIL import Image, PngImagePlugin
 from config import IGNORE
 from errors import UserError
 
-PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")              # of a data set
 Image.init()
 MORE_FORMATS = ("AVIF", "GIF", "JPEG2000", "PCX", "PPM", "PSD", "QOI", "SGI", "TIFF", "TGA")
 ALL_FORMATS = PHOTO_FORMATS + tuple(name for name in MORE_FORMATS if name in Image.OPEN)     # of what is to be parsed
-ALL_ENDINGS = {ending for ending, name in Image.registered_extensions().items() if name in (*ALL_FORMATS, "MPO")}
+ALL_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in (*ALL_FORMATS, "MPO")}
 MAX_PIXELS = 1 << 28                                       # phones take 200 megapixels; tiny files can claim more
 ORIENTATION = 0x0112                                       # EXIF tag: which way up the camera was held
+
+# System errors that may pass, as of a file server that is away, and the seconds until each further try.
+TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.EHOSTDOWN, errno.ENOTCONN}
+RETRY_AFTER = (1, 3, 10)
+REDUCED, DNG_VERSION, BITS_PER_SAMPLE = 254, 50706, 258    # tags of a TIFF
+T = TypeVar("T")
 
 # How a PNG stores its pixels, in Pillow's words (raw modes).
 LABEL_KINDS = ("L", "P", "P;1", "P;2", "P;4")
@@ -39,106 +48,111 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY           # image generators keep a whole workflow in one
 
 
-class NotAPicture(UserError):
-    """A file in another format than those asked for, or no picture at all."""
+def read_photo(source: str | Path | bytes, formats: tuple[str, ...] = PHOTO_FORMATS) -> np.ndarray:
+    """A photo as a viewer shows it: turned by its EXIF orientation; the first frame of an animation.
 
-
-def read_photo(path: str | Path, formats: tuple[str, ...] = PHOTO_FORMATS) -> np.ndarray:
-    """A photo as a viewer shows it: turned by its EXIF orientation; of a moving picture the first frame."""
-    with _opened(path, formats) as image:
-        return as_shown(image)
+    `source`: a path, or the bytes of a file.
+    """
+    return _decoded(source, formats, as_shown)
 
 
 def as_shown(image: Image.Image) -> np.ndarray:
-    """The pixels of a picture as a viewer shows it: what is transparent in white, turned by its EXIF orientation."""
+    """The pixels of an image as a viewer shows it: transparent ones in white, turned by its EXIF orientation."""
     return _turned(_rgb(image), _orientation(image))
 
 
 def read_label(path: str | Path, num_classes: int) -> np.ndarray:
     """The class numbers of a label; a value that is neither a class nor 255 (ignore) is a fault."""
-    with _opened(path, ("PNG",)) as image:
-        kind = _kind(image)
-        label = np.array(image)
-    if kind not in LABEL_KINDS:                            # Pillow stretches grey of few bits: no class numbers any more
-        raise UserError(f"{path}: a {OTHER_KINDS.get(kind, kind)} picture; a label is an 8-bit grey or palette PNG of "
-                        "class numbers")
-    if label.max() < num_classes:                          # a tenth of the time of what follows, and most often true
+    def decode(image: Image.Image) -> tuple[str, np.ndarray]:
+        return _kind(image), np.array(image)
+
+    kind, label = _decoded(path, ("PNG",), decode)
+    if kind not in LABEL_KINDS:                            # Pillow rescales low-bit grey, destroying class numbers
+        raise UserError(f"{path}: is {OTHER_KINDS.get(kind, kind)}; a label is an 8-bit grey or palette PNG of class numbers")
+    if label.max() < num_classes:                          # fast path
         return label
-    strange = (label >= num_classes) & (label != IGNORE)
-    if strange.any():
-        values = np.unique(label[strange])
+    wrong = (label >= num_classes) & (label != IGNORE)
+    if wrong.any():
+        values = np.unique(label[wrong])
         raise UserError(f"{path}: holds {', '.join(map(str, values[:5]))}{', ...' if len(values) > 5 else ''} on "
-                        f"{strange.mean():.2%} of its pixels; classes are 0 to {num_classes - 1}, {IGNORE} is ignored")
+                        f"{wrong.mean():.2%} of its pixels; classes are 0 to {num_classes - 1}, {IGNORE} is ignored")
     return label
 
 
 def read_photo_of(label: np.ndarray, path: str | Path, label_path: str | Path) -> np.ndarray:
-    """The photo a label was drawn on: turned by its EXIF orientation only where that makes the sizes match."""
-    with _opened(path, PHOTO_FORMATS) as image:
+    """The photo of a label, turned by its EXIF orientation only where that makes the sizes match."""
+    def decode(image: Image.Image) -> np.ndarray:
         rgb = _rgb(image)
-        if rgb.shape[:2] != label.shape:
-            rgb = _turned(rgb, _orientation(image))
+        return rgb if rgb.shape[:2] == label.shape else _turned(rgb, _orientation(image))
+
+    rgb = _decoded(path, PHOTO_FORMATS, decode)
     if rgb.shape[:2] != label.shape:
-        raise UserError(f"{path}: {image.width} x {image.height} pixels, but its label {label_path} has "
+        raise UserError(f"{path}: {rgb.shape[1]} x {rgb.shape[0]} pixels, but its label {label_path} has "
                         f"{label.shape[1]} x {label.shape[0]}")
     return rgb
 
 
 def orientation(path: str | Path) -> int:
-    """Of a photo, by its EXIF tag: 1 (as stored) to 8, see `_turned`."""
-    with _opened(path, PHOTO_FORMATS) as image:
-        return _orientation(image)
+    """A photo's EXIF orientation: 1 (as stored) to 8, see `_turned`."""
+    return _decoded(path, PHOTO_FORMATS, _orientation)
 
 
-@contextlib.contextmanager
-def _opened(path: str | Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
-    """The picture of a file, not yet decoded. What is wrong with it, here or in the block, is a `UserError`."""
-    try:
-        with Image.open(path, formats=formats) as image:
-            yield image
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:                             # damaged files make the decoder raise a dozen kinds
-        kind, reason = UserError, _what_is_wrong(Path(path), error, formats)
-        if not reason:
-            advice = ", whatever its name says" if Path(path).suffix.lower() in PHOTO_ENDINGS else ": convert it first"
-            kind, reason = NotAPicture, f"not a picture in {', '.join(formats)} format{advice}"
-        raise kind(f"{path}: {reason}") from None
+def _decoded(source: str | Path | bytes, formats: tuple[str, ...], decode: Callable[[Image.Image], T]) -> T:
+    """`decode` of an opened image. A fault of the file is a `UserError`; one that may pass is retried."""
+    name = "the photo" if isinstance(source, bytes) else source
+    for delay in (*RETRY_AFTER, None):
+        try:
+            with _open(source) as file, Image.open(file, formats=formats) as image:
+                return decode(image)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        except Exception as error:                         # decoders raise many exception types on damaged files
+            if delay is None or getattr(error, "errno", None) not in TRANSIENT:
+                raise UserError(f"{name}: {_fault(source, error, formats)}") from None
+            time.sleep(delay)
 
 
-def _what_is_wrong(path: Path, error: Exception, formats: tuple[str, ...]) -> str:
-    """Why a file could not be read; "": it is in none of these formats."""
+def _open(source: str | Path | bytes) -> io.BufferedIOBase:
+    return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+
+
+def _fault(source: str | Path | bytes, error: Exception, formats: tuple[str, ...]) -> str:
+    """Why an image could not be read."""
     if isinstance(error, FileNotFoundError):
-        return f"a link to {path.readlink()}, which does not exist" if os.path.islink(path) else "no such file"
+        return f"a link to {os.readlink(source)}, which does not exist" if os.path.islink(source) else "no such file"
     if isinstance(error, PermissionError):
         return "no permission to read it"
     if isinstance(error, IsADirectoryError):
-        return "a folder, not a picture"
-    if path.stat().st_size == 0:
-        return "an empty file (0 bytes)"
+        return "a folder, not an image"
     if isinstance(error, MemoryError):
-        return "does not fit into the memory"
+        return "does not fit in memory"
+    if isinstance(error, OSError) and error.errno:
+        return f"cannot be read ({error.strerror})"
     if isinstance(error, Image.DecompressionBombError):
         return f"too many pixels, make it smaller first ({error})"
+    reason = str(error) or type(error).__name__
     if isinstance(error, Image.UnidentifiedImageError):
-        reason = _refusal(path, formats)
-    else:
-        reason = str(error) or type(error).__name__
-    return reason and f"damaged or cut off ({' '.join(reason.split())})"
+        with _open(source) as file:
+            if not file.read(1):
+                return "an empty file (0 bytes)"
+            reason = _refusal(file, formats)
+    if not reason:
+        renamed = not isinstance(source, bytes) and Path(source).suffix.lower() in PHOTO_SUFFIXES
+        return f"not an image in {', '.join(formats)} format" + (" in spite of its name" if renamed else ": convert it first")
+    return f"damaged or cut off ({' '.join(reason.split())})"
 
 
-def _refusal(path: Path, formats: tuple[str, ...]) -> str:
-    """Why a file that begins like one of these is not opened, in its decoder's words: `Image.open` has none. "": no such
-    file."""
-    with open(path, "rb") as file:
-        for decoder, begins in (Image.OPEN[name] for name in formats):
+def _refusal(file: io.BufferedIOBase, formats: tuple[str, ...]) -> str:
+    """Why a file that begins like one of these formats is not opened, in its decoder's words (`Image.open` drops them);
+    "": it begins like none of them."""
+    for decoder, begins in (Image.OPEN[name] for name in formats):
+        file.seek(0)
+        if begins and begins(file.read(16)):               # TGA has no signature
             file.seek(0)
-            if begins and begins(file.read(16)):           # TGA begins with nothing of its own
-                file.seek(0)
-                try:
-                    decoder(file, "")
-                except Exception as error:                 # as above
-                    return str(error) or type(error).__name__
+            try:
+                decoder(file, "")
+            except Exception as error:                     # as above
+                return str(error) or type(error).__name__
     return ""
 
 
@@ -149,21 +163,24 @@ def _kind(image: Image.Image) -> str:
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
-    """The pixels as stored, of 8 bits; what is transparent is white."""
+    """The pixels as stored, of 8 bits; transparent ones are white."""
+    tags = getattr(image, "tag_v2", {})                    # of a TIFF
+    if tags.get(REDUCED, 0) & 1 or DNG_VERSION in tags:
+        raise UserError("a camera's raw file, of which only a thumbnail could be read: convert it first")
     kind, clear = _kind(image), image.info.get("transparency")           # a value as it is stored, or alpha of a palette
-    if kind == "I;16B" or image.mode.startswith("I;16"):   # 16-bit grey, which Pillow would clip at 255
-        values = np.asarray(image)
-        grey = np.where(values == clear, 255, values >> 8).astype(np.uint8)
+    if kind == "I;16B" or image.mode.startswith("I;16"):   # grey of more than 8 bits, which Pillow would clip at 255
+        values, bits = np.asarray(image), tags.get(BITS_PER_SAMPLE, (16,))[0]
+        grey = np.where(values == clear, 255, values >> (bits - 8)).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode in ("I", "F", "LAB"):
-        raise UserError(f"pixels of a kind (Pillow's {image.mode}) without one way to be shown: convert it to 8-bit RGB")
+        raise UserError(f"unsupported pixel format (Pillow's {image.mode}): convert it to 8-bit RGB")
     image.load()
     if clear is not None and kind in TO_8_BITS:
         clear = np.minimum(np.array(clear) * TO_8_BITS[kind], 255).astype(int).tolist()
         image.info["transparency"] = tuple(clear) if isinstance(clear, list) else clear
     if image.mode in ("RGBA", "LA") or clear is not None:
         image = image.convert("RGBA")
-        if image.getchannel("A").getextrema() != (0, 0):   # all transparent: what writes a clipboard leaves alpha unused
+        if image.getchannel("A").getextrema() != (0, 0):   # all transparent: clipboard tools leave alpha at 0
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from config import Config
 from errors import UserError, reading
-from files.images import PHOTO_ENDINGS
+from files.images import PHOTO_SUFFIXES
 
-LABEL_ENDINGS = (".png",)
-TWO_PATHS = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, PHOTO_ENDINGS))}))\s+(.+)", re.IGNORECASE)   # of a line
+LABEL_SUFFIXES = (".png",)
+TWO_PATHS = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, PHOTO_SUFFIXES))}))\s+(.+)", re.IGNORECASE)   # of a line
 
 def _below(folders: str, *names: str) -> tuple[str, ...]:
     """Every name below every one of the folders, "." for the data root itself."""
@@ -115,7 +115,7 @@ def _unlisted(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
     if os.path.samefile(place.images, place.labels):
         return [], [f"{place.images}: photos and labels lie in one folder: move the labels into one of their own, or give "
                     "a list that names the photos with their endings"]
-    photos, labels = _Folder(place.images, PHOTO_ENDINGS), _Folder(place.labels, LABEL_ENDINGS)
+    photos, labels = _Folder(place.images, PHOTO_SUFFIXES), _Folder(place.labels, LABEL_SUFFIXES)
     faults = [f"{folder.path / other}: {first} has the same name, one of the two must go"
               for folder in (photos, labels) for first, *others in folder.files.values() for other in others]
     faults += [f"{place.labels / name}.png: there is no such label{labels.hint(name)}"
@@ -138,7 +138,7 @@ def _listed(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
             lines = place.listing.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{place.listing}: is not a list of names ({error})") from None
-    photos, labels = _Files(place, place.images, PHOTO_ENDINGS), _Files(place, place.labels, LABEL_ENDINGS)
+    photos, labels = _Files(place, place.images, PHOTO_SUFFIXES), _Files(place, place.labels, LABEL_SUFFIXES)
     pairs, faults, first = [], [], {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -162,8 +162,8 @@ def _pair(line: str, photos: "_Files", labels: "_Files") -> tuple[str, Path, Pat
     if both and photos.find(line):                         # the blank is one of the photo's name
         both = None
     photo = photos.one(both[1] if both else line)
-    if both and Path(both[2]).suffix.lower() not in LABEL_ENDINGS:       # a number behind a photo is its class, say
-        raise _Unclear(f"{both[2]} names no label: they end in {' '.join(LABEL_ENDINGS)}")
+    if both and Path(both[2]).suffix.lower() not in LABEL_SUFFIXES:       # a number behind a photo is its class, say
+        raise _Unclear(f"{both[2]} names no label: they end in {' '.join(LABEL_SUFFIXES)}")
     below = next((folder for folder in (photos.below, photos.below.resolve()) if photo.is_relative_to(folder)), None)
     name = photo.relative_to(below or photo.anchor).with_suffix("").as_posix()
     if both:
@@ -240,7 +240,7 @@ class _Files:
         if len(found) > 1:
             raise _Unclear(f"{text} may be {' or '.join(map(str, found))}: give its ending, or rename one")
         if not found:
-            kind = "label" if self.endings == LABEL_ENDINGS else "photo"
+            kind = "label" if self.endings == LABEL_SUFFIXES else "photo"
             folder = self.folders.get((self.below / text).parent)
             raise _Unclear(f"there is no {kind} {text} in {self.below}"
                            + ("" if here else " or above it") + (folder.hint(Path(text).name) if folder else ""))

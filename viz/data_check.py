@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from config import IGNORE, Config
 from errors import UserError
-from files.images import PHOTO_ENDINGS, orientation, read_label, read_photo, read_photo_of
+from files.images import PHOTO_SUFFIXES, orientation, read_label, read_photo, read_photo_of
 from files.labels import LabelSet, label_warning
 from viz import pictures
 
@@ -226,7 +226,7 @@ def passed_over(splits: list[Split]) -> list[Note]:
     places = [split.source.place for split in splits if split.source is not None and split.source.place is not None]
     return [("beside the photos, not read: folders, which only a list can name, and files with other endings", str(path))
             for place in places if not place.listing for path in sorted(place.images.iterdir())
-            if not path.name.startswith(".") and (path.is_dir() or path.suffix.lower() not in PHOTO_ENDINGS)]
+            if not path.name.startswith(".") and (path.is_dir() or path.suffix.lower() not in PHOTO_SUFFIXES)]
 
 
 def summary(cfg: Config, split: Split) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from config import IGNORE
 from files.atomic import atomic_write
@@ -279,12 +279,16 @@ def save_jpeg(path: str | Path, rgb: np.ndarray):
     _save(path, Image.fromarray(np.ascontiguousarray(rgb)), format="JPEG", quality=92, subsampling=0)
 
 
-def save_palette_png(path: str | Path, label: np.ndarray, palette: Palette):
-    _save(path, palette_picture(label, palette), format="PNG")
+def save_palette_png(path: str | Path, label: np.ndarray, palette: Palette, text: dict[str, str] | None = None):
+    """An indexed PNG; `text`: its metadata."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        info.add_text(key, value)
+    _save(path, palette_picture(label, palette), format="PNG", pnginfo=info)
 
 
 def palette_picture(label: np.ndarray, palette: Palette) -> Image.Image:
-    """A label map as an indexed picture: the pixel values are the labels, a viewer shows the colours."""
+    """A label map as an indexed image: the pixel values are the labels, a viewer shows the colours."""
     table = np.full((256, 3), HATCH[0][0], np.uint8)
     table[:len(palette)] = palette
     picture = Image.fromarray(np.ascontiguousarray(label))
