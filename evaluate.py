@@ -1,4 +1,4 @@
-"""Score a trained SCHNet (§4.4): one confusion matrix over the whole set, at the photos' own size.
+"""Score a trained SCHNet (§4.4): one confusion matrix over the complete set, at the photos' own size.
 
     python evaluate.py                                   the newest run, single scale
     python evaluate.py --tta                             scales .75 1 1.25 1.5 and flips
@@ -6,14 +6,19 @@
     torchrun --nproc_per_node 4 evaluate.py --checkpoint runs/cihp --tta
                                                          sharded over processes, the same numbers to the last digit
 
-Prints per-class IoU in the order of the paper's Table 1 (beside the paper's figures, for LIP), pixel accuracy, mean
-accuracy and mIoU; leaves results.json, the confusion matrix, per-class bars and the best and worst images under
-runs/<run>/evaluation[_tta]/.
+Prints per-class IoU in the order of the paper's Table 1 (for LIP beside the paper's numbers), pixel accuracy, mean
+accuracy and mIoU; leaves results.json, the confusion matrix and the best and worst images under runs/<run>/evaluation...,
+whose name says what differs from the plain evaluation. The best checkpoint was chosen by its score on the validation set:
+where that set is scored, last.pt is scored too.
 """
 
 import argparse
 import dataclasses
 import json
+import os
+import platform
+import re
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -23,9 +28,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import user_path
+from config import OVERRIDABLE, Config, from_dict, parse_overrides, user_path
 from datasets import DrawnSet, LabelSet, PairSet, fingerprint, label_set, open_split, sample_warning
-from engine.processes import World, run_together
+from engine import checkpoint
+from engine.processes import World, device_name, run_together
 from engine.workers import read_ahead
 from errors import UserError
 from files import weights
@@ -33,6 +39,10 @@ from files.atomic import results_folder, write_text
 from inference import add_run_options, load_run, predict_labels, tta_views
 from model import SCHNet
 from viz import reports
+
+RESULTS = "results.json"
+NO_EFFECT = {"workers", "sam_weights", "clip_weights", "vocab", "synthetic_train", "train_images", "train_labels", "train_list",
+             "tta_scales"}                                 # overrides that change no score; the scales are in --tta's name
 
 # ----------------------------------------------------------------------------------------------------------------------
 # metrics
@@ -102,13 +112,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_options(parser, batch=4)
     parser.add_argument("--split", choices=("val", "train"), default="val")
-    parser.add_argument("--out", type=user_path,
-                        help="folder of the results; evaluation[_tta][_train] in the run's if not given")
+    parser.add_argument("--out", type=user_path, help="folder of the results; evaluation... in the run's if not given")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run's config")
     return parser.parse_intermixed_args(argv)
 
 
-def open_labelled(model: SCHNet, labels: LabelSet, path: Path, split: str):
+def open_labelled(model: SCHNet, labels: LabelSet, path: Path, split: str) -> PairSet | DrawnSet:
     """The photos to score a run on. Their classes must be the run's: LIP and CIHP both have 20, but not the same."""
     theirs = label_set(model.cfg).classes
     if theirs != labels.classes:
@@ -118,45 +127,98 @@ def open_labelled(model: SCHNet, labels: LabelSet, path: Path, split: str):
     return open_split(model.cfg, split)
 
 
+def results_name(args: argparse.Namespace, cfg: Config, trained: Config) -> str:
+    """The name of the results' folder says what differs from the plain evaluation of a run."""
+    changed = [key for key in OVERRIDABLE - NO_EFFECT if getattr(cfg, key) != getattr(trained, key)]
+    if "precision" not in parse_overrides(args.overrides):               # a CPU's fp32 is no choice of the user's
+        changed = [key for key in changed if key != "precision"]
+    words = [f"_{key}-{os.path.basename(str(getattr(cfg, key)).rstrip('/'))}" for key in sorted(changed)]
+    file = f"_{Path(args.run).stem}" if args.run and Path(args.run).is_file() else ""
+    name = "evaluation" + file + "_tta" * args.tta + "_train" * (args.split == "train") + "".join(words)
+    return re.sub(r"[^\w.-]+", "-", name)[:200]
+
+
+def claim(folder: Path, identity: dict):
+    """Makes the folder of the results; UserError if it holds scores of other data or settings."""
+    results_folder(folder)
+    try:
+        held = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["identity"]
+    except (OSError, ValueError, KeyError):
+        return
+    different = [key for key in identity if held.get(key) != json.loads(json.dumps(identity[key]))]
+    if different:
+        raise UserError(f"{folder / RESULTS} holds scores of other data or settings ({', '.join(different)}): choose --out")
+
+
 def run(args: argparse.Namespace, world: World):
     with world.all_or_none():
         model, labels, path = load_run(args.run, args.overrides, world.device)
-        sha256 = weights.sha256(path)                                    # of the scored file: training may still be running
+        content = checkpoint.read(path)
+        sha256, trained = weights.sha256(path), from_dict(content["config"], str(path))
         pairs = open_labelled(model, labels, path, args.split)
-        warning = sample_warning(pairs, labels.classes) if world.main else ""
-        folder = args.out or path.parent / ("evaluation" + "_tta" * args.tta + "_train" * (args.split == "train"))
+        scales, flip_pairs = tta_views(model.cfg, labels.flip_pairs, args.tta)
+        folder = args.out or path.parent / results_name(args, model.cfg, trained)
+        identity = {"run": str(path.parent.resolve()), "checkpoint": path.name, "data": fingerprint(pairs),
+                    "data_root": model.cfg.data_root, "split": args.split, "scales": scales, "flip": args.tta,
+                    **{key: getattr(model.cfg, key) for key in ("base_size", "crop_size", "precision")}}
         if world.main:
-            results_folder(folder)
+            claim(folder, identity)
+            warning = sample_warning(pairs, labels.classes)
     world.check_same(sha256, "checkpoint")
     world.check_same(fingerprint(pairs), f"{args.split} split")
-    labels = dataclasses.replace(labels, name=model.cfg.dataset)         # what is scored, not what was trained on
-    scales, flip_pairs = tta_views(model.cfg, labels.flip_pairs, args.tta)
+    labels = dataclasses.replace(labels, name=model.cfg.dataset)         # of the scored data, not of the training data
     how = f"scales {' '.join(map(str, scales))} and flips" if args.tta else "single scale"
-    world.print0(f"{path}: {len(pairs)} images of {labels.name} {args.split}, {how}"
-              + (f"\nwarning: {warning}" if warning else ""))
+    world.print0(f"{path}: {len(pairs)} images of {labels.name} {args.split}, {how}")
+    if world.main and warning:
+        world.print0(f"warning: {warning}")
+
+    def score() -> tuple[Tensor, list[tuple[float, int]]]:
+        return evaluate_split(model, pairs, len(labels.classes), world, scales, flip_pairs, args.batch, progress=world.main)
+
     start = time.monotonic()
-    matrix, per_image = evaluate_split(model, pairs, len(labels.classes), world, scales, flip_pairs, args.batch,
-                                       progress=world.main)
+    matrix, per_image = score()
     seconds = (time.monotonic() - start) / len(pairs)
+    result = scores(matrix)
+    shown = [(caption.format(pairs.name(i)), *pairs.read(i)) for caption, i in reports.best_and_worst(per_image)]
+    shown = [(*one, predict_labels(model, [one[1]], scales, flip_pairs)[0]) for one in shown] if world.main else []
+    progress = content.get("progress", {})
+    chosen, last = path.name == checkpoint.BEST and progress.get("val") == fingerprint(pairs), path.with_name(checkpoint.LAST)
+    other = None
+    if chosen and last.exists():
+        newest = checkpoint.read(last)
+        if newest["progress"]["iteration"] != progress["iteration"]:
+            checkpoint.load_state(model, newest["model"], last)
+            other = {"iteration": newest["progress"]["iteration"], **_main_scores(scores(score()[0]))}
+        else:
+            other = {"iteration": progress["iteration"], **_main_scores(result)}
     if not world.main:
         return
-    result = scores(matrix)
-    print(reports.table(result, labels, args.tta))
     classes = zip(labels.classes, result["iou"], result["acc"])
-    record = {"checkpoint": str(path), "sha256": sha256, "data": labels.name, "split": args.split,
-              "images": len(pairs), "scales": scales, "flip": args.tta, "seconds_per_image": seconds,
-              "processes": world.size, **{key: result[key] for key in ("pixel_acc", "mean_acc", "miou")},
+    record = {"identity": identity, "checkpoint": str(path), "sha256": sha256, "iteration": progress.get("iteration"),
+              "chosen_on_this_set": chosen, "last": other, "images": len(pairs), "data": labels.name, "split": args.split,
+              "training": {"hours": round(progress.get("seconds", 0) / 3600, 3), "machine": progress.get("machine")},
+              "seconds_per_image": seconds, "processes": world.size, **versions(world.device), **_main_scores(result),
               "classes": {name: {"iou": iou, "acc": acc} for name, iou, acc in classes},
               "confusion": matrix.tolist(), "config": dataclasses.asdict(model.cfg)}
-    write_text(folder / "results.json", json.dumps(reports.without_nan(record), indent=1))
-    shown = []
-    for caption, i in reports.best_and_worst(per_image):
-        image, label = pairs.read(i)
-        found = predict_labels(model, [image], scales, flip_pairs)[0]
-        shown.append((caption.format(pairs.name(i)), image, label, found))
+    write_text(folder / RESULTS, json.dumps(reports.without_nan(record), indent=1))
     title = f"{path.parent.name} on {labels.name} {args.split}, {how}: mIoU {100 * result['miou']:.2f}"
-    drawn = reports.draw(folder, title, labels, args.tta, result, matrix.numpy(), shown)
-    print(f"{seconds:.3f} s per image; " + ", ".join(map(str, [folder / "results.json", *drawn])))
+    drawn = reports.draw(folder, title, labels, matrix.numpy(), shown)
+    print(reports.table(result, labels, args.tta))
+    if other:
+        print(f"{path.name} (iteration {progress['iteration']}) was chosen on this very set; {last.name} (iteration "
+              f"{other['iteration']}), which was not: mIoU {100 * other['miou']:.2f}")
+    print(f"{seconds:.3f} s per image; " + ", ".join(map(str, [folder / RESULTS, *drawn])))
+
+
+def _main_scores(result: dict) -> dict:
+    return {key: result[key] for key in ("pixel_acc", "mean_acc", "miou")}
+
+
+def versions(device: torch.device) -> dict[str, str | None]:
+    """Commit of this code, versions and device, for a record."""
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return {"commit": git.stdout.strip() or None, "python": platform.python_version(), "torch": torch.__version__,
+            "device": device_name(device)}
 
 
 def main(argv: list[str] | None = None):

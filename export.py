@@ -9,14 +9,12 @@
     python export.py --int8                              # and model_int8.onnx
 
 --int8 rounds the weights of the linear layers to 8 bits, one scale per output channel, and their inputs at run time
-(onnxruntime's dynamic quantisation); the file is written if at least --min-agreement of the pixels of drawn figures keep
-their class. In fp32 stay the convolutions (to round them, too, took another 30 % off the demo's file, no time, and ten
-times as many labels), the products of attention, which have no weights, and norms, softmax and sampling, which are small.
+(onnxruntime's dynamic quantisation); the file is written if at least 99 % of the pixels of drawings keep their class.
 
-Height and width are fixed because the network's structure follows them: which of SAM's windows the edges cut, the
-tables of positions, the bins of the pyramid pooling. Little is lost by it: predict.py, too, shows the network a canvas
-with the photo's long side at `base_size` and the rest in the mean colour, as examples/onnx_predict.py does. Several
---size give several files, NAME_480x320.onnx. The metadata holds classes, palette and all else as JSON.
+Height and width are fixed because the network's structure follows them: SAM's windows, the tables of positions, the bins
+of the pyramid pooling. predict.py shows the network a canvas of crop_size, with the photo's long side at `base_size` and
+the rest in the mean colour, as examples/onnx_predict.py does. Several --size give several files, NAME_480x320.onnx. The
+metadata hold classes, palette and what else a program needs, as JSON.
 """
 
 import argparse
@@ -38,16 +36,18 @@ from torch import Tensor
 
 from augment import MEAN_COLOUR
 from config import user_path
-from datasets import LabelSet
 from errors import UserError, run_program
 from files import weights
+from files.labels import LabelSet
 from inference import load_run
+from layers import round_up
 from synthetic.draw import draw
 
 MAX_DIFFERENCE = 1e-4                                      # of probabilities
 MIN_AGREEMENT = 0.999                                      # share of pixels with the same class
-OLDEST_TORCH = (2, 10)                                     # the exporters of 2.8 and 2.9 cannot translate the network
-IR_VERSION = 8                                             # all that opset 18 needs; the exporter's 10 shuts out runtimes
+OLDEST_TORCH = (2, 10)                                     # torch 2.8 and 2.9 cannot export the network
+MIN_INT8_AGREEMENT = 0.99
+OPSET, IR_VERSION = 18, 8                                  # IR 8 is enough for opset 18; the exporter's 10 excludes runtimes
 ONE_FILE_BYTES = 1 << 30                                   # larger weights get a file of their own: ONNX ends at 2 GiB
 
 
@@ -64,7 +64,7 @@ class Deployed(nn.Module):
 
 @contextlib.contextmanager
 def _whole(target: Path):
-    """A path to write to; what is there at the end, and beside it, gets `target`'s name and place, or nothing does."""
+    """A path to write to: at the end it and the files beside it are moved to `target`'s place, all or none."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".export", dir=target.parent))
     try:
@@ -76,12 +76,11 @@ def _whole(target: Path):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def export(model: nn.Module, labels: LabelSet, source: Path, target: Path, size: tuple[int, int],
-           opset: int) -> tuple[float, float]:
+def export(model: nn.Module, labels: LabelSet, source: Path, target: Path, size: tuple[int, int]) -> tuple[float, float]:
     """Write `target` (and `target`.data beside it if it is large); returns the largest difference and the agreement."""
     model = Deployed(model).eval().requires_grad_(False)
     with _whole(target) as part:
-        program = _translate(model, size, opset)
+        program = _translate(model, size)
         program.model.metadata_props.update(metadata(model.model.cfg, labels, source, size))
         program.save(part, external_data=sum(p.nbytes for p in model.state_dict().values()) > ONE_FILE_BYTES)
         difference, agreement = check(model, part, size)
@@ -91,9 +90,9 @@ def export(model: nn.Module, labels: LabelSet, source: Path, target: Path, size:
     return difference, agreement
 
 
-def quantize(source: Path, target: Path, size: tuple[int, int], wanted: float = 0.99, figures: int = 16) -> str:
-    """Write an int8 `target` of the fp32 file `source`, if at least `wanted` of the pixels of drawn figures keep their
-    class; returns what there is to say about it. Times are medians of one figure at a time, the two files in turn."""
+def quantize(source: Path, target: Path, size: tuple[int, int], drawings: int = 16) -> str:
+    """Writes an int8 `target` of the fp32 file `source`; returns a summary line. Times are medians of one drawing at a
+    time, the two files in turn."""
     import onnx
     from onnxruntime import quantization
 
@@ -108,7 +107,7 @@ def quantize(source: Path, target: Path, size: tuple[int, int], wanted: float = 
         model.metadata_props.remove(mark)                  # the quantiser's own; all that stays is JSON
         onnx.save(model, part)
         runs, same, times = [session(path).run for path in (source, part)], [], []
-        for n in range(figures):
+        for n in range(drawings):
             image, found = draw(1, n, size)[0][None], []
             for run in runs:
                 begun = time.perf_counter()
@@ -116,12 +115,12 @@ def quantize(source: Path, target: Path, size: tuple[int, int], wanted: float = 
                 times.append(time.perf_counter() - begun)
             same.append((found[0] == found[1]).mean())
         agreement, before, after = np.mean(same), np.median(times[::2]), np.median(times[1::2])
-        if agreement < wanted:
-            raise UserError(f"{target} was not written: {agreement:.2%} of the pixels of {figures} drawn figures keep their "
-                            f"class, --min-agreement wants {wanted:.2%}")
+        if agreement < MIN_INT8_AGREEMENT:
+            raise UserError(f"{target} was not written: {agreement:.2%} of the pixels of {drawings} drawings keep their class, "
+                            f"{MIN_INT8_AGREEMENT:.0%} are needed")
         sizes = [size_of(path) / 2 ** 20 for path in (source, part)]
     return (f"{sizes[1]:.1f} MiB (fp32: {sizes[0]:.1f}), {1e3 * after:.0f} ms a picture (fp32: {1e3 * before:.0f}); "
-            f"{agreement:.2%} of the pixels of {figures} drawn figures keep their class")
+            f"{agreement:.2%} of the pixels of {drawings} drawings keep their class")
 
 
 def session(path: Path):
@@ -134,7 +133,7 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in (path, Path(f"{path}.data")) if file.exists())
 
 
-def _translate(model: Deployed, size: tuple[int, int], opset: int):
+def _translate(model: Deployed, size: tuple[int, int]):
     """An ONNX program. Of onnxscript's optimiser only what onnxruntime needs: all of it takes time in the square of the
     network's depth, and onnxruntime fuses by itself (the same speed either way)."""
     from onnxscript import optimizer
@@ -147,7 +146,7 @@ def _translate(model: Deployed, size: tuple[int, int], opset: int):
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                model, (image,), dynamo=True, opset_version=opset, input_names=["image"],
+                model, (image,), dynamo=True, opset_version=OPSET, input_names=["image"],
                 output_names=["probabilities"], dynamic_shapes={"image": {0: batch}}, optimize=False, verbose=False)
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
@@ -184,7 +183,7 @@ def check(model: Deployed, path: Path, size: tuple[int, int]) -> tuple[float, fl
 
 def default_size(cfg) -> tuple[int, int]:
     """The square that every photo fits into at its prediction size."""
-    side = -(-max(cfg.base_size, *cfg.crop_size) // 32) * 32
+    side = round_up(max(cfg.base_size, *cfg.crop_size))
     return side, side
 
 
@@ -201,18 +200,11 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--out", type=user_path, help="the file; model.onnx in the run's folder if not given")
     parser.add_argument("--size", type=parse_size, action="append", metavar="HxW",
                         help="height and width in pixels; may be repeated")
-    parser.add_argument("--opset", type=int, default=18, help="ONNX operator set, 18 to 23 (default: 18)")
     parser.add_argument("--int8", action="store_true", help="also NAME_int8.onnx, smaller")
-    parser.add_argument("--min-agreement", type=float, default=0.99, metavar="SHARE",
-                        help="of pixels that must keep their class in int8 (default: 0.99)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run's config")
     args = parser.parse_intermixed_args(argv)
     if args.out is not None and args.out.is_dir():
         parser.error(f"--out {args.out} is a folder; it must name the file")
-    if args.opset not in range(18, 24):
-        parser.error("--opset must be between 18 and 23")
-    if not 0 < args.min_agreement <= 1:
-        parser.error("--min-agreement is a share of pixels, above 0 and at most 1")
     if torch.__version__ < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise UserError(f"torch {torch.__version__} cannot export this network, {oldest} and newer can: "
@@ -229,12 +221,12 @@ def main(argv: list[str] | None = None):
     print(f"{source}: {len(labels.classes)} classes of {labels.name}")
     for height, width in sizes:
         path = target if len(sizes) == 1 else target.with_stem(f"{target.stem}_{height}x{width}")
-        difference, agreement = export(model, labels, source, path, (height, width), args.opset)
+        difference, agreement = export(model, labels, source, path, (height, width))
         print(f"{path}: {height} x {width}; beside PyTorch the probabilities differ by at most {difference:.1e}, "
               f"{agreement:.2%} of the pixels have the same class")
         if args.int8:
             small = path.with_stem(f"{path.stem}_int8")
-            print(f"{small}: {quantize(path, small, (height, width), args.min_agreement)}")
+            print(f"{small}: {quantize(path, small, (height, width))}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ torch.distributed's business, and their messages are shown as they are.
 
 import contextlib
 import os
+import platform
 import signal
 import sys
 import time
@@ -56,6 +57,17 @@ def memory(device: torch.device) -> float:
         return 0.0
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):                       # not Linux, or not x86
+        return platform.processor() or platform.machine()
 
 
 def pick_device(name: str = "") -> torch.device:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from config import RESUMABLE, Config, to_yaml
 from datasets import DrawnSet, LabelSet, PairSet, fingerprint, sample_warning
 from engine import checkpoint
-from engine.processes import Stop, StopSignal, World, memory
+from engine.processes import Stop, StopSignal, World, device_name, memory
 from errors import UserError
 from files.atomic import LEFTOVERS, MARK, write_text
 from viz import pictures, training
@@ -49,6 +49,7 @@ class Progress:
     count: int = 0
     train: str = ""                                        # fingerprints of both splits
     val: str = ""
+    machine: str = ""                                      # where it was trained: processes and device
     seconds: float = 0.0
 
 
@@ -143,6 +144,7 @@ class Run:
             learner.scaler.load_state_dict(content["scaler"])
             self.progress = Progress(**content["progress"])
         self._note_data(fingerprint(train), fingerprint(val))
+        self.progress.machine = f"{self.world.size} x {device_name(self.world.device)}"
         self.saved = self.progress.iteration
         if self.world.main:
             write_text(self.folder / "config.yaml", to_yaml(self.cfg))

@@ -1,12 +1,10 @@
-"""Pictures of label maps for people: colours, overlays, legends, contact sheets. Plots of numbers are in plots.py.
+"""Pictures of label maps: colours, overlays, legends, contact sheets. Plots of numbers are in plots.py.
 
-Pillow, NumPy and OpenCV only. A picture is an array (H, W, 3), uint8, RGB; a label map is (H, W), uint8, 255 = ignore.
-Every picture grows to hold its text: nothing is ever cut off.
+A picture is an array (H, W, 3), uint8, RGB; a label map is (H, W), uint8, 255 = ignore. Pictures grow to hold their text.
 """
 
 import contextlib
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -97,47 +95,23 @@ def _hatch(height: int, width: int) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------------
 # text
 
-# Where Pillow's own font lacks a letter: fonts that systems have, found by name in the system's folders.
-FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf",
-         "NotoSansCJK-Regular.ttc", "DroidSansFallbackFull.ttf", "wqy-microhei.ttc", "PingFang.ttc", "msyh.ttc",
-         "YuGothM.ttc", "malgun.ttf", "NotoSansDevanagari-Regular.ttf", "NotoSansThai-Regular.ttf",
-         "NotoSansArabic-Regular.ttf", "NotoSansHebrew-Regular.ttf", "Nirmala.ttf")
-NO_LETTER = "\U0010ffff"                                   # what no font has is drawn as this is
+# Where Pillow's built-in font lacks a glyph: fonts that systems have, found by name.
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "PingFang.ttc",
+         "msyh.ttc", "arial.ttf")
+NO_GLYPH = "\U0010ffff"                                    # drawn as every character is that a font lacks
 
 
+@lru_cache
 def font(text: str, size: int) -> ImageFont.FreeTypeFont:
-    """The first font of this machine that has all letters of the text, Pillow's own (of one look everywhere) before the
-    others. Where there is none, that is said once."""
-    if text.isascii():
-        return _load_font("", size)
-    return _load_font(_font_with(text), size)
-
-
-@lru_cache
-def _load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
-
-
-@lru_cache
-def _font_with(text: str) -> str:
+    """The first font with all glyphs of the text; Pillow's built-in font is tried first, and used if there is none."""
+    built_in = ImageFont.load_default(size)
     for name in ("", *FONTS):
         with contextlib.suppress(OSError):                 # this machine does not have it
-            if _has_letters(_load_font(name, 20), text):
-                return name
-    _say_once("note: no font of this machine has all letters of the names: pictures show boxes in their place; install the "
-              "Noto fonts")
-    return ""
-
-
-@lru_cache
-def _say_once(message: str):
-    print(message, file=sys.stderr)
-
-
-def _has_letters(font: ImageFont.FreeTypeFont, text: str) -> bool:
-    box = font.getmask(NO_LETTER)
-    return all(letter.isspace() or (mask := font.getmask(letter)).size != box.size or bytes(mask) != bytes(box)
-               for letter in set(text))
+            found = ImageFont.truetype(name, size) if name else built_in
+            missing = bytes(found.getmask(NO_GLYPH))
+            if text.isascii() or all(letter.isspace() or bytes(found.getmask(letter)) != missing for letter in set(text)):
+                return found
+    return built_in
 
 
 def text_width(text: str, size: int) -> int:
@@ -145,7 +119,7 @@ def text_width(text: str, size: int) -> int:
     return math.ceil(font(text, size).getlength(text))
 
 
-def write(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, size: int, anchor: str = "lm", colour=INK):
+def draw_text(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, size: int, anchor: str = "lm", colour=INK):
     """One line of text; `anchor` says where in it the point (x, y) lies: l, m, r across, m down."""
     text = _drawable(text)
     draw.text((x, y), text, fill=colour, font=font(text, size), anchor=anchor)
@@ -170,7 +144,7 @@ def wrap(text: str, size: int, width: int) -> list[str]:
     return lines
 
 
-def paper(height: int, width: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+def blank(height: int, width: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     picture = Image.new("RGB", (width, height), WHITE)
     return picture, ImageDraw.Draw(picture)
 
@@ -203,7 +177,7 @@ def with_legend(picture: np.ndarray, classes: Sequence[str], palette: Palette, s
         return math.hypot(high, wide) * (1.3 if high > height and wide > width else 1)    # empty strips are ugly
 
     columns, below = min(((n, below) for n in range(1, len(entries) + 1) for below in (False, True)), key=cost)
-    canvas, draw = paper(*layout(columns, below))
+    canvas, draw = blank(*layout(columns, below))
     canvas.paste(Image.fromarray(picture), (0, 0))
     left, top = (gap, height + gap) if below else (width + gap, gap)
     rows = math.ceil(len(entries) / columns)
@@ -212,7 +186,7 @@ def with_legend(picture: np.ndarray, classes: Sequence[str], palette: Palette, s
         if colour is None:
             canvas.paste(Image.fromarray(_hatch(size, size)), (x, y))
         draw.rectangle((x, y, x + size - 1, y + size - 1), fill=colour and tuple(colour), outline=FAINT)
-        write(draw, x + size + gap, y + size / 2, name, size)
+        draw_text(draw, x + size + gap, y + size / 2, name, size)
     return np.array(canvas)
 
 
@@ -240,10 +214,10 @@ def sheet(rows: Sequence[Sequence[np.ndarray | None]], titles: Sequence[str] = (
                       for text, left, right in zip(texts, places, [*places[1:], total])])
     head = max((len(lines) for lines in heads), default=0) * line + gap
     highs = [height + gap + line * max((len(lines) for _, lines in row), default=0) for row in notes]
-    canvas, draw = paper(head + sum(highs), total)
+    canvas, draw = blank(head + sum(highs), total)
     for left, width, lines in zip(lefts, widths, heads):
         for n, text in enumerate(lines):
-            write(draw, left + width / 2, gap / 2 + (n + 0.5) * line, text, size, "mm")
+            draw_text(draw, left + width / 2, gap / 2 + (n + 0.5) * line, text, size, "mm")
     top = head
     for row, texts, high in zip(cells, notes, highs):
         for left, width, picture in zip(lefts, widths, row):
@@ -252,7 +226,7 @@ def sheet(rows: Sequence[Sequence[np.ndarray | None]], titles: Sequence[str] = (
                 canvas.paste(Image.fromarray(picture), place)
         for left, lines in texts:
             for n, text in enumerate(lines):
-                write(draw, left, top + height + (n + 0.5) * line, text, size, colour=FAINT)
+                draw_text(draw, left, top + height + (n + 0.5) * line, text, size, colour=FAINT)
         top += high
     return np.array(canvas)
 

@@ -1,4 +1,4 @@
-"""Plots of numbers for people: training curves, bars per class, confusion matrices, as pictures (H, W, 3) uint8 RGB.
+"""Plots of numbers: training curves and confusion matrices, as images (H, W, 3) uint8 RGB.
 
 Pillow, NumPy and OpenCV only: a plot should not cost a training machine another package.
 """
@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
-from viz.pictures import FAINT, INK, WHITE, Palette, paper, text_width, write
+from viz.pictures import FAINT, INK, WHITE, blank, draw_text, text_width
 
 GRID = (228, 231, 234)
 SERIES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))    # Okabe and Ito
@@ -39,8 +39,8 @@ def _panel(title: str, series: Series, xlabel: str, smooth: bool, size: tuple[in
     xs, ys = (np.concatenate([pair[n].ravel() for pair in data.values()] or [np.empty(0)]) for n in (0, 1))
     ys = ys[np.isfinite(ys)]
     if not len(ys):
-        canvas, draw = paper(*size)
-        write(draw, size[1] / 2, size[0] / 2, f"{title}: nothing to show yet", 13, "mm", FAINT)
+        canvas, draw = blank(*size)
+        draw_text(draw, size[1] / 2, size[0] / 2, f"{title}: nothing to show yet", 13, "mm", FAINT)
         return np.array(canvas)
     x_axis = _axis(xs.min(), xs.max(), 6)
     y_axis = _axis(ys.min(), ys.max(), 5)
@@ -71,24 +71,24 @@ def _frame(title: str, xlabel: str, x_axis, y_axis, legend: list[list[str]], siz
         return (left + (np.asarray(x) - x_low) / (x_high - x_low) * (right - left),
                 bottom - (np.asarray(y) - y_low) / (y_high - y_low) * (bottom - top))
 
-    canvas, draw = paper(*size)
+    canvas, draw = blank(*size)
     for tick, name in zip(y_ticks, names):
         _, y = place(x_low, tick)
         draw.line((left, y, right, y), fill=GRID)
-        write(draw, left - 8, y, name, 12, "rm", FAINT)
+        draw_text(draw, left - 8, y, name, 12, "rm", FAINT)
     for tick in x_ticks:
         x, _ = place(tick, y_low)
         draw.line((x, top, x, bottom), fill=GRID)
-        write(draw, x, bottom + 14, _number(tick), 12, "mm", FAINT)
+        draw_text(draw, x, bottom + 14, _number(tick), 12, "mm", FAINT)
     draw.line((left, bottom, right, bottom), fill=FAINT)
-    write(draw, (left + right) / 2, bottom + 33, xlabel, 12, "mm", FAINT)
-    write(draw, left, 20, title, 16)
+    draw_text(draw, (left + right) / 2, bottom + 33, xlabel, 12, "mm", FAINT)
+    draw_text(draw, left, 20, title, 16)
     n = 0
     for row, entries in enumerate(legend):
         x, y = left, 42 + 18 * row
         for name in entries:
             draw.line((x, y, x + 16, y), fill=SERIES[n % len(SERIES)], width=3)
-            write(draw, x + 21, y, name, 12)
+            draw_text(draw, x + 21, y, name, 12)
             x, n = x + text_width(name, 12) + 36, n + 1
     return np.array(canvas), place
 
@@ -147,48 +147,7 @@ def _running_mean(values: np.ndarray, half: int) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# bars and matrices
-
-def bars(names: Sequence[str], values: Sequence[float], reference: Sequence[float] | None = None,
-         palette: Palette | None = None, title: str = "",
-         key: tuple[str, str] = ("this run", "reference")) -> np.ndarray:
-    """Horizontal bars for values from 0 to 100, each printed; NaN (a class that never occurs) has no bar.
-
-    `reference` values are marked by a line across the bar; `key` says what is what.
-    """
-    size, step, wide = 14, 26, 420
-    top = 18 + 30 * bool(title) + 26 * (reference is not None)
-    left = 20 + max((text_width(name, size) for name in names), default=0)
-    bottom = top + step * len(names)
-    caption = f"{key[1]}; difference in brackets"
-    right = max(left + wide + 130, text_width(title, 18) + 24, left + 80 + text_width(key[0] + caption, 13))
-    canvas, draw = paper(bottom + 34, right)
-    write(draw, 12, 24, title, 18)
-    for tick in range(0, 101, 20):
-        x = left + tick / 100 * wide
-        draw.line((x, top, x, bottom + 4), fill=GRID)
-        write(draw, x, bottom + 18, str(tick), 12, "mm", FAINT)
-    for n, (name, value) in enumerate(zip(names, values)):
-        y, found = top + n * step, math.isfinite(value)
-        write(draw, left - 8, y + step / 2, name, size, "rm")
-        if found:
-            colour = tuple(palette[n]) if palette is not None else SERIES[0]
-            draw.rectangle((left, y + 5, left + value / 100 * wide, y + step - 5), fill=colour, outline=FAINT)
-        text, end = f"{value:.2f}" if found else "absent", value if found else 0
-        if reference is not None and math.isfinite(reference[n]):
-            mark = left + reference[n] / 100 * wide
-            draw.line((mark, y + 1, mark, y + step - 1), fill=INK, width=3)
-            text += f"  ({value - reference[n]:+.2f})" if found else ""
-            end = max(end, reference[n])
-        write(draw, left + end / 100 * wide + 8, y + step / 2, text, size, colour=INK if found else FAINT)
-    if reference is not None:
-        y, x = top - 16, left + 50 + text_width(key[0], 13)
-        draw.rectangle((left, y - 6, left + 18, y + 6), fill=SERIES[0] if palette is None else GRID, outline=FAINT)
-        write(draw, left + 24, y, key[0], 13)
-        draw.line((x, y - 8, x, y + 8), fill=INK, width=3)
-        write(draw, x + 8, y, caption, 13)
-    return np.array(canvas)
-
+# confusion matrix
 
 def confusion_picture(matrix: np.ndarray, classes: Sequence[str], title: str = "") -> np.ndarray:
     """A confusion matrix (rows: ground truth, columns: prediction), each row in percent of its pixels; empty rows are grey."""
@@ -198,23 +157,23 @@ def confusion_picture(matrix: np.ndarray, classes: Sequence[str], title: str = "
     left, top = names + 30 + gap, names + 30 + gap + 34 * bool(title)
     side = cell * len(classes)
     right = max(left + side + 16, text_width(title, 18) + 24, text_width(caption, size) + 24)
-    canvas, draw = paper(top + side + 40, right)
-    write(draw, 12, 22, title, 18)
-    write(draw, 12, top + side + 20, caption, size, colour=FAINT)
-    write(draw, left, top - names - 22, "predicted", size, colour=FAINT)
-    _write_up(canvas, 14, top + text_width("true", size), "true", size, FAINT)
+    canvas, draw = blank(top + side + 40, right)
+    draw_text(draw, 12, 22, title, 18)
+    draw_text(draw, 12, top + side + 20, caption, size, colour=FAINT)
+    draw_text(draw, left, top - names - 22, "predicted", size, colour=FAINT)
+    _draw_up(canvas, 14, top + text_width("true", size), "true", size, FAINT)
     totals = matrix.sum(1, keepdims=True)
     shares = np.divide(matrix, totals, out=np.full_like(matrix, np.nan), where=totals > 0)
     for n, name in enumerate(classes):
         middle = (n + 0.5) * cell
-        write(draw, left - gap, top + middle, name, size, "rm")
-        _write_up(canvas, left + middle, top - gap, name, size, INK)
+        draw_text(draw, left - gap, top + middle, name, size, "rm")
+        _draw_up(canvas, left + middle, top - gap, name, size, INK)
         for m, share in enumerate(shares[n]):
             x, y = left + m * cell, top + n * cell
             draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=GRID if math.isnan(share) else _shade(share))
             if share >= 0.0005:
                 text = f"{100 * share:.0f}" if share >= 0.0995 else f"{100 * share:.1f}"
-                write(draw, x + cell / 2 - 1, y + cell / 2, text, size, "mm", WHITE if share > 0.3 else INK)
+                draw_text(draw, x + cell / 2 - 1, y + cell / 2, text, size, "mm", WHITE if share > 0.3 else INK)
     return np.array(canvas)
 
 
@@ -223,9 +182,9 @@ def _shade(share: float) -> tuple[int, int, int]:
     return tuple(round(255 + (dark - 255) * math.sqrt(share)) for dark in (8, 64, 129))
 
 
-def _write_up(canvas: Image.Image, x: float, bottom: float, text: str, size: int, colour):
+def _draw_up(canvas: Image.Image, x: float, bottom: float, text: str, size: int, colour):
     """Text that reads upwards from (x, bottom)."""
     strip = Image.new("RGB", (text_width(text, size) + 2, math.ceil(size * 1.4)), WHITE)
-    write(ImageDraw.Draw(strip), 1, strip.height / 2, text, size, colour=colour)
+    draw_text(ImageDraw.Draw(strip), 1, strip.height / 2, text, size, colour=colour)
     strip = strip.transpose(Image.Transpose.ROTATE_90)
     canvas.paste(strip, (round(x - strip.width / 2), round(bottom - strip.height)))

@@ -1,13 +1,15 @@
-"""What an evaluation leaves for people: a table beside the paper's figures, plots, the best and worst images."""
+"""Evaluation reports: a table beside the paper's numbers, the confusion matrix, the best and worst images."""
 
 import math
 from pathlib import Path
 
 import numpy as np
 
+from config import IGNORE
+from files.labels import LabelSet
 from viz import pictures, plots
 
-# The paper's figures in percent: LIP Tables 1, 2, 6 (hat ... right shoe, background), CIHP Table 5, PPP Table 4.
+# The paper's numbers in percent: LIP Tables 1, 2, 6 (hat ... right shoe, background), CIHP Table 5, PPP Table 4.
 PUBLISHED = {
     ("lip", False): {"pixel_acc": 89.54, "mean_acc": 78.12, "miou": 62.98, "iou": (
         72.87, 75.26, 53.28, 43.56, 73.91, 47.60, 63.31, 56.20, 79.09, 37.21, 44.31, 39.38, 76.86, 72.59, 73.88, 71.15,
@@ -20,7 +22,7 @@ PUBLISHED = {
 }
 
 
-def table(result: dict, labels, tta: bool) -> str:
+def table(result: dict, labels: LabelSet, tta: bool) -> str:
     """The result as lines of text: classes in the order of the paper's Table 1, the background last.
 
     For LIP beside both of the paper's rows, without and with test-time augmentation; the difference is to the one of
@@ -74,19 +76,16 @@ def best_and_worst(per_image: list[tuple[float, int]], count: int = 3) -> list[t
             for word, items in (("best", best), ("worst", worst)) for miou, i in items]
 
 
-def draw(folder: Path, title: str, labels, tta: bool, result: dict, matrix: np.ndarray,
+def draw(folder: Path, title: str, labels: LabelSet, matrix: np.ndarray,
          shown: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]) -> list[Path]:
-    """PNGs: confusion matrix, bars per class, a sheet of the images `shown` (caption, photo, ground truth, prediction)."""
-    paper = PUBLISHED.get((labels.name, tta), {}).get("iou")
-    reference = None if paper is None else [paper[-1], *paper[:-1]]
-    rows = [[photo, pictures.drawn_label(truth, labels.palette), pictures.drawn_label(found, labels.palette),
-             pictures.errors(photo, truth, found)] for _, photo, truth, found in shown]
-    titles = ["photo", "ground truth", "prediction", "errors"]
+    """PNGs: the confusion matrix, and a sheet of the images `shown` (caption, photo, ground truth, prediction)."""
+    rows = [[photo, pictures.drawn_label(truth, labels.palette), pictures.drawn_label(predicted, labels.palette),
+             pictures.errors(photo, truth, predicted)] for _, photo, truth, predicted in shown]
+    titles = ["photo", "ground truth", "prediction", "errors (red)"]
     sheet = pictures.sheet(rows, titles=titles, captions=[row[0] for row in shown])
+    legend = [*range(len(labels.classes)), *[IGNORE] * any((truth == IGNORE).any() for _, _, truth, _ in shown)]
     drawn = {"confusion.png": plots.confusion_picture(matrix, labels.classes, title),
-             "classes.png": plots.bars(labels.classes, [100 * v for v in result["iou"]], reference, labels.palette,
-                                       f"IoU per class (%): {title}", ("this run", "the paper")),
-             "best_worst.png": pictures.with_legend(sheet, labels.classes, labels.palette, size=16)}
+             "best_worst.png": pictures.with_legend(sheet, labels.classes, labels.palette, legend, size=16)}
     for name, picture in drawn.items():
         pictures.save_png(folder / name, picture)
     return [folder / name for name in drawn]
