@@ -30,7 +30,7 @@ from config import Config, load_config, user_path
 from engine.workers import STALLED, start_worker, watched
 from errors import UserError, run_program
 from files.images import read_label, read_photo_of
-from files.labels import LABEL_SETS, LabelSet, label_set, label_warning
+from files.labels import LABEL_SETS, LabelSet, LabelStats, label_fault, label_set, label_warning
 from files.layouts import Place, find_split, match_files
 from synthetic.draw import draw
 
@@ -116,9 +116,10 @@ def sample_warning(pairs: PairSet | DrawnSet, classes: Sequence[str], count: int
     if pairs.place is None:                                # drawn
         return ""
     chosen = np.unique(np.linspace(0, len(pairs) - 1, count).round().astype(int))
-    counts = sum(np.bincount(read_label(pairs.paths(i)[1], len(classes)).ravel(), minlength=256) for i in chosen)
-    warning = label_warning(counts, classes)
-    return warning and f"{pairs.place.labels}: of {len(chosen)} labels, {warning}; run python datasets.py for details"
+    first, *others = (LabelStats.of(read_label(pairs.paths(i)[1], len(classes))) for i in chosen)
+    stats = sum(others, first)
+    warning = label_fault(stats, classes) or label_warning(stats, classes)
+    return warning and f"{pairs.place.labels}, {len(chosen)} labels: {warning} (details: python datasets.py --cfg ...)"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ PASCAL-Person-Part has them, so that one file serves LIP's Jumpsuits and CIHP's 
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import cv2
@@ -25,6 +25,7 @@ from config import IGNORE, Config, read_yaml, user_path
 from errors import UserError
 
 KEYS = ("name", "colour", "from")
+IGNORE_GREY = 172                                          # mean of the two greys that ignored pixels are hatched in
 Merge = tuple[tuple[int, ...], ...]                        # for each target class the network's labels it merges
 
 
@@ -79,28 +80,68 @@ def label_set(cfg: Config) -> LabelSet:
 
 
 def distinct_colours(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Black, then each time the colour farthest (in CIELAB) from all chosen before."""
+    """Black, then each time the colour farthest (in CIELAB) from all chosen before and from the grey of ignored pixels."""
     levels = np.linspace(0, 1, 9, dtype=np.float32)
     rgb = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 1, 3)
     lab = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB).reshape(-1, 3)
-    chosen, distance = [0], np.linalg.norm(lab - lab[0], axis=1)
+    grey = cv2.cvtColor(np.full((1, 1, 3), IGNORE_GREY / 255, np.float32), cv2.COLOR_RGB2LAB)[0]
+    chosen, distance = [0], np.linalg.norm(lab[:, None] - np.concatenate([lab[:1], grey]), axis=2).min(1)
     while len(chosen) < count:
         chosen.append(int(distance.argmax()))
         distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
     return tuple(tuple(int(v) for v in colour) for colour in (rgb[chosen, 0] * 255).round())
 
 
-def label_warning(counts: np.ndarray, classes: Sequence[str]) -> str:
-    """A warning if labels look wrong, given how often the values 0..255 occur (256,); "" if they do not.
+# ----------------------------------------------------------------------------------------------------------------------
+# labels that look wrong
 
-    Many tools write masks of two classes as 0 and 255, or background as 255 and the classes from 0.
-    """
-    seen, ignored = counts[:len(classes)] > 0, counts[IGNORE] / counts.sum()
-    if seen.all() or (not ignored and seen.sum() > 1):
+@dataclass
+class LabelStats:
+    """Statistics of some label maps; they add up."""
+    counts: np.ndarray                                     # (256,): pixels with each value
+    labels: int = 1
+    numbered: int = 0                                      # labels with the values 1, 2, ..., n and no gap
+    edges: int = 0                                         # places where the value left differs from the value right
+    between: int = 0                                       # of these, with a value between the two
+
+    @classmethod
+    def of(cls, label: np.ndarray) -> "LabelStats":
+        counts = np.bincount(label.ravel(), minlength=256)
+        values = np.flatnonzero(counts[1:IGNORE]) + 1
+        valid = np.where(label == IGNORE, 0, label).astype(np.int16)
+        left, middle, right = valid[:, :-2], valid[:, 1:-1], valid[:, 2:]
+        low, high = np.minimum(left, right), np.maximum(left, right)
+        return cls(counts, 1, int(len(values) > 0 and values[-1] == len(values)), int((low != high).sum()),
+                   int(((low < middle) & (middle < high)).sum()))
+
+    def __add__(self, other: "LabelStats") -> "LabelStats":
+        return LabelStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def label_fault(stats: LabelStats, classes: Sequence[str]) -> str:
+    """What is wrong with labels that look like masks of 0 and 255, or show a single class; "" if they do not."""
+    counts, ignored = stats.counts[:len(classes)], stats.counts[IGNORE]
+    seen = np.flatnonzero(counts)
+    masks = len(seen) < len(classes) and ignored > np.sort(counts)[-2:].min()
+    if len(classes) < 2 or len(seen) > 1 and not masks:
         return ""
-    absent = [f"{k} {name}" for k, name in enumerate(classes) if not seen[k]]
-    more = f", but {ignored:.2%} of the pixels are {IGNORE}, which is ignored and no class" if ignored else ""
-    return f"no label shows {', '.join(absent)}{more}; classes are 0 to {len(classes) - 1}"
+    shown = ", ".join(f"{k} {classes[k]}" for k in seen[:5])
+    return (f"only {shown or 'no class'} occurs" if len(seen) < 2 else f"{shown}{', ...' * (len(seen) > 5)} occur") + (
+        f", but {ignored / stats.counts.sum():.2%} of the pixels are {IGNORE}, which means ignore" if ignored else
+        "") + f"; classes are 0 to {len(classes) - 1}"
+
+
+def label_warning(stats: LabelStats, classes: Sequence[str]) -> str:
+    """A warning if labels may not be what they should be; "" if they look right."""
+    seen = np.count_nonzero(stats.counts[:len(classes)])
+    if len(classes) >= 8 and stats.labels >= 8 and stats.numbered > 0.9 * stats.labels:
+        return "each label holds the values 1, 2, ... without a gap: are they numbers of persons (Human_ids)?"
+    if len(classes) > 2 and stats.edges and stats.between > 0.08 * stats.edges:
+        return (f"{stats.between / stats.edges:.0%} of the edges between two classes show a class between them: were the labels "
+                "resized with interpolation? Use nearest neighbour")
+    if len(classes) >= 6 and 2 * seen < len(classes):
+        return f"only {seen} of {len(classes)} classes occur: are these the right labels?"
+    return ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -118,12 +118,24 @@ def _unlisted(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
     photos, labels = _Folder(place.images, PHOTO_SUFFIXES), _Folder(place.labels, LABEL_SUFFIXES)
     faults = [f"{folder.path / other}: {first} has the same name, one of the two must go"
               for folder in (photos, labels) for first, *others in folder.files.values() for other in others]
-    faults += [f"{place.labels / name}.png: there is no such label{labels.hint(name)}"
+    suffix = _common_suffix(photos.files, labels.files)
+    if suffix:
+        return [], faults + [f"{place.labels}: the labels are named NAME{suffix}.png: name them as their photos, or pair them with "
+                             "a list (train_list, val_list) of lines `NAME.jpg NAME{suffix}.png`".replace("{suffix}", suffix)]
+    faults += [f"{place.labels / name}.png: no such label{labels.hint(name)}"
                for name in photos.files if name not in labels.files]
-    faults += [f"{place.labels / files[0]}: there is no photo to this label in {place.images}"
+    faults += [f"{place.labels / files[0]}: no photo for this label in {place.images}"
                for name, files in labels.files.items() if name not in photos.files]
     return [(name, place.images / files[0], place.labels / labels.files[name][0])
             for name, files in photos.files.items() if name in labels.files], faults
+
+
+def _common_suffix(photos: dict, labels: dict) -> str:
+    """What every label has behind the name of its photo: "_mask"; "" if they do not agree."""
+    name = next((name for name in labels if name not in photos), "")
+    photo = max((photo for photo in photos if name.startswith(photo)), key=len, default=name)
+    suffix = name[len(photo):]
+    return suffix if all(f"{photo}{suffix}" in labels for photo in photos) else ""
 
 
 def _listed(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:

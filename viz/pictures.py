@@ -15,10 +15,11 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from config import IGNORE
 from files.atomic import atomic_write
+from files.labels import IGNORE_GREY
 
 WHITE, INK, FAINT = (255, 255, 255), (33, 37, 41), (108, 117, 125)
 LONGEST_JPEG = 65_500                                      # pixels a side, of libjpeg
-HATCH = ((158, 158, 158), (186, 186, 186))                 # diagonal stripes: a label without a colour
+HATCH = ((IGNORE_GREY - 14,) * 3, (IGNORE_GREY + 14,) * 3) # diagonal stripes: ignored pixels, labels without a colour
 WRONG = (214, 0, 28)
 
 Palette = Sequence[Sequence[int]]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from config import IGNORE
 from files.labels import LabelSet
 from viz import pictures, plots
 
@@ -34,4 +35,5 @@ def validation(samples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], lab
     rows = [[photo] + [pictures.overlay(photo, part, labels.palette) for part in (label, predicted)]
             for photo, label, predicted in samples]
     sheet = pictures.sheet(rows, titles=["photo", "ground truth", f"iteration {iteration}"])
-    return pictures.with_legend(sheet, labels.classes, labels.palette, size=16)
+    shown = [*range(len(labels.classes)), *[IGNORE] * any((label == IGNORE).any() for _, label, _ in samples)]
+    return pictures.with_legend(sheet, labels.classes, labels.palette, shown, size=16)
