@@ -210,7 +210,9 @@ def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict:
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals:
-            raise UserError(f"override {item!r} is not of the form key=value")
+            hint = "" if not os.path.exists(item) else ": a config file is given with --cfg" if item.endswith((".yaml", ".yml")) \
+                else ": a run is given with --run"
+            raise UserError(f"override {item!r} is not of the form key=value{hint}")
         try:
             value = yaml.safe_load(text) if text.strip() else ""
         except yaml.YAMLError:

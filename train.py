@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from config import Config, load_config, parse_overrides, user_path
 from datasets import DrawnSet, LabelSet, PairSet, fingerprint, label_set, open_split, train_loader
 from engine import checkpoint
-from engine.processes import StopSignal, World, memory, run_together
+from engine.processes import StopSignal, World, memory, parse_args, run_together
 from engine.run import Run
 from errors import UserError
 from evaluate import evaluate_split, scores
@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--resume", action="store_true",
                         help="continue from the run's last checkpoint, or start if there is none")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args(argv)              # options and overrides may be mixed
+    args = parse_args(parser, argv)
 
     def work(world: World):
         with world.all_or_none():
