@@ -70,6 +70,7 @@ class Config:
     clip: str = "vit_b16"                                  # §4.2; a name in clip_vit.SIZES
     sam_weights: Place = "weights/sam_vit_l_0b3195.pth"    # §4.2; "": random weights
     clip_weights: Place = "weights/ViT-B-16.pt"            # §4.2; "": random weights
+    clip_activation: Annotated[str, "", "quick_gelu", "gelu"] = ""       # "": read from the file
     vocab: Place = "weights/bpe_simple_vocab_16e6.txt.gz"  # CLIP's merges; "": bytes, for random weights only
     freeze: bool = True                                    # §4.3: SAM (except its patch embedding) and CLIP are frozen
     clip_taps: tuple[Block, ...] = (3, 5, 7, 11)           # §3.1, 0-based: DenseCLIP's indices, block 11 is the last
@@ -113,6 +114,7 @@ class Config:
     seed: Annotated[int, 0, 2**31 - 3] = 0                 # the next two seeds draw validation and demo images
 
     # the run
+    init: Place = ""                                       # a trained run to start from: a folder or checkpoint
     out: Place = ""                                        # folder of the run; "": runs/<name of the config file>
     log_every: Count = 50                                  # iterations
     eval_every: Count = 5_000
@@ -131,11 +133,11 @@ CUSTOM = ("train_images", "train_labels", "val_images", "val_labels", "train_lis
           "flip_pairs")                                    # known for the published data sets
 
 # Keys that may change on resume: paths, intervals, how the work is split.
-RESUMABLE = {"data_root", "sam_weights", "clip_weights", "vocab", "workers", "log_every", "eval_every", "save_every", "out",
+RESUMABLE = {"data_root", "sam_weights", "clip_weights", "clip_activation", "vocab", "init", "workers", "log_every", "eval_every", "save_every", "out",
              "checkpointing", "tta_scales", "accum_steps"}
 # Keys that may be overridden for a trained network: paths, data, computation. Its weights fix all others.
 OVERRIDABLE = {*CUSTOM, "dataset", "data_root", "synthetic_size", "synthetic_train", "synthetic_val", "crop_size",
-               "base_size", "workers", "sam_weights", "clip_weights", "vocab", "ftm_residual", "ftm_scale_logits",
+               "base_size", "workers", "sam_weights", "clip_weights", "clip_activation", "vocab", "ftm_residual", "ftm_scale_logits",
                "srm_sites", "precision", "tta_scales"}
 
 

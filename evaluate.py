@@ -41,7 +41,7 @@ from model import SCHNet
 from viz import reports
 
 RESULTS = "results.json"
-NO_EFFECT = {"workers", "sam_weights", "clip_weights", "vocab", "synthetic_train", "train_images", "train_labels", "train_list",
+NO_EFFECT = {"workers", "sam_weights", "clip_weights", "clip_activation", "vocab", "synthetic_train", "train_images", "train_labels", "train_list",
              "tta_scales"}                                 # overrides that change no score; the scales are in --tta's name
 
 # ----------------------------------------------------------------------------------------------------------------------

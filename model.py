@@ -18,6 +18,8 @@ SAM and CLIP stay frozen, but for SAM's patch embedding (§4.3). Gradients still
 embedding, SRM, FTM and the injectors lie before them; only CLIP runs without a graph.
 """
 
+import contextlib
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -199,11 +201,17 @@ class SCHNet(nn.Module):
         return F.pad(image - mean, (0, right, 0, below)) + mean
 
 
-def build_model(cfg: Config, classes: list[str] | tuple[str, ...], text: tuple[Tensor, Tensor] | None = None) -> SCHNet:
+def build_model(cfg: Config, classes: list[str] | tuple[str, ...], state: dict[str, Tensor] | None = None) -> SCHNet:
     """SCHNet for these class names. Weight files named in `cfg` are loaded; an empty name means random weights.
 
-    `text`: the pair (f_txt, sim_scale) of a checkpoint; then neither the text tower nor the vocabulary is needed.
+    `state`: the tensors of a checkpoint that will be loaded. Then no random numbers are drawn for them: what they replace
+    is on the meta device; and neither the text tower nor the vocabulary is needed.
     """
+    with torch.device("meta") if state is not None else contextlib.nullcontext():
+        return _build_model(cfg, classes, state)
+
+
+def _build_model(cfg: Config, classes: list[str] | tuple[str, ...], state: dict[str, Tensor] | None) -> SCHNet:
     for key, sizes in (("sam", sam_vit.SIZES), ("clip", clip_vit.SIZES)):
         if getattr(cfg, key) not in sizes:
             raise UserError(f"{key} must be one of {', '.join(sizes)}, not {getattr(cfg, key)!r}")
@@ -217,9 +225,10 @@ def build_model(cfg: Config, classes: list[str] | tuple[str, ...], text: tuple[T
         size = clip_vit.SIZES[cfg.clip]
         if cfg.clip_taps[-1] != size[1] - 1:
             raise UserError(f"clip_taps must end with CLIP's last block, {size[1] - 1}, not {cfg.clip_taps}")
-        clip = load_clip(cfg.clip_weights, cfg.clip_taps, cfg.clip) if cfg.clip_weights else CLIP(*size, cfg.clip_taps)
+        clip = (load_clip(cfg.clip_weights, cfg.clip_taps, cfg.clip, cfg.clip_activation) if cfg.clip_weights else
+                CLIP(*size, cfg.clip_taps, cfg.clip_activation or "quick_gelu"))
     if cfg.srm:
-        f_txt, scale = text if text is not None else text_features(cfg, clip, classes)
+        f_txt, scale = (state["f_txt"], state["sim_scale"]) if state is not None else text_features(cfg, clip, classes)
     return SCHNet(cfg, len(classes), sam, clip.visual if clip else None, f_txt, scale)
 
 

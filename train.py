@@ -174,7 +174,12 @@ def train(cfg: Config, world: World, resume: bool):
     content = run.open(resume)
     torch.manual_seed(cfg.seed)
     with world.all_or_none():
-        model = build_model(cfg, labels.classes)
+        model = build_model(cfg, labels.classes, content and content["model"])
+        if content:
+            checkpoint.check_official(model, content["official"], run.folder)
+            checkpoint.load_state(model, content["model"], run.folder)
+        elif cfg.init:
+            world.print0(checkpoint.init_from(model, cfg.init, labels.classes))
     learner = Learner(model, cfg, world)
     with world.all_or_none():
         run.start(learner, content, train_pairs, val_pairs)

@@ -136,10 +136,6 @@ class Run:
         """Restores the learner from the checkpoint and claims the folder: config.yaml, log.jsonl."""
         self.official, last = checkpoint.official_files(learner.model), self.folder / checkpoint.LAST
         if content:
-            checkpoint.load_state(learner.model, content["model"], last)
-            if content["official"] != self.official:
-                raise UserError(f"{self.folder} was trained with different official weights than "
-                                f"{', '.join(self.official) or 'none'} now name")
             checkpoint.load_optimizer(learner.model, learner.optimizer, content["optimizer"], last)
             learner.scaler.load_state_dict(content["scaler"])
             self.progress = Progress(**content["progress"])
