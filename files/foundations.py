@@ -56,8 +56,9 @@ def clip_tensors(path: str | Path) -> dict[str, Tensor]:
     for name in [name for name in found if name.endswith("q_proj.weight")]:
         place = name.removesuffix("q_proj.weight")
         for kind in ("weight", "bias"):                    # three layers there, one here
-            parts = [found.pop(f"{place}{part}_proj.{kind}", torch.empty(0)) for part in "qkv"]
-            found[f"{place}in_proj_{kind}"] = torch.cat(parts)
+            parts = [found.pop(f"{place}{part}_proj.{kind}", None) for part in "qkv"]
+            if all(part is not None for part in parts):
+                found[f"{place}in_proj_{kind}"] = torch.cat(parts)
     return {name: t.T if name in ("visual.proj", "text_projection") else t for name, t in found.items()}
 
 
