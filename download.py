@@ -113,7 +113,8 @@ def get(spec: FileSpec, folder: Path, mirror: str | None = None, source: Path | 
         if target.is_dir():
             raise UserError(f"{target}: is a folder, the file cannot take its place")
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder / f"{spec.name}.part") as part:
+        with _alone(folder / f".{spec.name}.lock"):
+            part = folder / f"{spec.name}.part"
             if target.exists():
                 fault = mismatch(target, spec)
                 if fault is None:
@@ -137,20 +138,19 @@ def addresses(spec: FileSpec) -> list[str]:
 
 
 @contextlib.contextmanager
-def _alone(part: Path) -> Iterator[Path]:
-    """Waits until no other download of this file is under way in this folder; its lock ends with its process."""
-    with open(f"{part}.lock", "a") as lock:
+def _alone(path: Path) -> Iterator[None]:
+    """Waits until no other download of this file is under way in this folder; the lock ends with its process."""
+    with open(path, "a") as lock:
         if sys.platform != "win32":
             import fcntl
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"{part}: another download is under way, waiting for it", file=sys.stderr, flush=True)
+                print(f"{path.parent}: another download of this file is under way, waiting for it", file=sys.stderr, flush=True)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError:                                # a file system without locks
                 pass
-        yield part
-    Path(f"{part}.lock").unlink(missing_ok=True)
+        yield
 
 
 def mismatch(path: Path, spec: FileSpec) -> str | None:

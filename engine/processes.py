@@ -79,6 +79,7 @@ def pick_device(name: str = "") -> torch.device:
             index = 0
         if index >= count:
             raise UserError(f"local rank {index} has no GPU: this machine has {count}, --nproc_per_node must not be more")
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False        # fp32 means fp32
         return torch.device("cuda", index)
     try:
         return torch.empty(0, device=name or "cpu").device
