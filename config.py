@@ -98,8 +98,8 @@ class Config:
     iters: Iterations = 60_000                             # §4.3: LIP 60k, PPP 30k, CIHP 80k; 0: a dry run
     batch_size: Images = 16                                # §4.3: the total over all processes and accumulation steps
     accum_steps: Images = 1                                # micro-batches per step, for fewer or smaller GPUs
-    loss_group: Images = 4                                 # images per loss: the authors' 16 on 4 GPUs; keeps the loss
-    #                                                        the same for any number of processes and accumulation steps
+    loss_group: Images = 4                                 # images per loss: the authors' 16 on 4 GPUs; the loss is the
+    #                                                        same however the batch is split, in multiples of this number
     lr: Annotated[float, 1e-12, 1_000_000] = 6e-4          # §4.3
     patch_embed_lr_mult: Weight = 1.0                      # ours: the paper names one rate
     warmup_iters: Iterations = 1500                        # §4.3
