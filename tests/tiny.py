@@ -1,5 +1,6 @@
 """A data set and a network small enough to train in a test, and processes to train them in."""
 
+import atexit
 import contextlib
 import dataclasses
 import json
@@ -169,7 +170,10 @@ def _child(action, args, output: Path, environment: dict[str, str], tests: int):
     threading.Thread(target=_end_with, args=(tests,), daemon=True).start()
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)   # as in a normally started process
-    action(*args)
+    try:
+        action(*args)
+    finally:
+        atexit._run_exitfuncs()                            # multiprocessing skips them
 
 
 def _end_with(tests: int):
