@@ -253,7 +253,7 @@ def test_compiled_and_exported(small):
 
 
 def openai_archive(state, path):
-    """A TorchScript archive with the names and types of OpenAI's: half precision but for norms and embeddings."""
+    """A TorchScript archive with the names and types of OpenAI's: half precision except for norms and embeddings."""
     def stored(name, tensor):
         single = "embedding" in name or ".ln_" in name or name.startswith("ln_") or name == "logit_scale"
         return tensor if single else tensor.half()

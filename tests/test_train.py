@@ -1,4 +1,4 @@
-"""train.py, engine/run.py: schedule, groups, one step; runs that are stopped, killed, changed or out of luck."""
+"""train.py, engine/run.py: schedule, groups, one step; runs that are stopped, killed, changed or failing."""
 
 import contextlib
 import copy
@@ -280,12 +280,15 @@ def test_a_signal_saves_and_stops(config, whole, tmp_path, capsys, monkeypatch, 
     assert_same_run(folder, whole)
 
 
-def stalls(load):
-    def train_loader(*args):
-        yield from itertools.islice(load(*args), 2)
-        signal.raise_signal(signal.SIGTERM)
-        time.sleep(600)
-    return train_loader
+def stalls(count: int):
+    """A loader that gives `count` batches."""
+    def change(load):
+        def train_loader(*args):
+            yield from itertools.islice(load(*args), count)
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(600)
+        return train_loader
+    return change
 
 
 def interrupted(evaluate):
@@ -297,19 +300,22 @@ def interrupted(evaluate):
     return evaluate_split
 
 
-@pytest.mark.parametrize("name, changed", (("train_loader", stalls), ("evaluate_split", interrupted)))
-def test_a_signal_while_waiting_or_validating(config, whole, tmp_path, capsys, monkeypatch, name, changed):
+@pytest.mark.parametrize("name, change, done", (
+    ("train_loader", stalls(0), 0), ("train_loader", stalls(2), 2), ("evaluate_split", interrupted, 2)))
+def test_a_signal_while_waiting_or_validating(config, whole, tmp_path, capsys, monkeypatch, name, change, done):
     """The run stops at once; resumed, it does the validation first."""
-    monkeypatch.setattr(train, name, changed(getattr(train, name)))
-    ends(143, "--cfg", config, f"out={tmp_path / 'run'}")
-    assert "SIGTERM after iteration 2" in capsys.readouterr().out
+    folder = tmp_path / "run"
+    monkeypatch.setattr(train, name, change(getattr(train, name)))
+    ends(143, "--cfg", config, f"out={folder}")
+    said = f"SIGTERM after iteration {done}; " + (str(folder / "last.pt") if done else "there is no checkpoint")
+    assert said in capsys.readouterr().out and (folder / "last.pt").exists() == (done > 0)
     monkeypatch.undo()
-    train.main(["--cfg", config, f"out={tmp_path / 'run'}", "--resume"])
-    assert_same_run(tmp_path / "run", whole)
+    train.main(["--cfg", config, f"out={folder}", "--resume"])
+    assert_same_run(folder, whole)
 
 
 def test_repeated_and_ignored_signals(monkeypatch):
-    """Within GRACE seconds they count once, but for a second Ctrl-C without torchrun; later they end the process."""
+    """Within GRACE seconds they count once, except for a second Ctrl-C without torchrun; later they end the process."""
     exits = []
     monkeypatch.setattr(os, "_exit", exits.append)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
@@ -451,7 +457,7 @@ def test_changed_photos_are_a_warning(config, tmp_path, capsys):
     (8, 3, 2, r"batch_size \(8\) .*\(3 x 2\)"), (8, 4, 2, r"batch_size \(8\) is one image .* 4 processes .* 2 steps"),
     (1, 1, 1, r"batch_size \(1\) is one image "), (8, 2, 2, None)])
 def test_a_batch_must_divide_among_processes_and_steps(batch, processes, accum, words):
-    """... into two images or more, but for SyncBatchNorm on GPUs."""
+    """... into at least two images, except for SyncBatchNorm on GPUs."""
     cfg = Config(batch_size=batch, accum_steps=accum)
     world = SimpleNamespace(size=processes, device=torch.device("cpu"))
     with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
@@ -476,7 +482,7 @@ def test_a_dry_run_leaves_no_file(config, tmp_path, capsys):
     assert "none.yaml: iters is 0" in fails(capsys, "--cfg", str(tmp_path / "none.yaml"))
 
 
-# ---- out of luck
+# ---- failures
 
 @pytest.mark.parametrize("scores, failing, best", [
     ((0.2, 0.6, 0.3, 0.4), {2}, 0.4), ((0.2, 0.6, 0.3, 0.4), {1}, 0.6), ((0.2, 0.3, 0.4, 0.6), {4}, None)])
@@ -611,7 +617,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_used(config, whole, copi
 
 
 def test_a_full_disk_is_reported_and_training_continues_while_it_can(config, whole, tmp_path, capsys, monkeypatch):
-    """/dev/full stands in for the disk: every write there fails as on a full one."""
+    """The files are links to /dev/full, where every write fails as on a full disk."""
     folder = tmp_path / "run"
 
     def fill():
@@ -626,7 +632,7 @@ def test_a_full_disk_is_reported_and_training_continues_while_it_can(config, who
     assert f"iteration 1, in {folder}" in said
     assert_same_run(folder, whole)
 
-    folder = tmp_path / "other"                            # ... and the last one, which must not
+    folder = tmp_path / "other"                            # now the last save, which must succeed
     monkeypatch.setattr(train.Learner, "gradient", before_step(3, fill))
     monkeypatch.setattr(atomic.Path, "unlink", lambda *_, **__: None)        # the disk stays full
     line = fails(capsys, "--cfg", config, f"out={folder}")
