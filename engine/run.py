@@ -186,7 +186,8 @@ class Run:
         if stopping:
             self.stop(learner, stop.number)
         if failed:
-            self.save(learner)
+            if self.saved < self.progress.iteration:
+                self.save(learner)
             error = next(text for text in self.world.gather(error) if text)
             raise UserError(f"{error}; {self.last_checkpoint()}", everywhere=True)
         return micro_batches
@@ -257,8 +258,8 @@ class Run:
         if self.saved < self.progress.iteration:
             self.save(learner, must=True)
         number = number or signal.SIGTERM                  # none: another process was asked to stop
-        self.world.print0(f"stopped by {signal.Signals(number).name} after iteration {self.progress.iteration}; "
-                          f"{self.folder / checkpoint.LAST} is saved, --resume continues")
+        saved = f"{self.folder / checkpoint.LAST} is saved, --resume continues" if self.saved else self.last_checkpoint()
+        self.world.print0(f"stopped by {signal.Signals(number).name} after iteration {self.progress.iteration}; {saved}")
         self.world.sum([0.0])                              # torchrun ends all when one exits: wait for the save
         raise SystemExit(128 + number)
 

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import DeformableDetrConfig
 from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrMultiscaleDeformableAttention,
@@ -14,12 +13,17 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 
 import adapter
 from adapter import Extractor, Injector, MSDeformAttn, SpatialPrior, ViTAdapter, ms_deform_attn
+from errors import UserError
 
 SHAPES = [(3, 5), (4, 2), (1, 1)]
 
 
 def close(a, b, tolerance=1e-10):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def small(dim=8, prior_dim=2, heads=2, points=2, drop_path=0.3):
+    return ViTAdapter(dim, prior_dim, heads, points, 0.5, 0.25, drop_path)
 
 
 def count(module):
@@ -36,7 +40,7 @@ def problem(shapes=SHAPES, b=2, q=4, m=3, p=2, d=5, dtype=torch.float64, reach=0
 
 
 def loops(value, shapes, locations, weights):
-    """One sample after the other: four cells, weighed by nearness, nothing for those outside."""
+    """Sample by sample: the four cells around it, weighted by nearness; those outside count nothing."""
     b, _, m, d = value.shape
     _, q, _, _, points, _ = locations.shape
     rows = []
@@ -70,10 +74,8 @@ def test_sampling_against_loops(both_forms):
     assert 0 < inside.sum() < inside.numel()
     out, expected = ms_deform_attn(*args), loops(*args)
     close(out, expected)
-    up = torch.randn_like(out)
-    inputs = (args[0], args[2], args[3])
-    mine, naive = torch.autograd.grad(out, inputs, up), torch.autograd.grad(expected, inputs, up)
-    for a, b in zip(mine, naive, strict=True):
+    up, inputs = torch.randn_like(out), (args[0], args[2], args[3])
+    for a, b in zip(torch.autograd.grad(out, inputs, up), torch.autograd.grad(expected, inputs, up), strict=True):
         close(a, b)
 
 
@@ -89,19 +91,17 @@ def test_sampling_at_the_real_sizes_against_deformable_detr(both_forms):
     expected = MultiScaleDeformableAttention()(value, sizes, shapes, None, locations, weights, 64)
     out = ms_deform_attn(value, shapes, locations, weights)
     close(out, expected, 1e-4)
-    up = torch.randn_like(out)
-    for mine, theirs in zip(torch.autograd.grad(out, (value, weights), up),
-                            torch.autograd.grad(expected, (value, weights), up), strict=True):
-        close(mine, theirs, 1e-3)
+    up, inputs = torch.randn_like(out), (value, weights)
+    for a, b in zip(torch.autograd.grad(out, inputs, up), torch.autograd.grad(expected, inputs, up), strict=True):
+        close(a, b, 1e-3)
 
 
 def test_one_input_may_be_constant(both_forms):
     value, shapes, locations, weights = problem()
     full = torch.autograd.grad(ms_deform_attn(value, shapes, locations, weights).sum(), (value, locations))
-    out = ms_deform_attn(value, shapes, locations.detach(), weights.detach())
-    close(torch.autograd.grad(out.sum(), value)[0], full[0])
-    out = ms_deform_attn(value.detach(), shapes, locations, weights.detach())
-    close(torch.autograd.grad(out.sum(), locations)[0], full[1])
+    for n, inputs in enumerate(((value, locations.detach()), (value.detach(), locations))):
+        out = ms_deform_attn(inputs[0], shapes, inputs[1], weights.detach())
+        close(torch.autograd.grad(out.sum(), inputs[n])[0], full[n])
 
 
 def test_far_outside_counts_nothing():
@@ -110,15 +110,14 @@ def test_far_outside_counts_nothing():
         out = ms_deform_attn(value, shapes, torch.full_like(locations, far), weights)
         assert (out == 0).all() and torch.autograd.grad(out.sum(), value)[0].abs().sum() == 0
     broken = ms_deform_attn(value, shapes, torch.full_like(locations, math.nan), weights)
-    assert broken.isnan().all()                            # visible, but no wild memory access
+    assert broken.isnan().all()                            # no read outside the memory
 
 
 def test_half_precision_is_sampled_in_single(both_forms):
     value, shapes, locations, weights = problem(dtype=torch.float32)
-    half = value.bfloat16()
-    out = ms_deform_attn(half, shapes, locations, weights)
+    out = ms_deform_attn(value.bfloat16(), shapes, locations, weights)
     assert out.dtype == torch.bfloat16
-    assert torch.equal(out, ms_deform_attn(half.float(), shapes, locations, weights).bfloat16())
+    assert torch.equal(out, ms_deform_attn(value.bfloat16().float(), shapes, locations, weights).bfloat16())
 
 
 def deformable_detr(levels, dim=32, heads=8, points=4):
@@ -161,9 +160,11 @@ def test_module_starts_on_a_star():
     assert 0.9 * bound < attn.value_proj.weight.abs().max() <= bound
 
 
-def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="width 48 .* 7 heads"):
-        MSDeformAttn(96, 1, 7, 4, 0.5)
+@pytest.mark.parametrize("dim, heads, ratio, words", [(96, 7, 0.5, "it is 48"), (16, 16, 0.05, "it is 0")])
+def test_heads_must_divide_the_width(dim, heads, ratio, words):
+    with pytest.raises(UserError, match=rf"deform_ratio \({ratio}\) .* deform_heads\s+\({heads}\), {words}"):
+        MSDeformAttn(dim, 1, heads, 4, ratio)
+    assert Extractor(16, 2, 2, 0.5, 0.05, 0.0).ffn.fc1.out_features == 1             # never none
 
 
 # ----------------------------------------------------------------------------------------- the parts, restated naively
@@ -185,19 +186,22 @@ def layer_norm(x, norm):
     return (x - mean) / (var + 1e-6).sqrt() * norm.weight + norm.bias
 
 
+def linear(layer, x):
+    return x @ layer.weight.T + layer.bias
+
+
 def naive_attention(attn, query, reference, keys, shapes):
-    b, q, _ = query.shape
-    m, levels, p = attn.heads, len(shapes), attn.points
-    value = (keys @ attn.value_proj.weight.T + attn.value_proj.bias).view(b, -1, m, attn.value_proj.out_features // m)
-    offsets = (query @ attn.sampling_offsets.weight.T + attn.sampling_offsets.bias).view(b, q, m, levels, p, 2)
-    logits = (query @ attn.attention_weights.weight.T + attn.attention_weights.bias).view(b, q, m, levels * p)
-    weights = (logits.exp() / logits.exp().sum(-1, keepdim=True)).view(b, q, m, levels, p)
+    grid = (*query.shape[:2], attn.heads, len(shapes), attn.points)
+    value = linear(attn.value_proj, keys).unflatten(-1, (attn.heads, -1))
+    offsets = linear(attn.sampling_offsets, query).view(*grid, 2)
+    weights = linear(attn.attention_weights, query).view(*grid[:3], -1).exp()
+    weights = (weights / weights.sum(-1, keepdim=True)).view(*grid)
     locations = torch.empty_like(offsets)
     for level, (h, w) in enumerate(shapes):
-        for i in range(q):
-            locations[:, i, :, level, :, 0] = reference[i][0] + offsets[:, i, :, level, :, 0] / w
-            locations[:, i, :, level, :, 1] = reference[i][1] + offsets[:, i, :, level, :, 1] / h
-    return loops(value, shapes, locations, weights) @ attn.output_proj.weight.T + attn.output_proj.bias
+        for i, (x, y) in enumerate(reference):
+            locations[:, i, :, level, :, 0] = x + offsets[:, i, :, level, :, 0] / w
+            locations[:, i, :, level, :, 1] = y + offsets[:, i, :, level, :, 1] / h
+    return linear(attn.output_proj, loops(value, shapes, locations, weights))
 
 
 def centres(shapes):
@@ -223,15 +227,11 @@ def test_injector():
     update = naive_attention(injector.attn, layer_norm(x, injector.query_norm).view(2, 8, 8), centres([(2, 4)]),
                              layer_norm(c, injector.feat_norm), shapes)
     close(injector(x, c, shapes), x + injector.gamma * update.view(2, 2, 4, 8))
-
-
-def test_injector_changes_nothing_at_first():
-    x, c, shapes = tokens(2, 4)
-    assert torch.equal(Injector(8, 2, 2, 0.5).double()(x, c, shapes), x)
+    assert torch.equal(Injector(8, 2, 2, 0.5).double()(x, c, shapes), x)             # before any training
 
 
 def naive_ffn(ffn, c, shapes):
-    hidden = c @ ffn.fc1.weight.T + ffn.fc1.bias
+    hidden = linear(ffn.fc1, c)
     out, start = torch.zeros_like(hidden), 0
     for h, w in shapes:
         for i in range(h):
@@ -243,8 +243,7 @@ def naive_ffn(ffn, c, shapes):
                             out[:, start + i * w + j] += tap * hidden[:, start + (i + di) * w + j + dj]
         start += h * w
     out = out + ffn.dwconv.bias
-    out = out * 0.5 * (1 + torch.erf(out / math.sqrt(2)))
-    return out @ ffn.fc2.weight.T + ffn.fc2.bias
+    return linear(ffn.fc2, out * 0.5 * (1 + torch.erf(out / math.sqrt(2))))
 
 
 def test_extractor():
@@ -258,7 +257,7 @@ def test_extractor():
         close(extractor(x, c, shapes), expected)
 
 
-def test_drop_path_drops_the_ffn_of_whole_samples():
+def test_drop_path_drops_the_ffn_of_samples():
     extractor = shake(Extractor(8, 2, 2, 0.5, 0.5, 0.25)).train()
     x, c, shapes = tokens(2, 2)
     x, c = x[:1].expand(4000, -1, -1, -1), c[:1].expand(4000, -1, -1)
@@ -299,8 +298,8 @@ def test_spatial_prior():
         close(out, torch.einsum("oc,bchw->bohw", fc.weight[:, :, 0, 0], x) + fc.bias.view(1, -1, 1, 1))
 
 
-def test_prior_lays_the_maps_out_as_tokens():
-    net = shake(ViTAdapter(8, 2, 2, 2))
+def test_prior_turns_the_maps_into_tokens():
+    net = shake(small())
     image = torch.randn(2, 3, 64, 96).double()
     c1, c = net.prior(image)
     m1, *maps = net.spm(image)
@@ -327,7 +326,7 @@ def enlarge(x, size):
 
 
 def test_fusion():
-    net = shake(ViTAdapter(8, 2, 2, 2))
+    net = shake(small())
     h, w = 4, 6
     outs = [torch.randn(2, h, w, 8).double() for _ in range(4)]
     _, c, shapes = tokens(h, w)
@@ -360,7 +359,7 @@ def run(net, image):
 
 
 def test_parameter_counts():
-    net = ViTAdapter(1024)
+    net = small(1024, 64, 16, 4)
     assert count(net.injectors) == 4 * 1_645_632 and count(net.extractors) == 6 * 1_781_184
     assert count(net.injectors[0].attn) == 1_640_512 and count(net.extractors[0].attn) == 1_246_912
     assert count(net.spm) == 1_760_576
@@ -370,7 +369,7 @@ def test_parameter_counts():
 
 def test_initialisation():
     torch.manual_seed(4)
-    net = ViTAdapter(96, 16, 8)
+    net = small(96, 16, 8, 4)
     assert abs(net.extractors[0].ffn.fc1.weight.std() - 0.02) < 2e-3 and (net.extractors[0].ffn.fc1.bias == 0).all()
     assert abs(net.spm.conv2[0].weight.std() / math.sqrt(2 / (9 * 32)) - 1) < 0.05
     assert abs(net.up.weight.std() / math.sqrt(2 / (4 * 96)) - 1) < 0.05
@@ -382,7 +381,7 @@ def test_initialisation():
 
 @pytest.mark.parametrize("size", [(160, 128), (32, 64), (32, 32)])
 def test_sizes_and_gradient(size):
-    net = shake(ViTAdapter(96, 16, 8, drop_path=0.0)).train()        # at its start, zeros stop some gradients
+    net = shake(small(96, 16, 8, 4, drop_path=0.0)).train()          # initial zeros would stop some gradients
     features = run(net, torch.randn(2, 3, *size).double())
     assert [f.shape for f in features] == [(2, 96, size[0] // s, size[1] // s) for s in (4, 8, 16, 32)]
     sum((f * torch.randn_like(f)).sum() for f in features).backward()
@@ -392,8 +391,8 @@ def test_sizes_and_gradient(size):
             assert p.grad.abs().sum() > 0, name
 
 
-def test_last_stage_runs_three_extractors():
-    net = shake(ViTAdapter(8, 2, 2, 2))
+def test_stages_and_image_sides():
+    net = shake(small())
     x, c, shapes = tokens(2, 4)
     for stage in range(3):
         close(net.extract(stage, x, c), net.extractors[stage](x, c, shapes))
@@ -402,31 +401,13 @@ def test_last_stage_runs_three_extractors():
         expected = extractor(x, expected, shapes)
     assert len(net.extractors) == 6
     close(net.extract(3, x, c), expected)
-
-
-def test_image_sides_must_be_multiples_of_32():
-    with pytest.raises(ValueError, match="48 x 64: pad it to multiples of 32"):
-        ViTAdapter(8, 2, 2, 2).prior(torch.zeros(1, 3, 48, 64))
-
-
-def test_checkpointing_gives_the_same_gradient():
-    net = shake(ViTAdapter(8, 2, 2, 2))
-    x, c, _ = tokens(2, 4)
-    c.requires_grad_()
-
-    def stage(x, c):
-        x = net.inject(0, x, c)
-        return net.extract(3, x, c).square().sum()
-
-    plain = torch.autograd.grad(stage(x, c), [c, *net.extractors[3].parameters()])
-    again = torch.autograd.grad(checkpoint(stage, x, c, use_reentrant=False), [c, *net.extractors[3].parameters()])
-    for a, b in zip(plain, again, strict=True):
-        close(a, b)
+    with pytest.raises(ValueError, match="48 x 64: .* 32"):
+        net.prior(torch.zeros(1, 3, 48, 64))
 
 
 def test_autocast_stays_close():
     torch.manual_seed(5)
-    net = ViTAdapter(96, 16, 8).eval()
+    net = small(96, 16, 8, 4).eval()
     for injector in net.injectors:
         torch.nn.init.ones_(injector.gamma)
     image = torch.randn(1, 3, 64, 96)

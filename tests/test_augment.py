@@ -17,7 +17,7 @@ LEFT_RIGHT = ((14, 15), (16, 17), (18, 19))
 
 
 class Script:
-    """Stands in for a generator: hands out what it is told, in the order asked for."""
+    """A generator that returns given values, one after the other."""
 
     def __init__(self, *values):
         self.values = list(values)
@@ -56,7 +56,7 @@ def test_flip_gives_the_label_cihp_itself_provides(split, name):
     assert np.array_equal(swapped.argmax(0), theirs)
 
 
-def test_flip_against_a_loop_and_twice_is_nothing():
+def test_flip_against_a_loop_and_twice():
     label = np.random.default_rng(0).integers(0, 256, (7, 11)).astype(np.uint8)
     swap = {14: 15, 15: 14, 16: 17, 17: 16, 18: 19, 19: 18}
     naive = np.array([[swap.get(int(v), int(v)) for v in row[::-1]] for row in label], np.uint8)
@@ -92,7 +92,7 @@ def test_photo_is_enlarged_bilinearly():
 
 
 def test_photo_is_shrunk_over_areas():
-    image = photo(np.random.default_rng(3), 320, 320)      # noise: its mean is grey, single pixels are anything
+    image = photo(np.random.default_rng(3), 320, 320)      # noise: grey on average, single pixels of any colour
     small = augment.resize_photo(image, (20, 20)).astype(float)
     assert np.abs(small - image.mean((0, 1))).max() < 40
     assert np.array_equal(augment.resize_photo(image, (320, 320)), image)
@@ -115,7 +115,7 @@ def test_scaled_size_keeps_the_aspect(shape, long_side, size):
 
 def test_crop_is_drawn_again_while_one_class_fills_it():
     label = np.zeros((128, 256), np.uint8)
-    label[:, 128:160] = 1                                  # crops of 64 that see at least a quarter of it are few
+    label[:, 128:160] = 1                                  # few crops of 64 contain enough of it
     shares, firsts = [], []
     for seed in range(300):
         top, left = augment.choose_crop(label, (64, 64), 0.75, np.random.default_rng(seed))
@@ -155,7 +155,7 @@ def test_brightness_and_contrast_step_by_step_in_bytes(order, shift, contrast):
     assert not script.values
 
 
-def test_nothing_drawn_is_nothing_done():
+def test_a_photo_without_distortion_is_unchanged():
     image = photo(np.random.default_rng(5), 33, 47)
     assert np.array_equal(augment.distort(image, Script(1.0, 1.0, 1.0, 1.0, 1.0)), image)
 
@@ -195,7 +195,7 @@ def rate_is(share, expected, count=N):
 
 
 def test_scale_flip_and_padding_of_2000_draws():
-    cfg = Config(base_size=120, crop_size=(256, 256), photometric=False)   # every scaled photo fits
+    cfg = Config(base_size=60, crop_size=(128, 128), photometric=False)    # every scaled photo fits
     image = np.zeros((100, 80, 3), np.uint8)
     image[:, 40:] = 200
     label = np.zeros((100, 80), np.uint8)
@@ -207,12 +207,12 @@ def test_scale_flip_and_padding_of_2000_draws():
         h, w = known.any(1).sum(), known.any(0).sum()
         assert known[:h, :w].all() and (out[~known] == augment.MEAN_COLOUR).all()        # bottom and right
         assert abs(w - 0.8 * h) <= 1
-        scales.append(h / 120)
+        scales.append(h / 60)
         flips.append(numbers[0, 0] == 3)
         left, right = (3, 15) if flips[-1] else (14, 3)
         assert numbers[0, 0] == left and numbers[0, w - 1] == right
         assert out[0, 0, 0] == (200 if flips[-1] else 0)
-    assert not_uniform(np.array(scales) + np.random.default_rng(0).uniform(-0.5, 0.5, N) / 120, 0.5, 2.0) < 1
+    assert not_uniform(np.array(scales) + np.random.default_rng(0).uniform(-0.5, 0.5, N) / 60, 0.5, 2.0) < 1
     assert 0.49 < min(scales) < 0.51 and 1.99 < max(scales) < 2.01
     assert rate_is(np.mean(flips), 0.5)
     assert rate_is(np.mean(np.array(scales) < 1), 1 / 3)
@@ -243,7 +243,7 @@ def test_colours_of_2000_draws():
         shifts.append(shift)
         h, s, _ = colorsys.rgb_to_hsv(*colour / 255)
         hues.append((h * 180 + 90) % 180 - 90)
-        if abs(shift) < 0.6 and abs(contrast - 1) < 0.006:               # the others change the saturation of a colour
+        if abs(shift) < 0.6 and abs(contrast - 1) < 0.006:               # the others change a colour's saturation
             saturations.append(s / (40 / 130))
     contrasts, shifts, saturations, hues = map(np.array, (contrasts, shifts, saturations, hues))
 
@@ -259,7 +259,7 @@ def test_colours_of_2000_draws():
     assert not_uniform(stronger, 0.48, 1.52) < 1.2 and 0.47 < stronger.min() < 0.53 and 1.47 < stronger.max() < 1.53
     turned = hues[np.abs(hues) > 1.5]
     assert rate_is(len(turned) / N, 0.5 * 33 / 36) and -19.5 < hues.min() < -15 and 14 < hues.max() < 18.5
-    assert not_uniform(turned, -18.5, 17.5) < 1.6                        # a hue of few grey levels is coarse
+    assert not_uniform(turned, -18.5, 17.5) < 1.6                        # hues of so few levels are coarse
 
 
 def test_same_key_same_sample_other_key_other_sample():

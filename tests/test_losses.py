@@ -18,7 +18,7 @@ def problem(b=2, k=5, h=4, w=3, classes=None, seed=0, void=0.2):
 
 
 def naive_lovasz(logits, labels, ignore=255):
-    """The formula, one class and one pixel after the other; sums are Python's."""
+    """The formula class by class and pixel by pixel, summed by Python."""
     k = logits.shape[1]
     pixels = [(i, y, x) for i, y, x in itertools.product(*map(range, labels.shape)) if labels[i, y, x] != ignore]
     exps = logits.exp()
@@ -121,7 +121,7 @@ def test_ignored_pixels_do_not_matter(both_forms):
     torch.testing.assert_close(other, lovasz_softmax(logits, labels))
 
 
-def test_ignored_pixels_do_not_matter_beside_a_perfect_one(both_forms):
+def test_ignored_pixels_beside_perfect_ones_do_not_matter(both_forms):
     logits = torch.randn(1, 3, 1, 4, requires_grad=True)
     labels = torch.tensor([[[0, 1, 255, 255]]])
     perfect = logits + 1e4 * torch.eye(3)[:, :2].view(1, 3, 1, 2).repeat(1, 1, 1, 2) * (labels != 255)

@@ -14,11 +14,11 @@ from datasets import LABEL_SETS
 from errors import UserError
 from tokenizer import END, START, _vocabulary, tokenize
 
-PACKAGE = find_spec("open_clip")                           # looked at, not imported
+PACKAGE = find_spec("open_clip")                           # not imported, which takes seconds
 VOCAB = str(Path(PACKAGE.origin).with_name("bpe_simple_vocab_16e6.txt.gz")) if PACKAGE else ""
 needs_vocab = pytest.mark.skipif(not Path(VOCAB).is_file(), reason="the vocabulary comes with open_clip")
 
-# Class names and texts with the ids the official tokenizer gives them.
+# Class names and texts with the ids that the official tokenizer gives them.
 OFFICIAL = {
     "background": [5994], "hat": [3801], "hair": [2225], "glove": [16078], "sunglasses": [12906],
     "upper-clothes": [7067, 268, 7080], "dress": [2595], "coat": [7356], "socks": [8774], "pants": [5003],
@@ -69,24 +69,24 @@ def test_prompts_of_all_label_sets(peer):
 
 @needs_vocab
 def test_generated_ascii(peer):
-    """20,000 lines of letters, digits, punctuation, contractions, HTML entities and runs of blanks."""
+    """5,000 lines of letters, digits, punctuation, contractions, HTML entities and runs of blanks."""
     rng = random.Random(0)
-    pieces = ["don't", "we'll", "I'VE", "'s", "'S ", "'RE", "''", " ", "   ", "\t", "person", "HAT", "Left-Arm", "...", "__",
-              "3.14", "2024", "&amp;", "&lt;", "&gt;", "&quot;", "&#39;", "&#x41;", "&amp;amp;", "&amp;amp;amp;lt;",
-              "&eacute;", "&nbsp;", "&copy", "&notit;", "<b>", "</b>", "&", ";", "-"]
+    pieces = ["don't", "we'll", "I'VE", "'s", "'S ", "'RE", "''", " ", "   ", "\t", "person", "HAT", "Left-Arm", "...",
+              "__", "3.14", "2024", "&amp;", "&lt;", "&gt;", "&quot;", "&#39;", "&#x41;", "&amp;amp;",
+              "&amp;amp;amp;lt;", "&eacute;", "&nbsp;", "&copy", "&notit;", "<b>", "</b>", "&", ";", "-"]
     compared = 0
-    for _ in range(20_000):
+    for _ in range(5_000):
         text = "".join(rng.choice(pieces) if rng.random() < 0.4 else rng.choice(string.printable[:95])
                        for _ in range(rng.randint(0, 25)))
         ids = peer.encode(text)
         if len(ids) <= 75:
             compared += 1
             assert words(tokenize([text], VOCAB)[0]) == ids, repr(text)
-    assert compared > 19_500
+    assert compared > 4_875
 
 
 @needs_vocab
-def test_other_alphabets_and_where_they_end(peer):
+def test_other_alphabets(peer):
     same = ["café", "cafe\u0301", "naïve Ärmel", "рука", "手 腕", "يد", "😀👍", "χέρι!", "हाथ", "٣٤"]
     other = ["½arm", "ⅧⅧ", "cafÃ©", "“hat”", "ﬁt", "ｈａｔ", "&EACUTE;", "a\x00b"]      # as the file's head says
     assert all(words(tokenize([text], VOCAB)[0]) == peer.encode(text) for text in same)
@@ -114,7 +114,8 @@ def test_too_long():
 def test_wrong_files(tmp_path):
     packed = Path(VOCAB).read_bytes()
     text = gzip.decompress(packed)
-    cases = {"cut.gz": (packed[:500_000], "damaged"), "flipped.gz": (packed[:900_000] + b"?" + packed[900_001:], "damaged"),
+    flipped = packed[:900_000] + b"?" + packed[900_001:]
+    cases = {"cut.gz": (packed[:500_000], "damaged"), "flipped.gz": (flipped, "damaged"),
              "web.gz": (b"<!DOCTYPE html>", "not CLIP's"), "empty.gz": (b"", "not CLIP's"),
              "short.txt": (text[:-9], "not CLIP's")}
     for name, (content, message) in cases.items():
@@ -123,9 +124,9 @@ def test_wrong_files(tmp_path):
             tokenize(["hat"], str(tmp_path / name))
         assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
         assert "python download.py" in str(caught.value)
-    with pytest.raises(UserError, match="no such file.*python download.py"):
+    with pytest.raises(UserError, match="missing.gz: no such .*python download.py"):
         tokenize(["hat"], str(tmp_path / "missing.gz"))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="a folder"):
         tokenize(["hat"], str(tmp_path))
     (tmp_path / "unpacked.txt").write_bytes(text)
     assert words(tokenize(["hat"], str(tmp_path / "unpacked.txt"))[0]) == [3801]

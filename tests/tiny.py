@@ -1,5 +1,6 @@
-"""A data set and a network that are small enough to train in a test, and processes to train them in."""
+"""A data set and a network small enough to train in a test, and processes to train them in."""
 
+import atexit
 import contextlib
 import dataclasses
 import json
@@ -16,38 +17,33 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 
 import clip_vit
 import sam_vit
 import train
-from config import Config
-from files.labels import LABEL_SETS
+from config import Config, to_yaml
 from engine import checkpoint
 from engine.processes import World
+from files.labels import LABEL_SETS
 from model import build_model
 
 sam_vit.SIZES |= {"tiny": (16, 4, 2, 2, 2), "tests": (32, 4, 2, 3, 4)}
 clip_vit.SIZES |= {"tiny": (16, 4, 2, 2, 8, 8, 1, 2), "tests": (32, 4, 2, 4, 16, 16, 1, 2)}
 
 SIZE = 32
-CONFIG = {
-    "dataset": "custom", "classes": ["ground", "left", "right"], "flip_pairs": [[1, 2]], "crop_size": SIZE,
-    "base_size": SIZE, "scale_range": [0.75, 1.25], "workers": 0, "sam_weights": "", "clip_weights": "", "vocab": "",
-    "freeze": False, "sam": "tiny", "clip": "tiny", "clip_taps": [0, 1, 2, 3], "ftm_tokens": 4, "prior_dim": 8, "deform_heads": 2, "deform_points": 2,
-    "head_dim": 8, "aux_dim": 8, "iters": 4, "batch_size": 4, "loss_group": 2, "lr": 1e-3, "warmup_iters": 1,
-    "precision": "fp32", "log_every": 2, "eval_every": 2, "save_every": 1}
-
-
-SMALL = dict(
-    dataset="synthetic", crop_size=(64, 64), base_size=64, sam_weights="", clip_weights="", vocab="", sam="tests",
-    clip="tests", clip_taps=(0, 1, 2, 3), ftm_tokens=8, prior_dim=8,
-    deform_heads=2, head_dim=16, aux_weight=0.0, tta_scales=(1.0, 1.5))
+RANDOM = dict(sam_weights="", clip_weights="", vocab="", clip_taps=(0, 1, 2, 3), prior_dim=8, deform_heads=2)
+SMALL = RANDOM | dict(dataset="synthetic", crop_size=(64, 64), base_size=64, sam="tests", clip="tests", ftm_tokens=8,
+                      head_dim=16, aux_weight=0.0, tta_scales=(1.0, 1.5))
+TINY = RANDOM | dict(crop_size=(SIZE, SIZE), base_size=SIZE, sam="tiny", clip="tiny", ftm_tokens=4, deform_points=2,
+                     head_dim=8, aux_dim=8, precision="fp32")
+RUN = TINY | dict(dataset="custom", classes=("ground", "left", "right"), flip_pairs=((1, 2),), scale_range=(0.75, 1.25),
+                  workers=0, freeze=False, iters=4, batch_size=4, loss_group=2, lr=1e-3, warmup_iters=1, log_every=2,
+                  eval_every=2, save_every=1)
 
 
 def small_run(path: Path) -> Path:
-    """A run in the folder `path` whose small random network finds many of LIP's classes in a photo."""
+    """A run in the folder `path` whose small random network predicts many of LIP's classes in a photo."""
     torch.manual_seed(0)
     labels = LABEL_SETS["lip"]
     model = build_model(Config(**SMALL), labels.classes)
@@ -73,11 +69,10 @@ def make_data(root: Path, train: int = 10, val: int = 7):
 
 
 def make_config(folder: Path) -> str:
-    """The path of a config file, beside which its data and its run lie."""
+    """The path of a config file, with its data and its run in the same folder."""
     make_data(folder / "data")
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(CONFIG | {"data_root": str(folder / "data"), "out": str(folder / "run")}))
-    return str(path)
+    (folder / "tiny.yaml").write_text(to_yaml(Config(**RUN, data_root=str(folder / "data"), out=str(folder / "run"))))
+    return str(folder / "tiny.yaml")
 
 
 # ---- one step
@@ -104,17 +99,17 @@ def gradients(cfg: Config, parts: int, dtype=torch.float64, world: World = ALONE
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
+FAULTS = {
+    "image": lambda net: net.register_forward_pre_hook(lambda _, args: args[0] * torch.nan),     # BatchNorm too
+    "loss": lambda net: net.register_forward_hook(lambda _, __, out: (out[0] * torch.nan, out[1])),
+    "gradient": lambda net: net.register_forward_hook(
+        lambda _, __, out: out[0].register_hook(lambda gradient: gradient * torch.nan) and None)}
+
+
 def with_faults(gradient, faults: dict[int, str]):
     """`Learner.gradient` with an "image", "loss" or "gradient" that is nan at these iterations."""
     def faulty(learner, micro_batches, it):
-        hooks, kind = [], faults.get(it)
-        if kind == "image":                                # reaches BatchNorm's statistics
-            hooks.append(learner.network.register_forward_pre_hook(lambda _, images: images[0] * torch.nan))
-        if kind == "loss":
-            hooks.append(learner.network.register_forward_hook(lambda _, __, logits: (logits[0] * torch.nan, logits[1])))
-        if kind == "gradient":
-            hooks.append(learner.network.register_forward_hook(
-                lambda _, __, logits: logits[0].register_hook(lambda gradient: gradient * torch.nan) and None))
+        hooks = [FAULTS[faults[it]](learner.network)] if it in faults else []
         losses = gradient(learner, micro_batches, it)
         for hook in hooks:
             hook.remove()
@@ -123,7 +118,7 @@ def with_faults(gradient, faults: dict[int, str]):
 
 
 def worst(a: dict, b: dict) -> float:
-    """Largest relative difference between two gradients, over the tensors."""
+    """The largest relative difference between two gradients, over the tensors."""
     assert a.keys() == b.keys()
     return max(((a[name] - b[name]).norm() / b[name].norm()).item() for name in a if b[name].any())
 
@@ -132,58 +127,60 @@ def worst(a: dict, b: dict) -> float:
 
 def logged(folder: Path) -> list[dict]:
     """The log without what depends on the machine."""
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in entry.items() if key not in ("seconds", "waiting", "gib")} for entry in entries]
+    entries = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    left_out = {"seconds", "waiting", "gib"}
+    return [{key: value for key, value in entry.items() if key not in left_out} for entry in entries]
 
 
 def differences(a, b, where: str = "") -> list[str]:
-    """The places at which two checkpoints differ in a single bit; times and the folder's name do not count."""
+    """Where two checkpoints differ, bit by bit; times and the folder's name are left out."""
     if isinstance(a, torch.Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        keys = [key for key in a if key not in ("seconds", "out")]
-        return [place for key in keys for place in differences(a[key], b[key], f"{where}.{key}")]
     if isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        return [place for n, (x, y) in enumerate(zip(a, b)) for place in differences(x, y, f"{where}.{n}")]
-    return [] if a == b else [where]
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if not isinstance(a, dict):
+        return [] if a == b else [where]
+    assert a.keys() == b.keys(), where
+    keys = [key for key in a if key not in ("seconds", "out")]
+    return [place for key in keys for place in differences(a[key], b[key], f"{where}.{key}")]
 
 
 def assert_same_run(a: Path, b: Path):
-    """Weights, optimiser, progress, best network and log, to the last bit."""
+    """Weights, optimizer, progress, best network and log are equal, bit by bit."""
     for name in ("last.pt", "best.pt"):
         first, second = (torch.load(folder / name, weights_only=True) for folder in (a, b))
         assert differences(first, second) == [], name
     assert logged(a) == logged(b)
 
 
-# ---- processes of their own: a server that has imported the program once starts them in a moment
+# ---- separate processes, forked from a server that has imported the program already
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["tiny"])
-os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)       # the server looks for it before it has been told sys.path
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)       # the server imports `tiny` before it is told sys.path
 
 
 def _child(action, args, output: Path, environment: dict[str, str], tests: int):
-    os.setsid()                                            # a group of its own, as torchrun and Slurm give it
+    os.setsid()                                            # its own process group, as torchrun and Slurm make it
     os.environ.update(environment)
     with open(output, "wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
     threading.Thread(target=_end_with, args=(tests,), daemon=True).start()
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)   # as in a process that no server started
-    action(*args)
+    multiprocessing.set_start_method("fork", force=True)   # as in a normally started process
+    try:
+        action(*args)
+    finally:
+        atexit._run_exitfuncs()                            # multiprocessing skips them
 
 
 def _end_with(tests: int):
-    """Nothing is left over when the tests themselves are killed."""
+    """Ends the process group when the tests themselves have been killed."""
     with contextlib.suppress(ProcessLookupError):
         while True:
-            os.kill(tests, 0)                              # does it exist?
+            os.kill(tests, 0)                              # raises if there is no such process
             time.sleep(1)
     os.killpg(0, signal.SIGKILL)
 
@@ -195,16 +192,16 @@ def free_port() -> int:
 
 
 class Processes:
-    """`count` processes that run `action(*args)`, as torchrun would set them up but without its help when one dies."""
+    """`count` processes that run `action(*args)` in torchrun's environment, but nothing ends the others if one dies."""
 
     def __init__(self, folder: Path, action, *args, count: int = 1, **environment: str):
         port = free_port()
         self.outputs, self.all = [], []
         for rank in range(count):
-            place = {} if count == 1 else {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank),
-                                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            place = {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                     "MASTER_PORT": str(port)}
             self.outputs.append(folder / f"output{rank}.txt")
-            task = (action, args, self.outputs[-1], place | environment, os.getpid())
+            task = (action, args, self.outputs[-1], environment | (place if count > 1 else {}), os.getpid())
             self.all.append(FORKSERVER.Process(target=_child, args=task))
             self.all[-1].start()
 
@@ -215,18 +212,18 @@ class Processes:
         for process in self.all:
             process.kill()
             process.join()
-            with contextlib.suppress(ProcessLookupError):  # loaders that it left
+            with contextlib.suppress(ProcessLookupError):  # its loaders
                 os.killpg(process.pid, signal.SIGKILL)
 
     def wait(self, seconds: float = 180) -> list[int]:
-        """The exit codes; a process that is still there after `seconds` has none."""
+        """The exit codes; None for a process that is still running after `seconds`."""
         end = time.monotonic() + seconds
         for process in self.all:
             process.join(max(0.0, end - time.monotonic()))
         return [process.exitcode for process in self.all]
 
     def said(self, rank: int = 0) -> str:
-        """What it printed, but for the lines of torch 2.8's gloo about its connections."""
+        """What it printed, without gloo's lines about its connections (torch 2.8)."""
         text = self.outputs[rank].read_text() if self.outputs[rank].exists() else ""
         return re.sub(r"\[Gloo\] Rank \d+ is connected to .*\n", "", text)
 
@@ -237,5 +234,5 @@ class Processes:
 def wait_until(true, seconds: float = 180):
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, "not in time"
         time.sleep(0.02)
