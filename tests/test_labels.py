@@ -134,6 +134,6 @@ def test_a_fault_is_named_in_one_line(tmp_path, content, says):
 
 
 def test_missing_files_and_maps_of_other_classes(tmp_path):
-    for path, says in ((tmp_path / "x", "configs/maps/"), (tmp_path, "is a folder"), (MAPS / "atr.yaml", "Head of ppp")):
+    for path, says in ((tmp_path / "x", "configs/maps/"), (tmp_path, "a folder"), (MAPS / "atr.yaml", "Head of ppp")):
         with pytest.raises(UserError, match=f"{path}: .*{says}"):
             load_class_map(path, PPP)
