@@ -11,7 +11,7 @@ import fast
 import inference
 from config import Config, from_dict
 from errors import UserError
-from files.labels import LABEL_SETS, distinct_colours, label_set, label_warning, load_class_map
+from files.labels import LABEL_SETS, distinct_colours, label_set, load_class_map
 
 MAPS = Path(__file__).parents[1] / "configs" / "maps"
 LIP, CIHP, PPP = (LABEL_SETS[name] for name in ("lip", "cihp", "ppp"))
@@ -61,13 +61,6 @@ def test_generated_colours_are_distinct(count):
     colours = np.array(distinct_colours(count), float)
     apart = np.linalg.norm(colours[:, None] - colours[None], axis=2) + 999 * np.eye(count)
     assert colours.shape == (count, 3) and apart.min() > (70 if count <= 20 else 25) and not colours[0].any()
-
-
-def test_warning_of_a_label_that_never_occurs():
-    counts = np.bincount([0, 1, 1, 255], minlength=256)
-    assert all(word in label_warning(counts, ("a", "b", "c")) for word in ("2 c", "25.00%", "255", "0 to 2"))
-    assert label_warning(counts, ("a", "b")) == label_warning(np.eye(256)[:2].sum(0), ("a", "b", "c")) == ""
-    assert "1 b" in label_warning(np.eye(256)[0], ("a", "b"))            # one class alone
 
 
 # ---- the ready maps
