@@ -389,7 +389,7 @@ FAULTS = {                                                 # what is planted, wo
         lambda r: [save(RGB, r / f"images/train/{name}.jpg") for name in ("\u00e9", "e\u0301")],
         "images/train/\u00e9.jpg", "same name"),
     "photos and labels in one folder": (
-        lambda r: [p.rename(r / "images/train" / p.name) for p in r.glob("labels/train/*")], "images/train", "one folder"),
+        lambda r: [p.rename(r / "images/train" / p.name) for p in r.glob("labels/train/*")], "images/train", "folder"),
     "empty split": (lambda r: [p.unlink() for p in r.glob("*/train/*")], "images/train", "empty"),
     "missing folder": (lambda r: (r / "labels/train").rename(r / "labels/Train"), "train labels", "labels/train"),
     "unreadable folder": (lambda r: (r / "images/train").chmod(0), "images/train", "cannot be read"),
