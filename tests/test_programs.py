@@ -90,6 +90,7 @@ def test_hugging_faces_packages_of_the_same_names(tmp_path: Path, before: str):
         (tmp_path / name / "__init__.py").write_text(content)
     place = 0 if before else 1
     program = f"import sys\nsys.path[:0] = [{str(tmp_path)!r}]\n{before}\nsys.path.insert({place}, {str(ROOT)!r})\n"
-    done = subprocess.run([sys.executable, "-c", program + "import predict"], capture_output=True, text=True, cwd=tmp_path)
+    command = [sys.executable, "-c", f"{program}import predict"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and last.startswith("ImportError: ") and str(tmp_path / "datasets") in last
