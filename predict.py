@@ -84,7 +84,7 @@ class Parser:
         settings = [self.path.resolve(), status.st_size, status.st_mtime_ns, f"tta={tta}", *sorted(overrides)]
         if class_map is not None:
             self.labels, self.merge = load_class_map(class_map, self.labels)
-            settings += ["map:", *self.labels.classes, *self.labels.palette, *self.merge]  # its content: a file may be edited
+            settings += ["map:", *self.labels.classes, *self.labels.palette, *self.merge]
         self.settings = " ".join(map(str, settings))
         self.classes, self.palette = self.labels.classes, self.labels.palette
         self.lock = threading.Lock()
