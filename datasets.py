@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from augment import augment
 from config import Config, load_config, user_path
-from engine.workers import STALLED, start_worker, watched
+from engine.workers import LOOK_EVERY, start_worker, watched
 from errors import UserError, run_program
 from files.images import read_label, read_photo_of
 from files.labels import LABEL_SETS, LabelSet, LabelStats, label_fault, label_set, label_warning
@@ -205,7 +205,7 @@ def train_loader(cfg: Config, pairs: PairSet | DrawnSet, rank: int = 0, world: i
     samples, order = TrainSet(pairs, cfg), BatchOrder(len(pairs), cfg, rank, world, start_iter)
     loader = DataLoader(
         samples, batch_size=None, sampler=order, num_workers=cfg.workers, collate_fn=_unchanged,
-        pin_memory=torch.cuda.is_available(), worker_init_fn=start_worker, timeout=STALLED if cfg.workers else 0,
+        pin_memory=torch.cuda.is_available(), worker_init_fn=start_worker, timeout=LOOK_EVERY if cfg.workers else 0,
         generator=torch.Generator())                       # own generator: the global RNG must not depend on the loader
     expected = map(samples.names, BatchOrder(len(pairs), cfg, rank, world, start_iter))
     for batch in watched(loader, expected):

@@ -81,10 +81,11 @@ class Parser:
         self.model, self.labels, self.path = inference.load_run(run, overrides, device)
         self.tta, self.flip_pairs, self.merge, self.batch = tta, self.labels.flip_pairs, None, BATCH
         status = self.path.stat()
-        self.settings = " ".join(map(str, [self.path.resolve(), status.st_size, status.st_mtime_ns, f"tta={tta}",
-                                           f"map={class_map}", *sorted(overrides)]))
+        settings = [self.path.resolve(), status.st_size, status.st_mtime_ns, f"tta={tta}", *sorted(overrides)]
         if class_map is not None:
             self.labels, self.merge = load_class_map(class_map, self.labels)
+            settings += ["map:", *self.labels.classes, *self.labels.palette, *self.merge]
+        self.settings = " ".join(map(str, settings))
         self.classes, self.palette = self.labels.classes, self.labels.palette
         self.lock = threading.Lock()
 

@@ -3,6 +3,7 @@
 import atexit
 import multiprocessing
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from errors import UserError
 
 STALLED = 600                                              # seconds without a batch
+LOOK_EVERY = 5                                             # the loader's timeout: then it looks for dead workers
 
 
 def start_worker(_):
@@ -40,7 +42,7 @@ def watched(loader: DataLoader, expected: Iterator[list[str]]) -> Iterator:
             signal.signal(child_died, handler)             # worker dies; waiting for a batch notices it without it
         while True:
             names = next(expected)
-            batch = next(batches)
+            batch = _next(batches)
             if isinstance(batch, UserError):
                 raise batch
             yield batch
@@ -51,6 +53,17 @@ def watched(loader: DataLoader, expected: Iterator[list[str]]) -> Iterator:
         raise UserError(line) from None
     finally:
         kill(workers)
+
+
+def _next(batches: Iterator):
+    """The next batch. The loader looks for dead workers only when its timeout is over; then the wait may be resumed."""
+    end = time.monotonic() + STALLED
+    while True:
+        try:
+            return next(batches)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader timed out") or time.monotonic() > end:
+                raise
 
 
 def _in_one_line(error: Exception, names: list[str]) -> str:

@@ -102,7 +102,8 @@ class Results:
         if not self._same_origin(record, source):
             return False
         frames = list(self.frame_folder(source, name).glob("[0-9]*.png")) if self.frames else []
-        return not self.frames or len(frames) == int(record["Frames"])
+        return not self.frames or (len(frames) == int(record["Frames"])
+                                   and all(self._same_origin(read_record(frame), source) for frame in frames))
 
     def claim_video(self, source: str, name: str):
         """As `claim_photo`, for a video."""

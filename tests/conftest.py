@@ -1,21 +1,22 @@
-"""Set-up of the tests: on the CPU everywhere; peers that import torchvision must also import beside a CPU-only torch."""
+"""Set-up of the tests: on the CPU everywhere, torchvision importable beside a CPU-only torch; fixtures."""
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
 import fast
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:      # run in the background: the programs under test would inherit it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:      # in the background; the programs under test would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 try:
     import torchvision  # noqa: F401
 except ModuleNotFoundError:                                # only some of the peers need it
     pass
-except RuntimeError:                                       # a torchvision built for CUDA: its C++ operators did not load
+except RuntimeError:                                       # a torchvision for CUDA: its C++ operators did not load
     for name in ("nms", "qnms"):                           # it only needs their schemas, nobody calls them here
         torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
@@ -29,3 +30,29 @@ def pytest_configure():                                    # the benchmarks, whi
 def both_forms(request, monkeypatch):
     """The test with the faster forms of fast.py, and with the plain ones."""
     monkeypatch.setattr(fast, "ENABLED", request.param == "fast")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with a small random network."""
+    from tiny import small_run
+    return small_run(tmp_path_factory.mktemp("runs") / "small")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def parse(small: Path):
+    """predict.py with that run: its exit code."""
+    import predict
+
+    def program(*argv) -> int:
+        try:
+            return predict.main(["--run", str(small), *map(str, argv)])
+        except SystemExit as end:
+            return end.code
+    return program

@@ -1,55 +1,68 @@
-"""What stands around the code: the README's map of the files, the Makefile's virtual environment."""
+"""The structure of the repository: imports between its files, their number and size, the links of its texts."""
 
+import ast
 import re
-import shutil
-import subprocess
-import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FILES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
+         for folder in (".", "engine", "files", "viz", "synthetic", "examples") for path in (ROOT / folder).glob("*.py")
+         if path.stem != "__init__"}
+FLOORS = """
+    errors
+    config
+    files
+    viz
+    layers fast losses tokenizer sam_vit clip_vit adapter uperhead augment synthetic
+    engine.workers engine.processes
+    datasets model
+    engine.checkpoint
+    engine.run inference
+    engine.parsing
+    evaluate
+    predict train export download
+    examples"""
 
 
-def tree() -> dict[str, int]:
-    """{path: lines} of the files in README's reading map."""
-    text, found, folder = (ROOT / "README.md").read_text(encoding="utf-8"), {}, ""
-    for line in re.search(r"```text\n(.*?)```", text, re.S)[1].splitlines():
-        entry = re.match(r"( *)([\w.]+/?) +(?:(\d+) )?", line)
-        if not entry:                                      # a heading
-            continue
-        folder = entry[2] if not entry[1] else folder
-        if entry[3]:
-            found[folder + entry[2] if entry[1] else entry[2]] = int(entry[3])
-    return found
+def floor(module: str) -> int:
+    """The line of FLOORS that names a module or its folder."""
+    lines = FLOORS.strip().splitlines()
+    return next(n for n, line in enumerate(lines) if {module, module.partition(".")[0]} & set(line.split()))
 
 
-def test_the_readmes_map_is_the_repository():
-    """Each Python file that runs stands in it, with its number of lines, within a seventh."""
-    files = {path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
-             for folder in (".", "engine", "files", "viz", "synthetic") for path in (ROOT / folder).glob("*.py")}
-    files = {path: lines for path, lines in files.items() if not path.endswith("__init__.py")}
-    assert tree().keys() == files.keys()
-    far = {path: (said, files[path]) for path, said in tree().items() if abs(said - files[path]) > max(5, files[path] / 7)}
-    assert not far
+def imports(path: Path) -> set[str]:
+    """The files of this repository that a file imports, at its top or inside its functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & FILES.keys()
 
 
-def test_what_the_texts_point_to_is_there():
-    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("**/*.md")]:
-        for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name} points to {target}"
+def test_no_import_is_circular_or_leads_to_a_higher_floor():
+    graph = {module: imports(path) for module, path in FILES.items()}
+    assert len(graph["predict"]) > 8                       # imports are found at all
+    TopologicalSorter(graph).prepare()                     # CycleError
+    wrong = [f"{module} imports {other}" for module, others in graph.items() for other in others
+             if floor(other) > floor(module)]
+    assert not wrong
 
 
-@pytest.mark.skipif(sys.platform == "win32" or not shutil.which("make"), reason="needs make")
-@pytest.mark.parametrize("left", ["no pip", "half of pip"])
-def test_make_mends_what_an_interrupted_make_left(tmp_path, left):
-    shutil.copy(ROOT / "Makefile", tmp_path)
-    for name in ("requirements.txt", "constraints.txt", "requirements-dev.txt"):
-        (tmp_path / name).write_text("")                   # nothing to install: no network
-    options = ["--without-pip"] if left == "no pip" else []
-    subprocess.run([sys.executable, "-m", "venv", *options, tmp_path / ".venv"], check=True)
-    if left == "half of pip":
-        shutil.rmtree(next((tmp_path / ".venv").glob("lib/python*/site-packages/pip/_internal")))
-    done = subprocess.run(["make", ".venv/run"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert subprocess.run([tmp_path / ".venv/bin/python", "-m", "pip", "--version"], capture_output=True).returncode == 0
+def test_few_files_of_a_readable_size():
+    assert len(list(ROOT.glob("*.py"))) <= 19
+    lengths = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in FILES.items()}
+    assert {module: length for module, length in lengths.items() if length > 350} == {}
+
+
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("**/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_point_to_files(page: Path):
+    targets = re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
