@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from files import weights
+from errors import UserError
+from files import foundations
 from layers import resample_positions
 from tokenizer import CONTEXT, VOCAB_SIZE
 
@@ -29,7 +30,7 @@ SIZES = {
 
 
 class QuickGELU(nn.Module):
-    """CLIP was trained with this; the exact GELU in its place loses accuracy without a word."""
+    """OpenAI's CLIP was trained with this; the exact GELU in its place silently loses accuracy."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (1.702 * x).sigmoid()
@@ -50,11 +51,14 @@ class Attention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(2))                             # (B, N, D)
 
 
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}                               # OpenAI's; LAION's and DataComp's
+
+
 class MLP(nn.Module):
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, activation: str):
         super().__init__()
         self.c_fc = nn.Linear(dim, 4 * dim)
-        self.gelu = QuickGELU()
+        self.gelu = ACTIVATIONS[activation]()
         self.c_proj = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,11 +66,11 @@ class MLP(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, activation: str):
         super().__init__()
         self.attn = Attention(dim, heads)
         self.ln_1 = nn.LayerNorm(dim)
-        self.mlp = MLP(dim)
+        self.mlp = MLP(dim, activation)
         self.ln_2 = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:                      # (B, N, D)
@@ -75,10 +79,10 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, dim: int, depth: int, heads: int):
+    def __init__(self, dim: int, depth: int, heads: int, activation: str):
         super().__init__()
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(dim, heads) for _ in range(depth))
-        for block in self.resblocks:                       # CLIP's start; the biases of the attention are zero
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(dim, heads, activation) for _ in range(depth))
+        for block in self.resblocks:                       # CLIP's initialisation; attention biases are zero
             nn.init.normal_(block.attn.in_proj_weight, std=dim**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * depth * dim) ** -0.5)
             nn.init.zeros_(block.attn.out_proj.bias)
@@ -89,15 +93,17 @@ class Transformer(nn.Module):
 class VisionTransformer(nn.Module):
     """The image tower; `taps` are 0-based numbers of blocks whose raw outputs are returned."""
 
-    def __init__(self, dim: int, depth: int, heads: int, grid: int, embed: int, taps: tuple[int, ...]):
+    def __init__(self, dim: int, depth: int, heads: int, grid: int, embed: int, taps: tuple[int, ...],
+                 activation: str):
         super().__init__()
-        self.dim, self.depth, self.grid, self.taps = dim, depth, grid, tuple(taps)
+        self.dim, self.depth, self.grid, self.taps, self.activation = dim, depth, grid, tuple(taps), activation
+        self.content = ""                                  # hash of the file's tensors, see files/foundations.py
         scale = dim**-0.5
         self.conv1 = nn.Conv2d(3, dim, 16, stride=16, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(dim))
         self.positional_embedding = nn.Parameter(scale * torch.randn(1 + grid**2, dim))        # row 0: class token
         self.ln_pre = nn.LayerNorm(dim)
-        self.transformer = Transformer(dim, depth, heads)
+        self.transformer = Transformer(dim, depth, heads, activation)
         self.ln_post = nn.LayerNorm(dim)
         self.proj = nn.Parameter(scale * torch.randn(dim, embed))
         self.register_buffer("mean", torch.tensor(MEAN, device="cpu").view(3, 1, 1), persistent=False)
@@ -140,10 +146,11 @@ class CLIP(nn.Module):
     """Both towers; the defaults are ViT-B/16's."""
 
     def __init__(self, dim: int = 768, depth: int = 12, heads: int = 12, grid: int = 14, embed: int = 512,
-                 text_dim: int = 512, text_depth: int = 12, text_heads: int = 8, taps: tuple[int, ...] = (3, 5, 7, 11)):
+                 text_dim: int = 512, text_depth: int = 12, text_heads: int = 8, taps: tuple[int, ...] = (3, 5, 7, 11),
+                 activation: str = "quick_gelu"):
         super().__init__()
-        self.visual = VisionTransformer(dim, depth, heads, grid, embed, taps)
-        self.transformer = Transformer(text_dim, text_depth, text_heads)
+        self.visual = VisionTransformer(dim, depth, heads, grid, embed, taps, activation)
+        self.transformer = Transformer(text_dim, text_depth, text_heads, activation)
         self.token_embedding = nn.Embedding(VOCAB_SIZE, text_dim)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(CONTEXT, text_dim))
         self.ln_final = nn.LayerNorm(text_dim)
@@ -158,7 +165,7 @@ class CLIP(nn.Module):
     def encode_text(self, tokens: Tensor) -> Tensor:
         """`tokens` (K, 77) of `tokenizer.tokenize` -> (K, E) of unit length."""
         end = tokens.argmax(dim=1)                         # the end token has the largest id
-        tokens = tokens[:, :int(end.max()) + 1]            # causal: what stands behind the end changes nothing
+        tokens = tokens[:, :int(end.max()) + 1]            # causal: tokens after the end token have no effect
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         for block in self.transformer.resblocks:
             x = block(x, causal=True)
@@ -166,16 +173,18 @@ class CLIP(nn.Module):
         return F.normalize(self.ln_final(x) @ self.text_projection, dim=-1)
 
 
-def load_clip(path: str | Path, taps: tuple[int, ...] = (3, 5, 7, 11), size: str = "vit_b16") -> CLIP:
-    """CLIP in fp32 from OpenAI's archive (in part half precision, with three integers) or a state dict with its names.
+def load_clip(path: str | Path, taps: tuple[int, ...] = (3, 5, 7, 11), size: str = "vit_b16", activation: str = "") -> CLIP:
+    """CLIP in fp32, from a file or folder in any format of files/foundations.py. Raises `UserError`.
 
-    `size`: a name in SIZES; the number of heads is not recorded in a file. Raises `UserError`.
+    `size`: a name in SIZES; the number of heads is not recorded in a file. `activation`: "quick_gelu" or "gelu"; "": as the
+    config beside the file or OpenAI's archive says.
     """
-    tensors = weights.read_tensors(path)
-    for name in ("input_resolution", "context_length", "vocab_size"):
-        tensors.pop(name, None)
+    activation = activation or foundations.clip_activation(path)
+    if not activation:
+        raise UserError(f"clip_activation: {path} does not say which it was trained with; set clip_activation=quick_gelu for "
+                        "OpenAI's weights, gelu for LAION's or DataComp's")
     with torch.device("meta"):                             # skips the random initialisation
-        clip = CLIP(*SIZES[size], taps)
-    weights.check_keys(clip, tensors, path)
-    clip.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, assign=True)
+        clip = CLIP(*SIZES[size], taps, activation)
+    foundations.load(clip, foundations.clip_tensors(path), path)
+    clip.visual.content = foundations.content_hash(clip.visual.state_dict())
     return clip

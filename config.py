@@ -70,6 +70,7 @@ class Config:
     clip: str = "vit_b16"                                  # §4.2; a name in clip_vit.SIZES
     sam_weights: Place = "weights/sam_vit_l_0b3195.pth"    # §4.2; "": random weights
     clip_weights: Place = "weights/ViT-B-16.pt"            # §4.2; "": random weights
+    clip_activation: Annotated[str, "", "quick_gelu", "gelu"] = ""       # "": read from the file
     vocab: Place = "weights/bpe_simple_vocab_16e6.txt.gz"  # CLIP's merges; "": bytes, for random weights only
     freeze: bool = True                                    # §4.3: SAM (except its patch embedding) and CLIP are frozen
     clip_taps: tuple[Block, ...] = (3, 5, 7, 11)           # §3.1, 0-based: DenseCLIP's indices, block 11 is the last
@@ -81,6 +82,7 @@ class Config:
     ftm_ratio: Scale = 0.25                                # Eq. 6's bottleneck; ours: as srm_ratio
     ftm_scale_logits: bool = False                         # Eq. 5 prints no 1/sqrt(C); Rein has it
     ftm_residual: Annotated[str, "f", "f'"] = "f'"         # Eq. 6: Rein's; "f": as printed; the tokens then barely train
+    ftm_init: Annotated[str, "zero", "torch"] = "zero"     # start of Eq. 6's MLPs: trunc-normal and a zero third, or nn.Linear's
     rho_init: Weight = 1e-3                                # Eq. 5: "begins from a very small value"; Rein
     prior_dim: Width = 64                                  # ViT-Adapter-L: spatial prior's first width
     deform_heads: Width = 16                               # ViT-Adapter-L
@@ -96,8 +98,8 @@ class Config:
     iters: Iterations = 60_000                             # §4.3: LIP 60k, PPP 30k, CIHP 80k; 0: a dry run
     batch_size: Images = 16                                # §4.3: the total over all processes and accumulation steps
     accum_steps: Images = 1                                # micro-batches per step, for fewer or smaller GPUs
-    loss_group: Images = 4                                 # images per loss: the authors' 16 on 4 GPUs; keeps the loss
-    #                                                        the same for any number of processes and accumulation steps
+    loss_group: Images = 4                                 # images per loss: the authors' 16 on 4 GPUs; the loss is the
+    #                                                        same however the batch is split, in multiples of this number
     lr: Annotated[float, 1e-12, 1_000_000] = 6e-4          # §4.3
     patch_embed_lr_mult: Weight = 1.0                      # ours: the paper names one rate
     warmup_iters: Iterations = 1500                        # §4.3
@@ -113,6 +115,7 @@ class Config:
     seed: Annotated[int, 0, 2**31 - 3] = 0                 # the next two seeds draw validation and demo images
 
     # the run
+    init: Place = ""                                       # a trained run to start from: a folder or checkpoint
     out: Place = ""                                        # folder of the run; "": runs/<name of the config file>
     log_every: Count = 50                                  # iterations
     eval_every: Count = 5_000
@@ -131,11 +134,11 @@ CUSTOM = ("train_images", "train_labels", "val_images", "val_labels", "train_lis
           "flip_pairs")                                    # known for the published data sets
 
 # Keys that may change on resume: paths, intervals, how the work is split.
-RESUMABLE = {"data_root", "sam_weights", "clip_weights", "vocab", "workers", "log_every", "eval_every", "save_every", "out",
+RESUMABLE = {"data_root", "sam_weights", "clip_weights", "clip_activation", "vocab", "init", "workers", "log_every", "eval_every", "save_every", "out",
              "checkpointing", "tta_scales", "accum_steps"}
 # Keys that may be overridden for a trained network: paths, data, computation. Its weights fix all others.
 OVERRIDABLE = {*CUSTOM, "dataset", "data_root", "synthetic_size", "synthetic_train", "synthetic_val", "crop_size",
-               "base_size", "workers", "sam_weights", "clip_weights", "vocab", "ftm_residual", "ftm_scale_logits",
+               "base_size", "workers", "sam_weights", "clip_weights", "clip_activation", "vocab", "ftm_residual", "ftm_scale_logits",
                "srm_sites", "precision", "tta_scales"}
 
 
@@ -210,7 +213,9 @@ def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict:
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals:
-            raise UserError(f"override {item!r} is not of the form key=value")
+            hint = "" if not os.path.exists(item) else ": a config file is given with --cfg" if item.endswith((".yaml", ".yml")) \
+                else ": a run is given with --run"
+            raise UserError(f"override {item!r} is not of the form key=value{hint}")
         try:
             value = yaml.safe_load(text) if text.strip() else ""
         except yaml.YAMLError:

@@ -30,6 +30,9 @@ if not Path(_datasets).samefile(Path(__file__).with_name("datasets.py")):
 
 # How torch, C++ and OpenCV report that memory is exhausted.
 NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed", "std::bad_alloc", "Insufficient memory")
+NO_GPU_MEMORY = ("CUDA error: out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+GPU_FAULTS = ("busy or unavailable", "no kernel image", "ECC error", "no CUDA-capable device", "CUDA driver version",
+              "invalid device ordinal")
 
 
 class UserError(Exception):
@@ -62,8 +65,10 @@ def in_one_line(error: BaseException, less_memory: str) -> str:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "stopped by Ctrl-C; all files written so far are complete"
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"out of GPU memory: try {less_memory}"
+    if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_GPU_MEMORY):
+        return f"out of GPU memory, here or in another program: try {less_memory}"
+    if any(words in str(error) for words in GPU_FAULTS):
+        return f"the GPU cannot be used ({str(error).splitlines()[0]})"
     if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         return f"out of memory: try {less_memory}"
     if isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error):

@@ -25,7 +25,6 @@ from config import Config
 from engine import checkpoint
 from engine.processes import pick_device
 from errors import UserError
-from files import weights
 from files.labels import LabelSet
 from layers import autocast, cast_frozen, round_up
 from model import SCHNet, build_model
@@ -74,18 +73,15 @@ def restore(content: dict, path: Path, overrides: Sequence[str] = ()) -> tuple[S
         own = key in ("classes", "palette", "flip_pairs") and cfg.dataset == trained.dataset
         if getattr(cfg, key) != getattr(trained, key) and (own or key not in config.OVERRIDABLE):
             raise UserError(f"{key}: {path} was trained with {getattr(trained, key)!r}, which cannot be changed")
-    labels = LabelSet(**content["labels"])
-    for key, expected in content["official"].items():
-        file = getattr(cfg, key)
-        if not Path(file).exists():
-            raise UserError(f"{path} needs {file}: run `python download.py`, or give its place with {key}=PATH")
-        if weights.sha256(file) != expected:
-            raise UserError(f"{path} was trained with another {file} (its SHA-256 starts with {expected[:12]})")
-    state = content["model"]
-    random = {key: "" for key in ("sam_weights", "clip_weights") if key not in content["official"]}  # all is in `state`
-    text = (state["f_txt"], state["sim_scale"]) if cfg.srm else None
-    model = build_model(dataclasses.replace(cfg, **random), labels.classes, text)
-    checkpoint.load_state(model, state, path)
+    labels, official = LabelSet(**content["labels"]), content["official"]
+    for key in official:
+        if not Path(getattr(cfg, key)).exists():
+            raise UserError(f"{path} needs {getattr(cfg, key)}: run `python download.py`, or give its place with {key}=PATH")
+    known = {key: "" for key in ("sam_weights", "clip_weights") if key not in official}  # all their tensors are in `state`
+    known |= {"clip_activation": official["clip_weights"]["activation"]} if "clip_weights" in official else {}
+    model = build_model(dataclasses.replace(cfg, **known), labels.classes, content["model"])
+    checkpoint.check_official(model, official, path)
+    checkpoint.load_state(model, content["model"], path)
     return model.eval(), labels
 
 

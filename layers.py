@@ -62,6 +62,12 @@ def autocast(device: torch.device, precision: str):
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32, also under autocast: for logits, whose bf16 would have steps of 0.125 from 16 on."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float()
+
+
 def cast_frozen(model: nn.Module, precision: str):
     """Stores frozen linear layers' weights as `autocast` would round them at every use: the same results to the last bit,
     half the memory of the weights, no second copy saved for the backward pass. For use under that autocast only."""

@@ -18,6 +18,8 @@ SAM and CLIP stay frozen, but for SAM's patch embedding (§4.3). Gradients still
 embedding, SRM, FTM and the injectors lie before them; only CLIP runs without a graph.
 """
 
+import contextlib
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -30,7 +32,7 @@ from adapter import ViTAdapter
 from clip_vit import CLIP, VisionTransformer, load_clip
 from config import Config
 from errors import UserError
-from layers import init_linears, resize, round_up
+from layers import init_linears, matmul_fp32, resize, round_up
 from sam_vit import SAMViT, load_sam
 from tokenizer import tokenize
 from uperhead import FCNHead, UPerHead
@@ -72,7 +74,8 @@ class FTM(nn.Module):
     Differs from Rein as Eq. 5 does: no 1/sqrt(C), all tokens kept, no feature added inside the outer MLP.
     """
 
-    def __init__(self, depth: int, dim: int, tokens: int, ratio: float, rho: float, scale_logits: bool, residual: str):
+    def __init__(self, depth: int, dim: int, tokens: int, ratio: float, rho: float, scale_logits: bool, residual: str,
+                 init: str):
         super().__init__()
         hidden = max(1, int(dim * ratio))                                # width not in the paper; as in SRM
         bound = (6 / (3 * 16 * 16 + dim)) ** 0.5                         # Rein's, with a 16 x 16 patch
@@ -88,12 +91,16 @@ class FTM(nn.Module):
         init_linears(self)
         for mlp in (self.value, self.out):                               # Rein leaves these two at torch's default
             mlp.reset_parameters()
-        _zero(self.third)                                                # at the start SAM's features pass, but for rho
+        if init == "zero":
+            _zero(self.third)                                            # at the start SAM's features pass, but for rho
+        else:                                                            # Eq. 6 not zero: as printed, Eq. 5 trains then too
+            for mlp in (self.first, *self.second, self.third):
+                mlp.reset_parameters()
 
     def forward(self, f: Tensor, i: int) -> Tensor:
         # The rows of a softmax sum to 1, so Eq. 5's outer MLP may act on the m values instead of the h w pixels.
         values = self.out(self.value(self.tokens[i]))                                    # (m, C)
-        attention = (self.logit_scale * (f @ self.tokens[i].T)).softmax(-1)              # (B, h, w, m)
+        attention = (self.logit_scale * matmul_fp32(f, self.tokens[i].T)).softmax(-1)    # (B, h, w, m)
         f_prime = self.rho * (attention @ values) + f                                    # (B, h, w, C)  Eq. 5: f'_i
         squeezed = F.gelu(self.second[i](F.gelu(self.first(f_prime))))                   # (B, h, w, C/4)
         return self.third(squeezed) + (f if self.residual == "f" else f_prime)           # Eq. 6: f''_i; f': as Rein
@@ -126,7 +133,7 @@ class SCHNet(nn.Module):
             self.srm = SRM(num_classes, clip.dim, dim, cfg.srm_ratio)
         if cfg.ftm:
             self.ftm = FTM(depth, dim, cfg.ftm_tokens, cfg.ftm_ratio, cfg.rho_init, cfg.ftm_scale_logits,
-                           cfg.ftm_residual)
+                           cfg.ftm_residual, cfg.ftm_init)
         self.adapter = ViTAdapter(dim, cfg.prior_dim, cfg.deform_heads, cfg.deform_points, cfg.deform_ratio,
                                   cfg.cffn_ratio, cfg.drop_path)
         self.head = UPerHead(dim, cfg.head_dim, num_classes, cfg.head_dropout)
@@ -199,11 +206,17 @@ class SCHNet(nn.Module):
         return F.pad(image - mean, (0, right, 0, below)) + mean
 
 
-def build_model(cfg: Config, classes: list[str] | tuple[str, ...], text: tuple[Tensor, Tensor] | None = None) -> SCHNet:
+def build_model(cfg: Config, classes: list[str] | tuple[str, ...], state: dict[str, Tensor] | None = None) -> SCHNet:
     """SCHNet for these class names. Weight files named in `cfg` are loaded; an empty name means random weights.
 
-    `text`: the pair (f_txt, sim_scale) of a checkpoint; then neither the text tower nor the vocabulary is needed.
+    `state`: the tensors of a checkpoint that will be loaded. Then no random numbers are drawn for them: what they replace
+    is on the meta device; and neither the text tower nor the vocabulary is needed.
     """
+    with torch.device("meta") if state is not None else contextlib.nullcontext():
+        return _build_model(cfg, classes, state)
+
+
+def _build_model(cfg: Config, classes: list[str] | tuple[str, ...], state: dict[str, Tensor] | None) -> SCHNet:
     for key, sizes in (("sam", sam_vit.SIZES), ("clip", clip_vit.SIZES)):
         if getattr(cfg, key) not in sizes:
             raise UserError(f"{key} must be one of {', '.join(sizes)}, not {getattr(cfg, key)!r}")
@@ -217,9 +230,10 @@ def build_model(cfg: Config, classes: list[str] | tuple[str, ...], text: tuple[T
         size = clip_vit.SIZES[cfg.clip]
         if cfg.clip_taps[-1] != size[1] - 1:
             raise UserError(f"clip_taps must end with CLIP's last block, {size[1] - 1}, not {cfg.clip_taps}")
-        clip = load_clip(cfg.clip_weights, cfg.clip_taps, cfg.clip) if cfg.clip_weights else CLIP(*size, cfg.clip_taps)
+        clip = (load_clip(cfg.clip_weights, cfg.clip_taps, cfg.clip, cfg.clip_activation) if cfg.clip_weights else
+                CLIP(*size, cfg.clip_taps, cfg.clip_activation or "quick_gelu"))
     if cfg.srm:
-        f_txt, scale = text if text is not None else text_features(cfg, clip, classes)
+        f_txt, scale = (state["f_txt"], state["sim_scale"]) if state is not None else text_features(cfg, clip, classes)
     return SCHNet(cfg, len(classes), sam, clip.visual if clip else None, f_txt, scale)
 
 

@@ -14,12 +14,11 @@ from torch import Tensor
 
 import fast
 from errors import UserError
-from files import weights
+from files import foundations
 from layers import init_linears, relative_positions, resample_positions
 
 MEAN = (123.675, 116.28, 103.53)                           # SAM's preprocessing: ImageNet's, for values from 0 to 255
 STD = (58.395, 57.12, 57.375)
-UNUSED = ("neck.", "prompt_encoder.", "mask_decoder.")      # the other tensors of the official file
 SIZES = {
     #         dim   depth heads window grid
     "vit_b": (768,  12,   12,   14,    64),                 # grid: side of the position table; 64 is a 1024 px image
@@ -115,7 +114,7 @@ class SAMViT(nn.Module):
 
     def __init__(self, dim: int = 1024, depth: int = 24, heads: int = 16, window: int = 14, grid: int = 64):
         super().__init__()
-        self.dim, self.depth, self.size = dim, depth, (dim, depth, heads, window, grid)
+        self.dim, self.depth, self.size, self.content = dim, depth, (dim, depth, heads, window, grid), ""
         self.patch_embed = PatchEmbed(dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dim))
         self.blocks = nn.ModuleList()
@@ -153,19 +152,18 @@ class SAMViT(nn.Module):
 
 
 def load_sam(path: str) -> SAMViT:
-    """SAM's image encoder in fp32, from an official file (ViT-B, L or H) or one of the encoder alone; its size is read
-    from the file. Raises `UserError`."""
-    tensors = {name.removeprefix("image_encoder."): tensor for name, tensor in weights.read_tensors(path).items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(UNUSED)}
+    """SAM's image encoder in fp32, from a file or folder in any format of files/foundations.py; its size is read from the
+    file. Raises `UserError`."""
+    tensors = foundations.sam_tensors(path)
     tables = [len(tensor) for name, tensor in tensors.items() if name.endswith("attn.rel_pos_h")]
-    depth = weights.count_blocks(tensors, "blocks.")
-    if "pos_embed" not in tensors or not tables or not depth or depth % 4:
-        raise UserError(f"{path}: this is {weights.describe(tensors)}, SAM's image encoder is needed")
+    depth = foundations.count_blocks(tensors, "blocks.")
+    if "pos_embed" not in tensors or depth % 4:
+        raise UserError(f"{path}: this is {foundations.describe(tensors)}, SAM's image encoder is needed")
     _, grid, _, dim = tensors["pos_embed"].shape
     head = tensors["blocks.0.attn.rel_pos_h"].shape[1]
     window = (min(tables) + 1) // 2                                             # tables of global layers are longer
     with torch.device("meta"):                                                  # skips the random initialisation
         model = SAMViT(dim, depth, dim // head, window, grid)
-    weights.check_keys(model, tensors, path)
-    model.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, assign=True)
+    foundations.load(model, tensors, path)
+    model.content = foundations.content_hash(model.state_dict())
     return model

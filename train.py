@@ -12,7 +12,9 @@ One process or many, one machine or many, CPU or GPU: the same file. What it lea
 import argparse
 import contextlib
 import math
+import os
 import sys
+import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -26,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from config import Config, load_config, parse_overrides, user_path
 from datasets import DrawnSet, LabelSet, PairSet, fingerprint, label_set, open_split, train_loader
 from engine import checkpoint
-from engine.processes import StopSignal, World, memory, run_together
+from engine.processes import StopSignal, World, device_name, memory, parse_args, run_together
 from engine.run import Run
 from errors import UserError
 from evaluate import evaluate_split, scores
@@ -35,6 +37,7 @@ from layers import autocast, cast_frozen
 from losses import parsing_loss
 from model import SCHNet, build_model
 
+UNLISTED = ("dataset", "data_root", "out", "iters", "batch_size", "precision", "classes", "palette")    # of the first screen
 NOT_DECAYED = ("tokens", "level_embed", "pos_embed", "positional_embedding", "rel_pos_h", "rel_pos_w")
 
 
@@ -99,10 +102,13 @@ class Learner:
         if world.size > 1:
             # DDP's warning is about dimensions of size 1, whose strides mean nothing
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-            self.network = DistributedDataParallel(model)
+            self.network = DistributedDataParallel(model, gradient_as_bucket_view=True)
             self.network.broadcast_buffers = False                       # `share_buffers` does, before a validation
         self.optimizer = torch.optim.AdamW(param_groups(model), lr=cfg.lr, betas=cfg.betas, fused=True)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.precision == "fp16")
+        self.buffers = list(model.buffers())                             # BatchNorm's statistics; f_txt, which never changes
+        self.before = [buffer.clone() for buffer in self.buffers]
+        torch.backends.cudnn.benchmark = True                            # the crop never changes
 
     def losses(self, image: Tensor, label: Tensor) -> dict[str, Tensor]:
         """image uint8 (b, 3, h, w), label uint8 (b, h, w) -> "loss" and its parts."""
@@ -117,7 +123,8 @@ class Learner:
         return {"loss": loss, **parts}
 
     def gradient(self, micro_batches: list[tuple], it: int) -> dict[str, float]:
-        """The gradient of this process's micro-batches, not yet applied; returns the mean losses and the gradient norm."""
+        """The gradient of the micro-batches, not yet applied; returns the losses and the gradient norm, averaged over
+        micro-batches and processes."""
         for group in self.optimizer.param_groups:
             group["lr"] = get_lr(it, self.cfg) * group["lr_factor"]
         self.optimizer.zero_grad(set_to_none=True)
@@ -133,23 +140,23 @@ class Learner:
         self.scaler.unscale_(self.optimizer)
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
         totals["grad"] = nn.utils.get_total_norm(grads)
-        values = torch.stack([value.double() for value in totals.values()]).tolist()     # the step's only GPU sync
-        return dict(zip(totals, values))
+        values = torch.stack([value.double() for value in totals.values()])
+        if self.world.size > 1:
+            dist.all_reduce(values)
+        return dict(zip(totals, (values / self.world.size).tolist()))    # the step's only GPU sync
 
     def step(self, micro_batches: list[tuple], it: int) -> tuple[dict[str, float], bool]:
         """One optimizer step. Returns the losses, averaged over the processes, and whether the step was taken: where a loss
         or gradient is not finite, all processes skip it, its effects are undone and fp16's scale is halved."""
-        before = [buffer.clone() for buffer in self.model.buffers()]     # BatchNorm's statistics
+        torch._foreach_copy_(self.before, self.buffers)
         losses = self.gradient(micro_batches, it)
-        sums = self.world.sum(list(losses.values()))
-        finite = all(map(math.isfinite, sums))
+        finite = all(map(math.isfinite, losses.values()))
         if finite:
             self.scaler.step(self.optimizer)
         else:
-            for buffer, value in zip(self.model.buffers(), before):
-                buffer.copy_(value)
+            torch._foreach_copy_(self.buffers, self.before)
         self.scaler.update()
-        return {name: total / self.world.size for name, total in zip(losses, sums)}, finite
+        return losses, finite
 
     def share_buffers(self):
         """The main process's BatchNorm statistics on every process: without SyncBN they differ."""
@@ -174,11 +181,16 @@ def train(cfg: Config, world: World, resume: bool):
     content = run.open(resume)
     torch.manual_seed(cfg.seed)
     with world.all_or_none():
-        model = build_model(cfg, labels.classes)
+        model = build_model(cfg, labels.classes, content and content["model"])
+        if content:
+            checkpoint.check_official(model, content["official"], run.folder)
+            checkpoint.load_state(model, content["model"], run.folder)
+        elif cfg.init:
+            world.print0(checkpoint.init_from(model, cfg.init, labels.classes))
     learner = Learner(model, cfg, world)
     with world.all_or_none():
         run.start(learner, content, train_pairs, val_pairs)
-    world.print0(describe(model, cfg, world, len(train_pairs)))
+    world.print0(first_screen(model, cfg, world, (len(train_pairs), len(val_pairs))))
     batches = train_loader(cfg, train_pairs, world.rank, world.size, run.progress.iteration)
 
     with StopSignal(world.main) as stop, run.bar:
@@ -226,7 +238,7 @@ def dry_run(cfg: Config, world: World, steps: int = 4):
     with world.all_or_none():
         model = build_model(cfg, labels.classes)
     learner = Learner(model, cfg, world)
-    world.print0(describe(model, cfg, world, len(train_pairs)))
+    world.print0(first_screen(model, cfg, world, (len(train_pairs), len(val_pairs))))
     batches, times = train_loader(cfg, train_pairs, world.rank, world.size), []
     for it in range(steps):
         start = time.monotonic()
@@ -249,17 +261,28 @@ def dry_run(cfg: Config, world: World, steps: int = 4):
                  f"checkpoints take {(4 * trained + 3 * moments) / 2 ** 30:.1f} GiB of disk")
 
 
-def describe(model: SCHNet, cfg: Config, world: World, count: int) -> str:
-    """What is about to be trained, and on what."""
+def first_screen(model: SCHNet, cfg: Config, world: World, counts: tuple[int, int]) -> str:
+    """What is about to be trained, and on what, in a few lines; config.yaml has the rest."""
+    def encoder(key: str) -> str:
+        weights = getattr(cfg, f"{key}_weights")
+        return f"{key.upper()} {getattr(cfg, key)} ({os.path.basename(weights.rstrip('/')) or 'random'})"
+
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    parts = [encoder(key) for key in ("sam", "clip") if getattr(model, key) is not None]
+    parts += [key.upper() for key in ("srm", "ftm") if getattr(cfg, key)]
     each = cfg.batch_size // (world.size * cfg.accum_steps)
-    lines = [f"{trained / 1e6:.2f} M parameters trained, {(total - trained) / 1e6:.2f} M frozen; {count} training images",
-             f"{cfg.iters} iterations of {cfg.batch_size} images = {world.size} process{'es' * (world.size > 1)} x "
-             f"{cfg.accum_steps} step{'s' * (cfg.accum_steps > 1)} x {each}, {cfg.precision} on {world.device.type}"]
+    changed = [f"{key}={value}" for key, value in vars(cfg).items() if value != getattr(Config, key) and key not in UNLISTED]
+    lines = [f"run      {cfg.out or 'runs/demo'}",
+             f"data     {cfg.dataset}: {counts[0]:,} training images, {counts[1]:,} validation images",
+             f"network  {', '.join(parts)}: {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen",
+             f"batch    {cfg.batch_size} images = {world.size} process{'es' * (world.size > 1)} x {cfg.accum_steps} "
+             f"step{'s' * (cfg.accum_steps > 1)} x {each}, {cfg.iters:,} iterations, {cfg.precision} on "
+             f"{device_name(world.device)}",
+             "changed  " + textwrap.shorten(", ".join(changed) or "nothing", 111, placeholder=" ... (config.yaml)")]
     if each % cfg.loss_group:
-        lines.append(f"note: loss_group={cfg.loss_group} needs a multiple of {cfg.loss_group} images per process and step: "
-                     f"Lovasz-softmax sees {each} at a time, so results are not comparable with other splits")
+        lines.append(f"note     loss_group={cfg.loss_group} needs a multiple of {cfg.loss_group} images per process and step: "
+                     f"Lovasz-softmax sees {each} at a time, so results are not comparable with other splits of the batch")
     return "\n".join(lines)
 
 
@@ -280,7 +303,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--resume", action="store_true",
                         help="continue from the run's last checkpoint, or start if there is none")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args(argv)              # options and overrides may be mixed
+    args = parse_args(parser, argv)
 
     def work(world: World):
         with world.all_or_none():

@@ -2,8 +2,9 @@
 
 A checkpoint is a plain dict: the trained tensors (BatchNorm statistics and text features included), the optimizer's state
 by parameter name, the progress, the configuration and the label set. Tensors that came unchanged out of an official file
-(§4.3: CLIP and SAM are frozen) are left out; the file's SHA-256 is recorded and checked when the run is loaded. There is
-no random state to save: every random number of training is a function of (seed, iteration, place in the batch).
+(§4.3: CLIP and SAM are frozen) are left out; a hash of their names, shapes and values is recorded and checked when the
+run is loaded. There is no random state to save: every random number of training is a function of (seed, iteration, place
+in the batch).
 
     runs/cihp/last.pt       the newest state: model, optimizer, iteration
     runs/cihp/previous.pt   the one before, used when last.pt is damaged
@@ -13,6 +14,7 @@ no random state to save: every random number of training is a function of (seed,
 import dataclasses
 import os
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,11 +22,10 @@ from torch import Tensor, nn
 
 from config import user_path
 from errors import UserError, in_one_line, reading
-from files import weights
-from files.walk import walk
 from files.atomic import atomic_write
+from files.walk import walk
 
-FORMAT = 2
+FORMAT = 3
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 
 
@@ -47,13 +48,30 @@ def official_names(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if name.startswith(prefixes) and not p.requires_grad]
 
 
-def official_files(model: nn.Module) -> dict[str, str]:
-    """{config key: SHA-256} of the official files that the tensors left out are to be taken from."""
-    prefixes = {name.partition(".")[0] for name in official_names(model)}
-    return {f"{prefix}_weights": weights.sha256(getattr(model.cfg, f"{prefix}_weights")) for prefix in sorted(prefixes)}
+def official_files(model: nn.Module) -> dict[str, dict[str, str]]:
+    """{config key: file, content} of the official files that the tensors left out come from. The content is a hash of the
+    tensors, so that the same numbers in another format will do."""
+    found = {}
+    for key in sorted({name.partition(".")[0] for name in official_names(model)}):
+        encoder = getattr(model, key)
+        found[f"{key}_weights"] = {"file": getattr(model.cfg, f"{key}_weights"), "content": encoder.content,
+                                   **({"activation": encoder.activation} if key == "clip" else {})}
+    return found
 
 
-def pack(model: nn.Module, labels, official: dict[str, str], training: dict) -> dict:
+def check_official(model: nn.Module, saved: dict[str, dict[str, str]], path: Path):
+    """UserError if a checkpoint was trained with other official weights than the model has."""
+    mine = official_files(model)
+    for key in sorted({*saved, *mine}):
+        was, now = saved.get(key, {}), mine.get(key, {})
+        for part in ("content", "activation"):
+            if was.get(part) != now.get(part):
+                raise UserError(f"{key}: {path} was trained with another {was.get('file') or 'random network'} than "
+                                f"{now.get('file') or 'a random one'} ({part} {(was.get(part) or 'none')[:12]}, not "
+                                f"{(now.get(part) or 'none')[:12]})")
+
+
+def pack(model: nn.Module, labels, official: dict, training: dict) -> dict:
     """A checkpoint as a plain dict; `training`: what a run adds (progress, optimizer, ...)."""
     return {"format": FORMAT, "model": model_state(model), "official": official, "labels": dataclasses.asdict(labels),
             "config": dataclasses.asdict(model.cfg), **training}
@@ -150,13 +168,47 @@ def find(run: str | Path | None) -> Path:
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: Path):
-    """`state` into `model`; every tensor must be there but the frozen ones of the official files."""
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise UserError(f"{path}: {str(error).splitlines()[-1].strip()}") from None
-    official = set(official_names(model))
-    lost = [name for name in missing if name not in official]
-    if lost or unexpected:
-        raise UserError(f"{path} does not fit its network: {len(lost)} tensors missing, {len(unexpected)} "
-                        f"unknown ({(lost + unexpected)[0]}, ...)")
+    """`state` into `model`, which may be on the meta device; every tensor must be there but the frozen ones of the official
+    files."""
+    own = model.state_dict()
+    wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
+    wrong += sorted(own.keys() - state.keys() - set(official_names(model)))
+    if wrong:
+        raise UserError(f"{path} does not fit its network: {len(wrong)} tensors are unknown, missing or of another shape "
+                        f"({wrong[0]}, ...)")
+    for name, tensor in state.items():
+        if own[name].is_meta:
+            state = state | {name: tensor.to(own[name].dtype)}
+    model.load_state_dict(state, strict=False, assign=any(tensor.is_meta for tensor in own.values()))
+
+
+def init_from(model: nn.Module, run: str, classes: Sequence[str]) -> str:
+    """Starts a new run from a trained one: takes every tensor of its checkpoint; those that depend on the class list are
+    taken for the classes that both have. Returns a line that says what was taken. UserError for another architecture."""
+    path = find(run)
+    content = read(path)
+    check_official(model, content["official"], path)
+    own, old, theirs = model.state_dict(), content["model"], content["labels"]["classes"]
+    pairs = [(k, theirs.index(name)) for k, name in enumerate(classes) if name in theirs]
+    mine, other = (torch.tensor([pair[n] for pair in pairs], dtype=torch.long) for n in (0, 1))
+    for name, tensor in own.items():
+        if name in ("f_txt", "sim_scale") or name in official_names(model):
+            continue                                       # computed for the new names; from the official file
+        if name not in old:
+            if name.startswith("aux."):                    # the trained run had no auxiliary head
+                continue
+            raise UserError(f"init: {path} has another architecture: it lacks {name}")
+        by_class = {"head.conv_seg": 0, "aux.conv_seg": 0, "srm.expand": 1}.get(name.rpartition(".")[0])
+        if by_class is None or name == "srm.expand.bias":
+            if old[name].shape != tensor.shape:
+                raise UserError(f"init: {path} has another architecture: {name} is {tuple(old[name].shape)}, not "
+                                f"{tuple(tensor.shape)}")
+            tensor.copy_(old[name])
+        else:
+            tensor.index_copy_(by_class, mine, old[name].to(tensor.dtype).index_select(by_class, other))
+    unknown = sorted(name for name in old.keys() - own.keys() if not name.startswith("aux.") and name != "f_txt")
+    if unknown:
+        raise UserError(f"init: {path} has another architecture: this network has no {unknown[0]}")
+    new = [name for name in classes if name not in theirs]
+    return (f"init from {path}: all tensors; of the classes {len(pairs)} of {len(classes)}"
+            + (f" (new: {', '.join(new)})" if new else ""))

@@ -5,6 +5,7 @@ MASTER_ADDR, MASTER_PORT): gloo on CPUs, NCCL on GPUs. Restarts, time-outs and l
 torch.distributed's business, and their messages are shown as they are.
 """
 
+import argparse
 import contextlib
 import os
 import platform
@@ -74,13 +75,23 @@ def pick_device(name: str = "") -> torch.device:
     """The device called `name`; "cuda": this process's GPU; "": the same, or the CPU where there is none."""
     if name in ("", "cuda") and torch.cuda.is_available():
         index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):        # a scheduler gave each process one of its own
+            index = 0
         if index >= count:
             raise UserError(f"local rank {index} has no GPU: this machine has {count}, --nproc_per_node must not be more")
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False        # fp32 means fp32
         return torch.device("cuda", index)
     try:
         return torch.empty(0, device=name or "cpu").device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}", everywhere=True) from None
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Options and key=value overrides in any order, of a program that torchrun may start."""
+    if any(text.startswith(("--local-rank", "--local_rank")) for text in (sys.argv[1:] if argv is None else argv)):
+        parser.error("start several processes with torchrun, not with torch.distributed.launch")
+    return parser.parse_intermixed_args(argv)
 
 
 class World:
@@ -93,6 +104,9 @@ class World:
         self.device = pick_device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_NTASKS") or 1) > 1:
+            print(f"warning: SLURM_NTASKS is {os.environ['SLURM_NTASKS']}, but this process works alone: start several with "
+                  "`srun torchrun ...` (docs/training.md)", file=sys.stderr, flush=True)
         if self.size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=timeout)
 

@@ -33,6 +33,7 @@ from errors import UserError
 from files.atomic import LEFTOVERS, MARK, write_text
 from viz import pictures, training
 
+MEASURED = 20                                              # iterations until the time to go is printed
 MAX_SKIPPED = 20                                           # consecutive steps with a non-finite loss or gradient
 
 
@@ -136,10 +137,6 @@ class Run:
         """Restores the learner from the checkpoint and claims the folder: config.yaml, log.jsonl."""
         self.official, last = checkpoint.official_files(learner.model), self.folder / checkpoint.LAST
         if content:
-            checkpoint.load_state(learner.model, content["model"], last)
-            if content["official"] != self.official:
-                raise UserError(f"{self.folder} was trained with different official weights than "
-                                f"{', '.join(self.official) or 'none'} now name")
             checkpoint.load_optimizer(learner.model, learner.optimizer, content["optimizer"], last)
             learner.scaler.load_state_dict(content["scaler"])
             self.progress = Progress(**content["progress"])
@@ -152,9 +149,11 @@ class Run:
             for warning in (sample_warning(pairs, self.labels.classes) for pairs in (train, val)):
                 if warning:
                     self.world.print0(f"warning: {warning}")
-        self.started = time.monotonic() - self.progress.seconds
-        self.bar = tqdm(total=self.cfg.iters, initial=self.progress.iteration, unit="it", disable=not self.world.main,
-                        dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
+        self.begun = self.first_step = time.monotonic()
+        self.started = self.begun - self.progress.seconds
+        self.first = self.progress.iteration
+        self.bar = tqdm(total=self.cfg.iters, initial=self.first, unit="it", dynamic_ncols=True, mininterval=0.5,
+                        disable=not (self.world.main and sys.stderr.isatty()))           # in a file: see log_means
 
     def _note_data(self, train: str, val: str):
         """Records the fingerprints of the splits; warns if they changed since the checkpoint."""
@@ -211,10 +210,19 @@ class Run:
                 values = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
                 raise UserError(f"iteration {progress.iteration}: {why}, the {what} is not finite ({values}); the batches "
                                 f"are in {self.log_path}; {self.last_checkpoint()}", everywhere=True)
-        shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-        skipped = f" {progress.skipped} skipped" if progress.skipped else ""
-        self.bar.set_postfix_str(f"{shown} lr {lr:.1e} {memory(self.world.device):.1f} GiB{skipped}", refresh=False)
+        self.bar.set_postfix_str(self._state(losses, lr), refresh=False)
         self.bar.update()
+        if progress.iteration == min(self.first + MEASURED, self.cfg.iters):
+            each = (time.monotonic() - self.first_step) / max(1, progress.iteration - self.first - 1)
+            left = each * (self.cfg.iters - progress.iteration)
+            self.world.print0(f"time     {_duration(left)} to go without validation, at {each:.2f} s per iteration")
+        elif progress.iteration == self.first + 1:         # the first step also starts the loader
+            self.first_step = time.monotonic()
+
+    def _state(self, losses: dict[str, float], lr: float) -> str:
+        shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        skipped = f" {self.progress.skipped} skipped" if self.progress.skipped else ""
+        return f"{shown} lr {lr:.1e} {memory(self.world.device):.1f} GiB{skipped}"
 
     def log_means(self, lr: float):
         """A log entry with the mean losses since the last one."""
@@ -224,6 +232,9 @@ class Run:
                     waiting=round(self.waited / (now - self.logged), 3), gib=round(memory(self.world.device), 2))
         progress.sums, progress.count, self.waited, self.logged = {}, 0, 0.0, now
         self._try_write(self._write_log)
+        if self.bar.disable:
+            left = (now - self.begun) / (progress.iteration - self.first) * (self.cfg.iters - progress.iteration)
+            self.world.print0(f"iteration {progress.iteration}/{self.cfg.iters}: {self._state(means, lr)}, {_duration(left)} to go")
 
     def validated(self, result: dict, images: int, learner):
         """A validation's scores: into the log, and best.pt where they are the best so far."""
@@ -316,3 +327,10 @@ class Run:
             pictures.save_png(self.folder / name, draw())
         except UserError as error:
             self.world.print0(f"warning: {error}")
+
+
+def _duration(seconds: float) -> str:
+    """12 s, 3:05 min, 17.2 hours."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds // 60:.0f}:{seconds % 60:02.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} hours"

@@ -1,10 +1,13 @@
-"""Parse a photo, of 8 bits and opaque, with an exported network: onnxruntime, numpy, pillow, nothing of this repository.
+"""Parse a photo with an exported network: onnxruntime, numpy, pillow, opencv, nothing of this repository.
 
     python examples/onnx_predict.py model.onnx photo.jpg photo_labels.png
+
+The network sees the same pixels as with predict.py if the file was exported with --size of the run's crop_size.
 """
 import json
 import sys
 
+import cv2
 import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
@@ -16,18 +19,18 @@ session = onnxruntime.InferenceSession(model)
 about = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
 
 # The photo with its long side at base_size, in the corner of a canvas of the mean colour.
-image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
-scale = min(about["base_size"] / max(image.size), about["width"] / image.width, about["height"] / image.height)
-small = image.resize([max(1, round(side * scale)) for side in image.size], reducing_gap=3)
-canvas = Image.new("RGB", (about["width"], about["height"]), tuple(about["pad_colour"]))
-canvas.paste(small)
+image = np.array(ImageOps.exif_transpose(Image.open(photo)).convert("RGB"))
+height, width = image.shape[:2]
+scale = min(about["base_size"] / max(height, width), about["width"] / width, about["height"] / height)
+h, w = (max(1, int(side * scale + 0.5)) for side in (height, width))
+canvas = np.empty((about["height"], about["width"], 3), np.uint8)
+canvas[:] = about["pad_colour"]
+canvas[:h, :w] = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
 
-probabilities, = session.run(None, {"image": np.asarray(canvas)[None]})             # (1, K, H, W)
-probabilities = probabilities[0, :, :small.height, :small.width]
-best = np.zeros((image.height, image.width), np.float32)
-label = np.zeros((image.height, image.width), np.uint8)
-for k, channel in enumerate(probabilities):                # one class at a time: large photos fit
-    channel = np.asarray(Image.fromarray(channel).resize(image.size, Image.Resampling.BILINEAR))
+probabilities, = session.run(None, {"image": canvas[None]})              # (1, K, H, W)
+best, label = np.zeros((height, width), np.float32), np.zeros((height, width), np.uint8)
+for k, channel in enumerate(probabilities[0, :, :h, :w]):                # one class at a time: large photos fit
+    channel = cv2.resize(channel, (width, height), interpolation=cv2.INTER_LINEAR)
     label[channel > best], best = k, np.maximum(best, channel)
 
 picture = Image.fromarray(label)

@@ -9,8 +9,9 @@ target class, label 0 first:
     - {name: Hair, colour: [255, 0, 0], from: [Hat, Hair]}
     - {name: Belt, colour: [0, 0, 85], from: []}           # a label of the tool that this network never predicts
 
-Every class of the network must appear exactly once. Names unknown to the network are ignored if LIP, CIHP or
-PASCAL-Person-Part has them, so that one file serves LIP's Jumpsuits and CIHP's Torso-skin; any other name is an error.
+Every class of the network must appear exactly once. Names unknown to the network are ignored if LIP, CIHP,
+PASCAL-Person-Part or configs/custom.yaml has them, so that one file serves LIP's Jumpsuits and CIHP's Torso-skin; any other
+name is an error.
 """
 
 import difflib
@@ -25,6 +26,7 @@ from config import IGNORE, Config, read_yaml, user_path
 from errors import UserError
 
 KEYS = ("name", "colour", "from")
+CUSTOM_CLASSES = ("Skin", "Shoes")                         # what configs/custom.yaml has besides LIP's classes
 IGNORE_GREY = 172                                          # mean of the two greys that ignored pixels are hatched in
 Merge = tuple[tuple[int, ...], ...]                        # for each target class the network's labels it merges
 
@@ -153,7 +155,7 @@ def load_class_map(path: str | Path, labels: LabelSet) -> tuple[LabelSet, Merge]
     targets = _read_targets(path)
     for target in targets:
         for name in target["from"]:
-            if not any(name in known.classes for known in (labels, *LABEL_SETS.values())):
+            if name not in CUSTOM_CLASSES and not any(name in known.classes for known in (labels, *LABEL_SETS.values())):
                 near = difflib.get_close_matches(name, labels.classes, n=1)
                 raise UserError(f"{path}: {target['name']} takes {name!r}, which is not a class of {labels.name}"
                                 + (f"; did you mean {near[0]!r}?" if near else ""))

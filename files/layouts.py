@@ -120,8 +120,8 @@ def _unlisted(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
               for folder in (photos, labels) for first, *others in folder.files.values() for other in others]
     suffix = _common_suffix(photos.files, labels.files)
     if suffix:
-        return [], faults + [f"{place.labels}: the labels are named NAME{suffix}.png: name them as their photos, or pair them with "
-                             "a list (train_list, val_list) of lines `NAME.jpg NAME{suffix}.png`".replace("{suffix}", suffix)]
+        return [], faults + [f"{place.labels}: the labels are named NAME{suffix}.png: name them as their photos, or pair them "
+                             f"with a list (train_list, val_list) of lines `NAME.jpg NAME{suffix}.png`"]
     faults += [f"{place.labels / name}.png: no such label{labels.hint(name)}"
                for name in photos.files if name not in labels.files]
     faults += [f"{place.labels / files[0]}: no photo for this label in {place.images}"

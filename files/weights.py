@@ -1,8 +1,8 @@
-"""The official weight files, and a reader of weight files that executes nothing.
+"""Readers of weight files that execute nothing.
 
-`read_tensors` takes OpenAI's CLIP archives (TorchScript), files of `torch.save` and safetensors. A pickle can call any
-function when it is read; the ones here are read with `weights_only=True` or by `_ArchiveReader`, which calls none.
-Every fault is a `UserError`.
+`read_tensors` takes OpenAI's CLIP archives (TorchScript), files of `torch.save`, safetensors, and folders as the Hugging
+Face hub has them, in one file or in shards with an index. A pickle can call any function when it is read; the ones here
+are read with `weights_only=True` or by `_ArchiveReader`, which calls none. Every fault is a `UserError`.
 """
 
 import hashlib
@@ -13,57 +13,36 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from errors import UserError, reading
 
-
-@dataclass(frozen=True)
-class FileSpec:
-    name: str
-    url: str
-    bytes: int
-    sha256: str
-    what: str
-
-
-_CLIP_SHA256 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
-CLIP_FILE = FileSpec(
-    "ViT-B-16.pt", f"https://openaipublic.azureedge.net/clip/models/{_CLIP_SHA256}/ViT-B-16.pt",
-    350_837_078, _CLIP_SHA256, "CLIP ViT-B/16")
-SAM_FILE = FileSpec(
-    "sam_vit_l_0b3195.pth", "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_l_0b3195.pth",
-    1_249_524_607, "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622", "SAM ViT-L")
-VOCAB_FILE = FileSpec(
-    "bpe_simple_vocab_16e6.txt.gz", "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
-    1_356_917, "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a", "CLIP's vocabulary")
-SAM_B_FILE = FileSpec(
-    "sam_vit_b_01ec64.pth", "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth",
-    375_042_383, "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912", "SAM ViT-B")
-SAM_H_FILE = FileSpec(
-    "sam_vit_h_4b8939.pth", "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth",
-    2_564_550_879, "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e", "SAM ViT-H")
-FILES = (CLIP_FILE, SAM_FILE, VOCAB_FILE)                  # what the paper's network needs
-OTHER_FILES = (SAM_B_FILE, SAM_H_FILE)                     # smaller and larger encoders, for who asks for them by name
 HINT = "; `python download.py` gets the official ones"
 AGAIN = "get it again with `python download.py`"
+FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+                "open_clip_model.safetensors", "open_clip_pytorch_model.bin")          # of a folder: the first that is there
 
 
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file as hexadecimal digits."""
-    with reading(path, "file of weights", HINT), open(path, "rb") as file:
+    with reading(path, "file", HINT), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, on the CPU, in the file's types; an outer `state_dict` or `model` is opened."""
+    """The tensors of a file or folder by name, on the CPU, in the file's types; an outer `state_dict` or `model` is opened."""
     path = Path(path)
+    if path.is_dir():
+        path = next((path / name for name in FOLDER_FILES if (path / name).exists()), path)
+        if path.is_dir():
+            raise UserError(f"{path}: holds none of {', '.join(FOLDER_FILES)}")
     try:
         with reading(path, "file of weights", HINT):
+            if path.name.endswith(".index.json"):
+                return _read_shards(path)
             with open(path, "rb") as file:
                 head = file.read(512)
             values = _reader(path, head, path.stat().st_size)(path)
@@ -71,81 +50,37 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise
     except MemoryError:
         raise UserError(f"{path}: does not fit in memory") from None
-    except Exception as error:                             # a damaged file can raise anything at all
+    except Exception as error:                             # damaged files raise arbitrary exceptions
         refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:
             raise _refused(path, refused[1]) from None
-        raise _damaged(path, error) from None
+        reason = str(error).partition("\n")[0][:80] if isinstance(error, (zipfile.BadZipFile, ValueError)) else ""
+        raise UserError(f"{path}: is damaged or cut off ({reason or type(error).__name__}); {AGAIN}") from None
     for key in ("state_dict", "model"):
         if isinstance(values, dict) and isinstance(values.get(key), dict):
             values = values[key]
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds a {type(values).__name__}, not tensors by name")
+    if not isinstance(values, dict) or not values:
+        raise UserError(f"{path}: holds no tensors by name")
     for key, value in values.items():
-        if not isinstance(key, str):
-            raise UserError(f"{path}: {key!r} is no name of a tensor")
-        if not isinstance(value, Tensor):
+        if not isinstance(key, str) or not isinstance(value, Tensor):
             raise UserError(f"{path}: {key!r} is not a tensor but a value of type {type(value).__name__}")
-    if not values:
-        raise UserError(f"{path}: holds no tensors")
     return dict(values)
 
 
-def describe(tensors: dict[str, Tensor]) -> str:
-    """What a set of names and shapes is, in words: `CLIP ViT-B/16`, `SAM ViT-L`, ..."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if any(name.startswith(("vision_model.", "text_model.", "vision_encoder.")) for name in shapes):
-        return "a file with Hugging Face's names"
-    for prefix in ("", "image_encoder."):
-        conv = shapes.get(f"{prefix}patch_embed.proj.weight", ())
-        if len(conv) == 4 and f"{prefix}blocks.0.attn.rel_pos_h" in shapes:
-            return {768: "SAM ViT-B", 1024: "SAM ViT-L", 1280: "SAM ViT-H"}.get(conv[0], f"SAM of width {conv[0]}")
-    if "visual.layer1.0.conv1.weight" in shapes:
-        return "a CLIP with a ResNet"
-    conv = shapes.get("visual.conv1.weight", ())
-    if len(conv) == 4 and "visual.class_embedding" in shapes:
-        known = {(768, 32): "CLIP ViT-B/32", (768, 16): "CLIP ViT-B/16", (1024, 14): "CLIP ViT-L/14"}
-        name = known.get((conv[0], conv[3]), f"CLIP ViT of width {conv[0]}, patch {conv[3]}")
-        return name if "token_embedding.weight" in shapes else f"the image tower alone of a {name}"
-    if "token_embedding.weight" in shapes:
-        return "the text tower alone of a CLIP"
-    return "an unknown kind of file"
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The files that an index of the hub's names."""
+    try:
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError):
+        raise UserError(f"{index}: is not an index of shards") from None
+    missing = [name for name in files if not (index.parent / name).exists()]
+    if missing:
+        raise UserError(f"{index}: {len(missing)} of its {len(files)} files are missing ({', '.join(missing[:3])})")
+    return {name: tensor for file in files for name, tensor in read_tensors(index.parent / file).items()}
 
 
-def count_blocks(tensors: dict[str, Tensor], prefix: str) -> int:
-    """How many blocks, numbered behind `prefix`, the names are of."""
-    numbers = {name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)}
-    return len(numbers)
-
-
-def check_keys(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
-    """`tensors` must have exactly the names and shapes of `model`'s state dict, as floating-point numbers."""
-    state = model.state_dict()
-    wanted, found = describe(state), describe(tensors)
-    if found != wanted:
-        raise UserError(f"{path}: this is {found}, the model needs {wanted} ({_names(tensors)})")
-    faults = [f"{len(names)} {fault} ({_names(names)})" for fault, names in (
-        ("missing", [name for name in state if name not in tensors]),
-        ("left over", [name for name in tensors if name not in state])) if names]
-    if faults:
-        raise UserError(f"{path}: the names are not those of {wanted}: {', '.join(faults)}")
-    wrong = [f"{name} {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
-             for name, tensor in state.items() if tensor.shape != tensors[name].shape]
-    if wrong:
-        raise UserError(f"{path}: {len(wrong)} tensors of another size than the model's: {_names(wrong)}")
-    wrong = [f"{name} {tensor.dtype}" for name, tensor in tensors.items() if not tensor.is_floating_point()]
-    if wrong:
-        raise UserError(f"{path}: {len(wrong)} tensors are not floating-point numbers: {_names(wrong)}")
-
-
-def _names(names, shown: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One function per format; which one, the first bytes say
-
+# ----------------------------------------------------------------------------------------------------------------------
+# one reader per format, chosen by the first bytes
 
 def _reader(path: Path, head: bytes, size: int):
     start = head.lstrip().lower()
@@ -165,16 +100,7 @@ def _reader(path: Path, head: bytes, size: int):
         return _read_safetensors
     if re.fullmatch(rb"[\t\n\r\x20-\x7e]*", head):
         raise UserError(f"{path}: is a text file, not weights; {AGAIN}")
-    raise UserError(f"{path}: is of no known format (TorchScript archive, torch.save, safetensors); {AGAIN}")
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    reason = str(error).partition("\n")[0][:80] if isinstance(error, (zipfile.BadZipFile, ValueError)) else ""
-    size = path.stat().st_size
-    for spec in FILES + OTHER_FILES:
-        if spec.name == path.name and spec.bytes != size:
-            reason = f"it has {size:,} bytes, the official file {spec.bytes:,}"
-    return UserError(f"{path}: is damaged or cut off ({reason or type(error).__name__}); {AGAIN}")
+    raise UserError(f"{path}: unknown format (not a TorchScript archive, torch.save, safetensors); {AGAIN}")
 
 
 def _refused(path: Path, name: str) -> UserError:
@@ -191,10 +117,10 @@ def _read_zip(path: Path):
         folder = pickles[0].removesuffix("data.pkl")
         if f"{folder}constants.pkl" in names:
             return _read_torchscript(path, archive, folder)
-        damaged = archive.testzip()                        # torch.load does not look at the checksums
+        damaged = archive.testzip()                        # torch.load ignores the checksums
     if damaged is not None:
-        raise zipfile.BadZipFile(f"{damaged} does not fit its checksum")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _read_legacy(path: Path):
@@ -252,9 +178,15 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         header = json.loads(file.read(min(start, size) - 8))
         header.pop("__metadata__", None)                   # free text
         for name, entry in header.items():
+            if entry["dtype"] not in _DTYPES:
+                raise UserError(f"{path}: {name} has numbers of type {entry['dtype']}, which cannot be used")
             first, end = entry["data_offsets"]
+            if not 0 <= first <= end <= size - start:
+                raise ValueError(f"{name} ends behind the end of the file")
+            data = bytearray(end - first)
             file.seek(start + first)
-            tensors[name] = _tensor(bytearray(file.read(end - first)), _DTYPES[entry["dtype"]], entry["shape"])
+            file.readinto(data)
+            tensors[name] = _tensor(data, _DTYPES[entry["dtype"]], entry["shape"])
     return tensors
 
 
