@@ -27,7 +27,6 @@ PAIRS = {
     "convolution of resized maps": (uperhead, "conv_of_resized"),
     "Lovasz, class by class": (losses, "lovasz_softmax"),
     "Lovasz weights": (losses, "lovasz_weights")}
-ALL = "all fast forms"
 HIDDEN_ON_CPU = ("SAM's attention, fused", "Lovasz weights")             # behind another fast form
 
 
@@ -43,7 +42,7 @@ def variants(run, device: str) -> dict:
 
     titles = [title for title, pair in PAIRS.items()
               if device in getattr(*pair).on and not (device == "cpu" and title in HIDDEN_ON_CPU)]
-    return {ALL: run, **{f"plain: {title}": lambda pair=PAIRS[title]: without(*pair) for title in titles},
+    return {"all fast forms": run, **{f"plain: {title}": lambda pair=PAIRS[title]: without(*pair) for title in titles},
             "all plain": all_plain}
 
 

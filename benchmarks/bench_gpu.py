@@ -10,7 +10,6 @@ their peers on a GPU: bench_parts.py --device cuda.
 """
 
 import dataclasses
-import time
 
 import full_size
 import torch
@@ -74,7 +73,6 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     cfg = full_size.lip_config(f"precision={args.precision}", *(full_size.SMALL if args.small else []))
     print_machine(f"{args.precision}, {cfg.crop_size[0]} x {cfg.crop_size[1]}", args.threads, args.device)
-    start = time.perf_counter()
     model = full_size.network(dataclasses.replace(cfg, precision="fp32"))
     agreement(model, cfg, torch.device(args.device))
     model.cfg = cfg
@@ -83,7 +81,6 @@ def main(argv: list[str] | None = None):
         training(model, args.device, images, checkpointing, args.rounds)
     for images in (1, 16):
         inference(model.eval(), images, torch.device(args.device), args.rounds)
-    print(f"{time.perf_counter() - start:.0f} s in total")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
     python benchmarks/bench_parts.py                       all parts at 480 px, fp32 and bf16 autocast
     python benchmarks/bench_parts.py --part sam --size 1024 --rounds 2
-    python benchmarks/bench_parts.py --part adapter --modes fp32
 
 sam      SAM's ViT-L, the outputs of layers 6 12 18 24: segment-anything, transformers (without their necks)
 clip     CLIP's image tower, the class embedding and four taps: open_clip, transformers

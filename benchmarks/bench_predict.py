@@ -52,7 +52,7 @@ def drawings(folder: Path, count: int, size: tuple[int, int] = (256, 128)) -> Pa
     return folder
 
 
-def listing(run: str, folder: Path, count: int):
+def listing(parser: predict.Parser, run: str, folder: Path, count: int):
     """Times the start of a call on `count` photos, and a call that finds all of them parsed."""
     photos, out = folder / "many", folder / "parsed"
     one = (drawings(folder / "one", 1, (8, 8)) / "00000.jpg").read_bytes()
@@ -67,11 +67,10 @@ def listing(run: str, folder: Path, count: int):
     first = time.monotonic() - begin
     process.kill()
     peak = os.wait4(process.pid, 0)[2].ru_maxrss / 1024
-    write_results(predict.Parser(run, device="cpu"), photos, out)
+    write_results(parser, photos, out)
     begin = time.monotonic()
-    output = start(run, photos, out, "--skip-existing").communicate()[0]
+    assert f"{count} already done" in start(run, photos, out, "--skip-existing").communicate()[0]
     skipping = time.monotonic() - begin
-    assert f"{count} already done" in output, output
     begin = time.monotonic()
     start(run, folder / "one", folder / "parsed_one").communicate()
     print(f"{count:,} files: {first:.1f} s and {peak:.0f} MiB until the first is parsed; {skipping:.1f} s to find all "
@@ -133,12 +132,13 @@ def main(argv: list[str] | None = None):
     parser = options(__doc__, run="runs/demo", files=100_000, people=400, rounds=3)
     parser.add_argument("--full-size", action="store_true", help="also the share of the full-size network")
     args = parser.parse_args(argv)
-    print_machine("", CORES)
+    print_machine(args.run, CORES)
+    network = predict.Parser(args.run, device="cpu")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        listing(args.run, folder, args.files)
+        listing(network, args.run, folder, args.files)
         processes(args.run, folder, args.people, args.rounds)
-        share("the run's network", predict.Parser(args.run, device="cpu"), folder / "people", folder / "share")
+        share("the run's network", network, folder / "people", folder / "share")
         if args.full_size:
             photos = drawings(folder / "photos", 8, (1024, 768))
             for precision in ("fp32", "bf16"):

@@ -29,7 +29,6 @@ from sam_vit import Attention
 
 CASES = (("configs/lip.yaml", ()), ("configs/lip.yaml", ("checkpointing=true",)),
          *((f"configs/ablation/{name}.yaml", ()) for name in ("sam_clip_srm", "sam", "clip")))
-GIB = 2 ** 30
 
 
 def step(model: SCHNet, image: torch.Tensor) -> tuple[int, int]:
@@ -52,8 +51,8 @@ def step(model: SCHNet, image: torch.Tensor) -> tuple[int, int]:
 def row(path: str, overrides: tuple[str, ...]) -> str:
     cfg = load_config(ROOT / path, [*full_size.RANDOM, *overrides])
     classes = label_set(cfg).classes
-    with torch.device("meta"):                             # skips the random initialisation
-        model = build_model(cfg, classes, text=(torch.zeros(len(classes), 512), 100.0))
+    texts = {"f_txt": torch.zeros(len(classes), 512), "sim_scale": torch.tensor(100.0)}
+    model = build_model(cfg, classes, state=texts)         # on the meta device
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu").train()
         cast_frozen(model, cfg.precision)
@@ -61,7 +60,7 @@ def row(path: str, overrides: tuple[str, ...]) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fixed = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + 3 * 4 * trained
     tera = (flops + 14 * (flops_of_3 - flops)) / 1e12
-    gib = [(fixed + kept + (n - 2) * (kept_of_3 - kept)) / GIB for n in (4, 16)]
+    gib = [(fixed + kept + (n - 2) * (kept_of_3 - kept)) / 2 ** 30 for n in (4, 16)]
     name = " ".join([f"`{path.removeprefix('configs/')}`", *(f"`{item}`" for item in overrides)])
     count = sum(p.numel() for p in model.parameters())
     return (f"| {name} | {count / 1e6:.0f} ({trained / 1e6:.0f}) | {tera / 16:.2f} | {tera:.0f} | {gib[0]:.1f} | "

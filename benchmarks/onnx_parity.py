@@ -5,7 +5,6 @@
 
 Prints the largest difference of probabilities between the two, then a table of one drawing at a time, in turn (the
 columns: timing.py); "labels" is the share of the drawings' pixels with the class that PyTorch's fp32 gives them.
-
 Parameters initialised to zero (the last projections of SRM and FTM, the injectors' gammas) would hide errors in the
 layers before them, so they get random numbers too. The classifier is scaled to the logits of trained networks.
 """

@@ -9,7 +9,6 @@ Scripts import this module, or one that does, before the repository's modules: i
 
 import argparse
 import multiprocessing
-import platform
 import re
 import statistics
 import sys
@@ -27,6 +26,8 @@ from flops import count
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from engine.processes import device_name, pick_device  # noqa: E402
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPUINFO = Path("/proc/cpuinfo")
 CPU_FIELDS = (("model name", "CPU architecture"), ("vendor_id", "CPU implementer"), ("cpu family", "CPU variant"),
@@ -39,10 +40,8 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "as
 
 def processor(device: str = "cpu") -> str:
     """Name, vendor, family, model and instruction sets; a GPU's name."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if not CPUINFO.exists():                               # not Linux
-        return platform.processor() or platform.machine()
+    if torch.device(device).type == "cuda" or not CPUINFO.exists():
+        return device_name(torch.device(device))
     lines = CPUINFO.read_text().partition("\n\n")[0].splitlines()
     facts = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines)
     name, vendor, family, model, flags = (facts.get(x86, facts.get(arm, "?")) for x86, arm in CPU_FIELDS)
@@ -145,7 +144,7 @@ def options(doc: str, **defaults: int | str) -> argparse.ArgumentParser:
 def print_machine(text: str, threads: int, device: str = "cpu"):
     """Sets the number of threads; prints the first lines of a benchmark's output."""
     torch.set_num_threads(threads)
-    print(f"{processor(device)}, {threads} threads, torch {torch.__version__}\n{text}", flush=True)
+    print(f"{processor(str(pick_device(device)))}, {threads} threads, torch {torch.__version__}\n{text}", flush=True)
 
 
 def report(title: str, measured: Measured, columns: str = "", notes: dict[str, str] | None = None):

@@ -47,8 +47,9 @@ from train import get_lr
 sam_vit.SIZES["miniature"] = (128, 8,    2,    4,     8)
 #                               dim depth heads grid embed | text: dim  depth heads
 clip_vit.SIZES["miniature"] = (96, 4,    2,    4,   64,            64,  2,    1)
-DATA = ["sam=miniature", "clip=miniature", "clip_taps=[0, 1, 2, 3]", "dataset=synthetic", "synthetic_size=[128, 64]",
-        "crop_size=[128, 64]", "base_size=128", "synthetic_val=200", "workers=0", "precision=fp32"]
+DATA = ["sam=miniature", "clip=miniature", "clip_taps=[0, 1, 2, 3]", "clip_activation=quick_gelu", "dataset=synthetic",
+        "synthetic_size=[128, 64]", "crop_size=[128, 64]", "base_size=128", "synthetic_val=200", "workers=0",
+        "precision=fp32"]
 CLIP_RUN = ["iters=6000", "batch_size=256", "lr=1e-3", "warmup_iters=50", "crop_size=[32, 32]",
             "scale_range=[0.75, 1.5]", "synthetic_train=16000"]
 SAM_RUN = ["iters=2500", "batch_size=8", "lr=1e-3", "warmup_iters=50", "scale_range=[1.0, 1.5]", "synthetic_train=4000"]
@@ -96,10 +97,6 @@ def images_of(pairs: DrawnSet, batch: int = 20) -> Iterator[tuple[Tensor, Tensor
         yield (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255, torch.from_numpy(np.stack(labels)))
 
 
-def held_out(cfg: Config) -> Iterator[tuple[Tensor, Tensor]]:
-    return images_of(open_split(cfg, "val"))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # CLIP
 
@@ -128,7 +125,7 @@ def retrieval(clip: CLIP, cfg: Config) -> dict[str, float]:
     """Average precision of finding the held-out drawings that show a class by its sentence, the mean of the classes;
     `chance`: that of a random order."""
     f_txt, cosines, matches = clip.encode_text(prompts(cfg)), [], []
-    for image, label in held_out(cfg):
+    for image, label in images_of(open_split(cfg, "val")):
         cosines.append(clip.encode_image(image)[0] @ f_txt.T)
         matches.append(presence(label, len(f_txt)))
     cosines, matches = torch.cat(cosines).T, torch.cat(matches).T                        # (K, N)
@@ -208,7 +205,7 @@ def mask_loss(sam: SAMViT, decoder: PointDecoder, rng: np.random.Generator, imag
 def mask_iou(sam: SAMViT, decoder: PointDecoder, cfg: Config) -> float:
     """Mean IoU of the masks of points on held-out drawings."""
     rng, ious = np.random.default_rng(0), []
-    for image, label in held_out(cfg):
+    for image, label in images_of(open_split(cfg, "val")):
         points, masks = sample_points(label, rng)
         found = F.interpolate(decoder(sam(image)[-1], points), masks.shape[-2:], mode="bilinear") > 0
         ious.append((found & (masks > 0)).sum((2, 3)) / (found | (masks > 0)).sum((2, 3)))
@@ -238,8 +235,8 @@ def explained(features: Callable[[Tensor], Tensor], cfg: Config, fitted: int = 6
     """How well a linear map predicts each class's share of a patch's pixels from `features` (image (B, 3, H, W) ->
     (B, h, w, C)): R^2 of ridge regression on held-out drawings, mean of the classes."""
     count, samples = len(label_set(cfg).classes), []
-    for batches in (images_of(open_split(dataclasses.replace(cfg, synthetic_train=fitted), "train")), held_out(cfg)):
-        x, y = zip(*((features(image).flatten(0, 2), shares(label, count)) for image, label in batches))
+    for pairs in (open_split(dataclasses.replace(cfg, synthetic_train=fitted), "train"), open_split(cfg, "val")):
+        x, y = zip(*((features(image).flatten(0, 2), shares(label, count)) for image, label in images_of(pairs)))
         samples.append((torch.cat(x).double(), torch.cat(y).double()))
     (x, y), (x_new, y_new) = samples
     mean, std = x.mean(0), x.std(0) + 1e-6
@@ -272,7 +269,7 @@ def probe(folder: Path) -> dict[str, float]:
     cfg = load_config(None, [*DATA, "vocab=", "sam_weights=", "clip_weights="])
     torch.manual_seed(0)
     sams = {"SAM": load_sam(str(folder / SAM_FILE)), "SAM, random": SAMViT(*sam_vit.SIZES[cfg.sam])}
-    clips = {"CLIP": load_clip(folder / CLIP_FILE, cfg.clip_taps, cfg.clip),
+    clips = {"CLIP": load_clip(folder / CLIP_FILE, cfg.clip_taps, cfg.clip, cfg.clip_activation),
              "CLIP, random": CLIP(*clip_vit.SIZES[cfg.clip], cfg.clip_taps)}
     features = {name: lambda image, sam=sam: sam(image)[-1] for name, sam in sams.items()}
     features |= {name: lambda image, clip=clip: clip.encode_image(image)[1][-1] for name, clip in clips.items()}

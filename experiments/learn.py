@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--lrs", nargs="+", type=float, default=(1e-3, 2e-3, 4e-3), help="learning rates, for both")
     parser.add_argument("--grid-minutes", type=float, default=2, help="CPU time for each learning rate (2)")
     parser.add_argument("--minutes", type=float, default=12, help="CPU time of a run (12)")
-    parser.add_argument("--seeds", type=int, default=2, metavar="N", help="seeds 0 to N - 1 (2)")
+    parser.add_argument("--seeds", type=runner.seeds, default=range(2), metavar="N", help="seeds 0 to N - 1 (2)")
     parser.add_argument("--out", type=user_path, default=Path("runs/learn"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of configs/custom.yaml")
     args = parser.parse_intermixed_args(argv)
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None):
     rates = {name: max(mious, key=mious.get) for name, mious in grid.items()}
     records = runner.run_jobs([
         Job(name, dataclasses.replace(cfg, lr=rates[name], seed=seed), 60 * args.minutes, LOOKS, MODELS[name])
-        for seed in range(args.seeds) for name in MODELS], args.out)
+        for seed in args.seeds for name in MODELS], args.out)
     titles, found = dict(zip(MODELS, MODELS)), runner.differences(records, [tuple(MODELS)])
     text = "\n".join([f"{processor()}, torch {torch.__version__}\n", tables(grid, records, rates, background, args), "",
                       *runner.difference_table(found, titles)]) + "\n"

@@ -8,6 +8,7 @@ a file that was made with other settings is an error.
 Import this module before the repository's: it puts their folders on sys.path.
 """
 
+import argparse
 import csv
 import dataclasses
 import json
@@ -121,6 +122,13 @@ def train(job: Job, folder: Path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # all jobs
+
+def seeds(text: str) -> range:
+    """The seeds 0 to N - 1 of an option --seeds N."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return range(int(text))
+
 
 def run_jobs(jobs: Sequence[Job], folder: Path) -> list[dict]:
     """The records of all jobs; trains the missing ones. On an error or Ctrl-C, running jobs end without a record."""

@@ -101,6 +101,8 @@ ROWS = {
     "printed": Row("full, f_i as Eq. 6's residual", FULL, ("ftm_residual=f",), minus=("full", "srm")),
     "printed_eps": Row("full, f_i and AdamW's eps 1e-15", FULL, ("ftm_residual=f",), minus=("printed",),
                        change=smaller_eps),
+    "printed_torch": Row("full, f_i and Eq. 6 from torch's values", FULL, ("ftm_residual=f", "ftm_init=torch"),
+                         minus=("full", "printed")),
     "scaled": Row("full, 1/sqrt(C) in Eq. 5", FULL, ("ftm_scale_logits=true",), minus=("full",)),
     "rho": Row("full, rho from 0.1", FULL, ("rho_init=0.1",), minus=("full",)),
     "scale": Row("full, sim_scale 1", FULL, ("sim_scale=1.0",), minus=("full",)),
@@ -143,12 +145,12 @@ def train_rows(args: argparse.Namespace, made: dict) -> list[dict]:
     first = [name for name in args.rows if not ROWS[name].time_of]
     timed = [name for name in args.rows if ROWS[name].time_of]
     first += [ROWS[name].time_of for name in timed if ROWS[name].time_of not in first]
-    records = runner.run_jobs([job(name, seed) for seed in range(args.seeds) for name in first], args.out)
+    records = runner.run_jobs([job(name, seed) for seed in args.seeds for name in first], args.out)
     used = {(record["name"], record["seed"]): record["looks"][-1]["seconds"] for record in records}
     pretraining = sum(one["seconds"] for one in made.values())
     return records + runner.run_jobs([
         job(name, seed, used[ROWS[name].time_of, seed] + pretraining * ROWS[name].pretraining)
-        for seed in range(args.seeds) for name in timed], args.out)
+        for seed in args.seeds for name in timed], args.out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -210,7 +212,7 @@ def report(records: Sequence[dict], made: dict, args: argparse.Namespace):
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (3)")
+    parser.add_argument("--seeds", type=runner.seeds, default=range(3), metavar="N", help="seeds 0 to N - 1 (3)")
     parser.add_argument("--iters", type=int, help="training steps (500)")
     parser.add_argument("--out", type=user_path, help="folder of the results (runs/table6; --quick: runs/table6_quick)")
     parser.add_argument("--photos", type=user_path, help="folder of a data set with the classes of configs/custom.yaml")
@@ -220,8 +222,6 @@ def main(argv: list[str] | None = None):
     args.rows = args.rows or [name for name in ROWS if args.photos or not on_photos(name)]
     args.iters = args.iters or (6 if args.quick else 500)
     args.out = (args.out or Path("runs/table6_quick" if args.quick else "runs/table6")).resolve()
-    if args.seeds < 1:
-        raise UserError(f"--seeds must be at least 1, not {args.seeds}")
     if any(map(on_photos, args.rows)):
         if args.photos is None:
             raise UserError("the rows on photos need --photos FOLDER")
