@@ -1,12 +1,14 @@
 """A stand-in for the paper's baseline, ViT-Adapter-L with UperNet, in the official form and at its real size.
 
 ViT-Adapter's code needs mmsegmentation and a compiled operator. This computes what it does (Chen et al., arXiv
-2205.08534, the ViT-L + UperNet configuration with windows of 14) the way it does: plain linear layers and NCHW
+2205.08534, the ViT-L + UperNet configuration with windows of 14) in the same way: plain linear layers and NCHW
 convolutions, windows padded after `qkv`, deformable attention by one grid_sample per level in fp32 (transformers'
-Deformable DETR), every map at its full size, UperNet from transformers. Kinder than the official code in one place:
-attention is the fused call, not an explicit softmax. Parameters have SCHNet's names, so that it takes its weights.
+Deformable DETR), every map at its full size, UperNet from transformers. It is faster than the official code in one
+place: attention is the fused call, not an explicit softmax. Parameters have SCHNet's names, so that it takes its
+weights.
 """
 
+import peers  # noqa: F401                                 torchvision beside a CPU-only torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -158,7 +160,7 @@ class ViTAdapterUperNet(nn.Module):
 
 
 def from_schnet(state: dict[str, Tensor], classes: int, pos_embed: Tensor) -> ViTAdapterUperNet:
-    """With the weights of a SCHNet whose relative positions and qkv biases are zero, as at its start."""
+    """The baseline with the weights of an untrained SCHNet, whose relative positions and qkv biases are zero."""
     renamed = {}
     for name, tensor in state.items():
         if name.startswith("sam.") and "rel_pos" not in name:

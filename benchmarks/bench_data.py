@@ -1,33 +1,31 @@
 """Samples per second of one core: reading and augmenting training samples, beside albumentations doing the same steps.
 
-    python benchmarks/bench_data.py [--images DIR --labels DIR] [--rounds 15] [--size 480]
+    python benchmarks/bench_data.py --data FOLDER [--rounds 15] [--size 480] [--count 100]
 
-Both sides take the same photos in turn, round by round; counted is processor time, the median round. Same steps: random
-scale, crop or pad to the size, flip, brightness, contrast, saturation and hue with probability one half each, and a
-uint8 tensor (3, h, w). albumentations neither swaps left and right labels nor draws a crop again while one class fills
-it; the retries are therefore off, and measured in a line of their own. Needs `pip install albumentations`.
+FOLDER: images/train, labels/train. Both sides take the same photos in turn, round by round; counted is processor time,
+the median round. Same steps: random scale, crop or pad to the size, flip, brightness, contrast, saturation and hue with
+probability one half each, and a uint8 tensor (3, h, w). albumentations neither swaps left and right labels nor draws a
+crop again while one class fills it; the retries are therefore off, and measured in a line of their own.
 """
 
 import dataclasses
-import sys
 import warnings
 from pathlib import Path
 
 import cv2
 import torch
-from timing import begin, measure, options
+from timing import measure, options, print_machine
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from augment import BRIGHTNESS, HUE, MEAN_COLOUR, augment
+from config import IGNORE, Config, user_path
+from datasets import random_numbers
+from errors import UserError, run_program
+from files.images import read_label, read_photo_of
+from files.labels import LABEL_SETS
+
 warnings.filterwarnings("ignore", message="Error fetching version info")
-
 import albumentations as A  # noqa: E402
 from albumentations.pytorch import ToTensorV2  # noqa: E402
-
-from augment import BRIGHTNESS, HUE, MEAN_COLOUR, augment  # noqa: E402
-from config import IGNORE, Config  # noqa: E402
-from datasets import LABEL_SETS, random_numbers  # noqa: E402
-from files.images import read_label, read_photo_of  # noqa: E402
 
 
 def peer(cfg: Config) -> A.Compose:
@@ -61,36 +59,35 @@ def read_peer(photo: Path, label: Path):
             cv2.imread(str(label), cv2.IMREAD_UNCHANGED))
 
 
-def compare(title: str, work: dict, count: int, rounds: int):
-    """Every photo through each of `work` in every round; processor time counts."""
-    runs = {name: lambda one=one: [one(i) for i in range(count)] for name, one in work.items()}
+def compare(title: str, functions: dict, count: int, rounds: int):
+    """Times every photo through each of `functions` in every round, in processor time, and prints a line for each."""
+    runs = {name: lambda function=function: [function(i) for i in range(count)] for name, function in functions.items()}
     print(title)
-    for name, of in measure(runs, rounds).figures().items():
+    for name, of in measure(runs, rounds).summary().items():
         print(f"  {name:<34} {1e3 * count / of.cpu:7.0f} samples/s {of.cpu / count:7.3f} ms"
-              + ("" if name == next(iter(work)) else f"   ours is {of.cpu_ratio:.2f} times as fast"))
+              + ("" if name == next(iter(functions)) else f"   ours is {of.cpu_ratio:.2f} times as fast"))
 
 
-def main():
-    parser = options(__doc__, rounds=15, size=480)
-    parser.add_argument("--images", type=Path, default=ROOT.parent / "shared/data/ccp/images/train")
-    parser.add_argument("--labels", type=Path, default=ROOT.parent / "shared/data/ccp/labels/train")
-    parser.add_argument("--count", type=int, default=100, help="photos of a round")
-    args = parser.parse_args()
-    files = [(photo, args.labels / f"{photo.stem}.png") for photo in sorted(args.images.glob("*.jpg"))[:args.count]]
+def main(argv: list[str] | None = None):
+    parser = options(__doc__, rounds=15, size=480, count=100)
+    parser.add_argument("--data", type=user_path, required=True, help="folder with images/train and labels/train")
+    args = parser.parse_args(argv)
+    photos = sorted((args.data / "images/train").glob("*.jpg"))[:args.count]
+    files = [(photo, args.data / "labels/train" / f"{photo.stem}.png") for photo in photos]
     if not files:
-        sys.exit(f"error: no .jpg in {args.images}, give --images and --labels")
+        raise UserError(f"--data: no .jpg in {args.data}/images/train")
     cv2.setNumThreads(0)
     cfg = Config(crop_size=(args.size, args.size), base_size=args.size, max_class_share=1.0)
-    full = dataclasses.replace(cfg, max_class_share=0.75)
-    theirs, count = peer(cfg), len(files)
+    retries = dataclasses.replace(cfg, max_class_share=0.75)
+    transform, count = peer(cfg), len(files)
     arrays = [read_ours(*pair) for pair in files]
 
     def peer_on(image, label):
-        result = theirs(image=image, mask=label)
+        result = transform(image=image, mask=label)
         return result["image"].contiguous(), result["mask"]
 
-    begin(f"{count} photos, crop {args.size}, albumentations {A.__version__}, OpenCV {cv2.__version__}, one thread, "
-          f"median of {args.rounds} rounds in turn", threads=1)
+    print_machine(f"{count} photos, crop {args.size}, albumentations {A.__version__}, OpenCV {cv2.__version__}, median "
+                  f"of {args.rounds} rounds in turn", threads=1)
     assert ours(*arrays[0], cfg, 0)[0].shape == peer_on(*arrays[0])[0].shape == (3, *cfg.crop_size)
     compare("augmentation alone, from arrays", {
         "ours": lambda i: ours(*arrays[i], cfg, i),
@@ -101,8 +98,8 @@ def main():
     compare("reading and augmentation", {
         "ours": lambda i: ours(*read_ours(*files[i]), cfg, i),
         "OpenCV and albumentations": lambda i: peer_on(*read_peer(*files[i])),
-        "ours, with crop retries": lambda i: ours(*read_ours(*files[i]), full, i)}, count, args.rounds)
+        "ours, with crop retries": lambda i: ours(*read_ours(*files[i]), retries, i)}, count, args.rounds)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

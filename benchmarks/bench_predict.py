@@ -1,38 +1,38 @@
-"""predict.py over many photos: what listing costs, what a second process brings, how much of the time is the network's.
+"""predict.py over many photos: the cost of listing, the gain of a second process, the network's share of the time.
 
     python benchmarks/bench_predict.py --run runs/demo                 # listing, processes, the network's share
-    python benchmarks/bench_predict.py --run runs/demo --full-size     # the share of the full-size network too
+    python benchmarks/bench_predict.py --run runs/demo --full-size     # also the share of the full-size network
 
-Listing: --files photos of 8 x 8 pixels, hard links of one; seconds and memory (of the process, peak) until the first
-result is written, and with --skip-existing when all are. Processes: --figures drawn people of 256 x 128 in --rounds rounds,
-by one process of all cores and by as many processes of one core, in turn, started and ended included. Share: the seconds
-of the network, its softmax at the photo's size and the maximum, over all of `parse_photos`: what is not hidden behind it
-is reading, drawing and writing.
+Listing: --files photos of 8 x 8 pixels; seconds and peak memory until the first result is written, and seconds to find
+with --skip-existing that all results are there. Processes: --people drawings of 256 x 128 in --rounds rounds, by one
+process of all cores and by as many processes of one core, in turn, start included. Share: the seconds of the network,
+its softmax at the photo's size and the maximum, over those of all of the parsing: the rest is reading, drawing,
+writing.
 """
 
-import argparse
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
-import torch
+import full_size
+import numpy as np
 from PIL import Image
-from timing import begin, resident
+from timing import ROOT, options, print_machine, resident
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import inference  # noqa: E402
-import predict  # noqa: E402
-from config import load_config  # noqa: E402
-from datasets import label_set  # noqa: E402
-from model import build_model  # noqa: E402
-from synthetic.draw import draw  # noqa: E402
+import inference
+import predict
+from engine.parsing import Job, Report
+from errors import run_program
+from files.inputs import list_inputs
+from files.labels import label_set
+from files.results import Results
+from synthetic.draw import draw
+from viz.pictures import save_palette_png
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -45,128 +45,105 @@ def start(run: str, photos: Path, out: Path, *more: str, processes: int = 1) -> 
                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
-def figures(folder: Path, count: int, size: tuple[int, int] = (256, 128)) -> Path:
+def drawings(folder: Path, count: int, size: tuple[int, int] = (256, 128)) -> Path:
     folder.mkdir()
     for n in range(count):
         Image.fromarray(draw(7, n, size)[0]).save(folder / f"{n:05}.jpg", quality=92)
     return folder
 
 
-def copies(source: Path, folder: Path, count: int):
-    """`count` files in folders of a thousand; a folder's others are hard links to its first (ext4 allows 65,000)."""
-    for n in range(count):
-        target = folder / f"{n // 1000:03}" / f"{n:06}{source.suffix}"
-        if n % 1000 == 0:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            first = target
-            if first != source:
-                first.write_bytes(source.read_bytes())
-        elif not target.exists():
-            os.link(first, target)
-
-
-def listing(run: str, folder: Path, count: int):
-    """Until the first result is there, and until it is known that all are."""
+def listing(parser: predict.Parser, run: str, folder: Path, count: int):
+    """Times the start of a call on `count` photos, and a call that finds all of them parsed."""
     photos, out = folder / "many", folder / "parsed"
-    one = figures(folder / "one", 1, (8, 8)) / "00000.jpg"
-    copies(one, photos, count)
-    begun, peak = time.monotonic(), 0
+    one = (drawings(folder / "one", 1, (8, 8)) / "00000.jpg").read_bytes()
+    for n in range(count):
+        path = photos / f"{n // 1000:03}" / f"{n:06}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(one)
+    begin = time.monotonic()
     process = start(run, photos, out)
     while process.poll() is None and not any(out.glob("labels/*/*.png")):
-        peak = max(peak, memory(process.pid))
         time.sleep(0.05)
-    first = time.monotonic() - begun
+    first = time.monotonic() - begin
     process.kill()
-    process.wait()
-    for kind, ending in (("labels", ".png"), ("overlays", ".jpg")):
-        copies(next(out.glob(f"{kind}/*/*{ending}")), out / kind, count)
-    begun = time.monotonic()
-    said = start(run, photos, out, "--skip-existing").communicate()[0]
-    assert f"{count} left out" in said and "0 parsed" in said, said
-    print(f"{count:,} files: {first:.1f} s and {peak:.0f} MiB until the first is parsed; "
-          f"{time.monotonic() - begun:.1f} s to find all of them done (both with {alone(run, folder):.1f} s of start)")
-
-
-def alone(run: str, folder: Path) -> float:
-    begun = time.monotonic()
+    peak = os.wait4(process.pid, 0)[2].ru_maxrss / 1024
+    write_results(parser, photos, out)
+    begin = time.monotonic()
+    assert f"{count} already done" in start(run, photos, out, "--skip-existing").communicate()[0]
+    skipping = time.monotonic() - begin
+    begin = time.monotonic()
     start(run, folder / "one", folder / "parsed_one").communicate()
-    return time.monotonic() - begun
+    print(f"{count:,} files: {first:.1f} s and {peak:.0f} MiB until the first is parsed; {skipping:.1f} s to find all "
+          f"of them done; {time.monotonic() - begin:.1f} s for one photo alone", flush=True)
 
 
-def memory(pid: int) -> float:
-    """MiB that a process holds now."""
-    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-    return int(found[1]) / 1024 if found else 0
+def write_results(parser: predict.Parser, photos: Path, out: Path):
+    """Results as predict.py would leave them, without running the network."""
+    label, results = np.zeros((8, 8), np.uint8), Results(out, parser.classes, parser.settings)
+    for found in list_inputs([str(photos)]).photos:
+        paths = {kind: results.path(kind, found.name) for kind in results.kinds}
+        for path in paths.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        save_palette_png(paths["labels"], label, parser.palette, results.record(found.path, label))
+        paths["overlays"].touch()
 
 
 def processes(run: str, folder: Path, count: int, rounds: int):
-    photos, times = figures(folder / "figures", count), {1: [], CORES: []}
+    photos, times = drawings(folder / "people", count), {1: [], CORES: []}
     for n in range(rounds):
         for number in times:
-            out, begun = folder / f"by {number}, {n}", time.monotonic()
+            out, begin = folder / f"by {number}, {n}", time.monotonic()
             assert start(run, photos, out, "--batch", "4", processes=number).wait() == 0
-            times[number].append(time.monotonic() - begun)
+            times[number].append(time.monotonic() - begin)
     ratios = [one / many for one, many in zip(*times.values())]
-    print(f"{count} figures: one process {statistics.median(times[1]):.1f} s, {CORES} processes "
+    print(f"{count} drawings: one process {statistics.median(times[1]):.1f} s, {CORES} processes "
           f"{statistics.median(times[CORES]):.1f} s: {statistics.median(ratios):.2f} times as fast "
-          f"({min(ratios):.2f} .. {max(ratios):.2f} in {rounds} rounds)")
+          f"({min(ratios):.2f} .. {max(ratios):.2f} in {rounds} rounds)", flush=True)
 
 
 def share(name: str, parser: predict.Parser, photos: Path, out: Path):
-    """The network's part of the wall's clock."""
-    inside, parse_batch = [], parser.parse_batch
+    """Prints the network's share of the wall time."""
+    inside, parse = [], parser.parse
 
-    def timed(*args):
-        begun = time.monotonic()
-        result = parse_batch(*args)
-        inside.append(time.monotonic() - begun)
-        return result
+    def timed(images):
+        begin = time.monotonic()
+        labels = parse(images)
+        inside.append(time.monotonic() - begin)
+        return labels
 
-    parser.parse_batch = timed
-    args, report = predict.arguments([str(photos), "--out", str(out)]), predict.Report()
-    jobs = predict.collect(args.inputs, args.out, report)[0]
-    batches = [jobs[n:n + args.batch] for n in range(0, len(jobs), args.batch)]
-    begun = time.monotonic()
-    predict.parse_photos(parser, batches, set(), args, report, lambda more: None)
-    wall = time.monotonic() - begun
+    parser.parse, report, inputs = timed, Report(), list_inputs([str(photos)]).photos
+    batches = [inputs[n:n + parser.batch] for n in range(0, len(inputs), parser.batch)]
+    begin = time.monotonic()
+    Job(parser, Results(out, parser.classes, parser.settings), report).photos(batches, set(), lambda more: None)
+    wall = time.monotonic() - begin
     print(f"{name}: the network has {sum(inside) / wall:.1%} of {wall:.1f} s for {len(report.parsed)} photos; "
-          f"{resident('VmHWM'):.0f} MiB")
+          f"{resident('VmHWM'):.0f} MiB", flush=True)
 
 
-def full_size(precision: str) -> predict.Parser:
-    """configs/lip.yaml with random weights, as a Parser has it."""
-    cfg = load_config(ROOT / "configs" / "lip.yaml", ["sam_weights=", "clip_weights=", "vocab=", f"precision={precision}"])
-    labels = label_set(cfg)
-    torch.manual_seed(0)
-    model = build_model(cfg, labels.classes).eval()
-    inference.cast_frozen(model, precision)
-    load_run, inference.load_run = inference.load_run, lambda *_: (model, labels, Path("random weights"))
-    try:
+def full_size_parser(precision: str) -> predict.Parser:
+    """A Parser of configs/lip.yaml with random weights."""
+    cfg = full_size.lip_config(f"precision={precision}")
+    run = full_size.network(cfg).eval(), label_set(cfg), Path(__file__)
+    with mock.patch.object(inference, "load_run", lambda *_: run):
         return predict.Parser()
-    finally:
-        inference.load_run = load_run
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--run", default="runs/demo")
-    parser.add_argument("--files", type=int, default=100_000)
-    parser.add_argument("--figures", type=int, default=400)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--full-size", action="store_true")
-    args = parser.parse_args()
-    begin("", CORES)
+def main(argv: list[str] | None = None):
+    parser = options(__doc__, run="runs/demo", files=100_000, people=400, rounds=3)
+    parser.add_argument("--full-size", action="store_true", help="also the share of the full-size network")
+    args = parser.parse_args(argv)
+    print_machine(args.run, CORES)
+    network = predict.Parser(args.run, device="cpu")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        listing(args.run, folder, args.files)
-        processes(args.run, folder, args.figures, args.rounds)
-        share("the run's network", predict.Parser(args.run, device="cpu"), folder / "figures", folder / "share")
+        listing(network, args.run, folder, args.files)
+        processes(args.run, folder, args.people, args.rounds)
+        share("the run's network", network, folder / "people", folder / "share")
         if args.full_size:
-            photos = folder / "photos"
-            figures(photos, 8, (1024, 768))
+            photos = drawings(folder / "photos", 8, (1024, 768))
             for precision in ("fp32", "bf16"):
-                share(f"full size, {precision}", full_size(precision), photos, folder / precision)
+                share(f"full size, {precision}", full_size_parser(precision), photos, folder / precision)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

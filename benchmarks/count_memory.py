@@ -1,59 +1,44 @@
-"""What a training step takes, counted on tensors that have shapes but no values: the table of docs/reproduce.md.
+"""The cost of a training step, counted on tensors that have shapes but no values: the table of docs/reproduce.md.
 
     python benchmarks/count_memory.py                      a few minutes, 1.5 GB of memory, no GPU
     python benchmarks/count_memory.py configs/lip.yaml ftm_tokens=200 crop_size=512
 
-Arithmetic: flops.py, forward and backward, what checkpointing computes again included. Memory: every storage that
-autograd keeps for the backward pass (`saved_tensors_hooks`), weights, gradients, and AdamW's two moments, under bf16
-autocast with frozen weights in bf16 as train.py keeps them, and with fused attention, as on a GPU. Both are counted for
-2 and 3 images and go on as a straight line. Not counted: the loss and the libraries' workspace.
+Arithmetic: flops.py, forward and backward, with the recomputation of checkpointing. Memory: every storage that autograd
+keeps for the backward pass (`saved_tensors_hooks`), weights, gradients, and AdamW's two moments, under bf16 autocast
+with frozen weights in bf16 as train.py keeps them, and with fused attention, as on a GPU. Both are counted for 2 and 3
+images and extrapolated linearly. Not counted: the loss and the libraries' workspace.
 """
 
 import argparse
-import sys
 import warnings
-from pathlib import Path
 
+import full_size
 import torch
 from flops import Flops
+from timing import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import adapter
+from config import load_config
+from errors import run_program
+from files.labels import label_set
+from layers import autocast, cast_frozen
+from model import SCHNet, build_model
+from sam_vit import Attention
 
-import adapter  # noqa: E402
-from config import Config, load_config  # noqa: E402
-from datasets import label_set  # noqa: E402
-from inference import autocast, cast_frozen  # noqa: E402
-from model import SCHNet, build_model  # noqa: E402
-from sam_vit import Attention  # noqa: E402
-
-CASES = (("configs/lip.yaml", ()), ("configs/lip.yaml", ("checkpointing=true",)), ("configs/ablation/sam_clip_srm.yaml", ()),
-         ("configs/ablation/sam.yaml", ()), ("configs/ablation/clip.yaml", ()))
-GIB = 2 ** 30
-
-
-def as_on_a_gpu():
-    """The forms that a GPU takes; a CPU has others of its own."""
-    Attention.forward = Attention.forward.plain            # its `attend` is the fused one
-    adapter.ms_deform_attn = adapter.ms_deform_attn.plain
-
-
-def network(cfg: Config) -> SCHNet:
-    classes = label_set(cfg).classes
-    with torch.device("meta"):                             # no time for random weights
-        return build_model(cfg, classes, text=(torch.zeros(len(classes), 512), 100.0))
+CASES = (("configs/lip.yaml", ()), ("configs/lip.yaml", ("checkpointing=true",)),
+         *((f"configs/ablation/{name}.yaml", ()) for name in ("sam_clip_srm", "sam", "clip")))
 
 
 def step(model: SCHNet, image: torch.Tensor) -> tuple[int, int]:
-    """Operations of a forward and backward pass, and bytes that are kept between the two, weights aside."""
+    """Operations of a forward and backward pass, and bytes that are kept between the two, weights not included."""
     kept, held = {}, {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in held:
-            kept[storage._cdata] = storage                 # held on to: no other storage can get its address
+            kept[storage._cdata] = storage                 # a reference: no other storage can get its address
         return tensor
 
     with Flops() as flops:
@@ -64,8 +49,10 @@ def step(model: SCHNet, image: torch.Tensor) -> tuple[int, int]:
 
 
 def row(path: str, overrides: tuple[str, ...]) -> str:
-    cfg = load_config(ROOT / path, ["sam_weights=", "clip_weights=", "vocab=", *overrides])
-    model = network(cfg)
+    cfg = load_config(ROOT / path, [*full_size.RANDOM, *overrides])
+    classes = label_set(cfg).classes
+    texts = {"f_txt": torch.zeros(len(classes), 512), "sim_scale": torch.tensor(100.0)}
+    model = build_model(cfg, classes, state=texts)         # on the meta device
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu").train()
         cast_frozen(model, cfg.precision)
@@ -73,20 +60,21 @@ def row(path: str, overrides: tuple[str, ...]) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fixed = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + 3 * 4 * trained
     tera = (flops + 14 * (flops_of_3 - flops)) / 1e12
-    gib = [(fixed + kept + (n - 2) * (kept_of_3 - kept)) / GIB for n in (4, 16)]
+    gib = [(fixed + kept + (n - 2) * (kept_of_3 - kept)) / 2 ** 30 for n in (4, 16)]
     name = " ".join([f"`{path.removeprefix('configs/')}`", *(f"`{item}`" for item in overrides)])
     count = sum(p.numel() for p in model.parameters())
     return (f"| {name} | {count / 1e6:.0f} ({trained / 1e6:.0f}) | {tera / 16:.2f} | {tera:.0f} | {gib[0]:.1f} | "
             f"{gib[1]:.1f} |")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cfg", nargs="?", help="a file of configs/; those of docs/reproduce.md if not given")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-    as_on_a_gpu()
+    Attention.forward = Attention.forward.plain            # the forms that a GPU uses: its `attend` is the fused one
+    adapter.ms_deform_attn = adapter.ms_deform_attn.plain
     print("| configuration | weights, million (trained) | TFLOP per image | TFLOP per step of 16 | GiB for 4 images | "
           "GiB for 16 images |\n|---|---|---|---|---|---|")
     for path, overrides in [(args.cfg, tuple(args.overrides))] if args.cfg else CASES:
@@ -94,4 +82,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

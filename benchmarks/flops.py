@@ -24,7 +24,7 @@ def product(a: Tensor, b: Tensor) -> int:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scores: int, sums: int) -> int:
-    """q (..., N, d), k (..., M, d), v (..., M, D): so many products of the size of q.k, and of that of the weighted sum."""
+    """q (..., N, d), k (..., M, d), v (..., M, D): `scores` products like q.k, `sums` like the weighted sum of v."""
     return 2 * math.prod(q.shape[:-1]) * k.shape[-2] * (scores * q.shape[-1] + sums * v.shape[-1])
 
 
@@ -45,8 +45,8 @@ def convolution(out: Tensor, x: Tensor, weight: Tensor, bias, stride, padding, d
     return 2 * (x if transposed else out).numel() * math.prod(weight.shape[1:])
 
 
-def backward_convolution(out, grad: Tensor, x: Tensor, weight: Tensor, bias, stride, padding, dilation, transposed: bool,
-                         output_padding, groups: int, wanted: list[bool]) -> int:
+def backward_convolution(out, grad: Tensor, x: Tensor, weight: Tensor, bias, stride, padding, dilation,
+                         transposed: bool, output_padding, groups: int, wanted: list[bool]) -> int:
     return sum(wanted[:2]) * convolution(grad, x, weight, bias, stride, padding, dilation, transposed)
 
 

@@ -1,26 +1,21 @@
-"""The peers' parts at any size with this project's weights, as the benchmarks run them.
+"""The peers' encoders and head at any size with this project's weights.
 
-Each comes as (module, function): SAM's and CLIP's functions take an image (B, 3, H, W) in [0, 1] and return what ours do,
-their position tables are made for its size beforehand. UperNet's head is a module that takes the four maps. A library is
-imported when it is asked for: the benchmarks measure memory.
+Each comes as (module, function): SAM's and CLIP's functions take an image (B, 3, H, W) in [0, 1] and return what ours
+do; their position tables are resampled to its size beforehand. UperNet's head is a module that takes the four maps.
+Libraries are imported when needed, because the benchmarks measure memory.
 """
 
 import functools
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from timing import ROOT  # noqa: F401                      sets sys.path
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import conftest  # noqa: E402, F401                        torchvision beside a CPU-only torch
-from test_clip_vit import MEAN as CLIP_MEAN, STD as CLIP_STD, hugging_face_names, resized  # noqa: E402
-from test_sam_vit import LARGE, MEAN, STD, hugging_face, official  # noqa: E402
-
-from layers import relative_positions  # noqa: E402
+import conftest  # noqa: F401                              torchvision beside a CPU-only torch
+from layers import relative_positions
+from test_clip_vit import MEAN as CLIP_MEAN, STD as CLIP_STD, hugging_face_names, resized
+from test_sam_vit import LARGE, MEAN, STD, hugging_face, official
 
 TAPS = (3, 5, 7, 11)
 NORMS = {"SAM": (MEAN, STD), "CLIP": (CLIP_MEAN, CLIP_STD)}
@@ -28,9 +23,9 @@ SAMS = {"segment-anything": official, "transformers": hugging_face}
 
 
 @functools.cache
-def norm(encoder: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, moved once: a copy at every call would have a GPU wait."""
-    return tuple(values.to(device) for values in NORMS[encoder])
+def norm(encoder: str, device: torch.device) -> list[Tensor]:
+    """Mean and standard deviation on the device, copied once: a copy in every call would synchronise a GPU."""
+    return [values.to(device) for values in NORMS[encoder]]
 
 
 def normalized(image: Tensor, encoder: str) -> Tensor:
@@ -39,7 +34,7 @@ def normalized(image: Tensor, encoder: str) -> Tensor:
 
 
 def sam(name: str, state: dict[str, Tensor], size: int, sizes: dict = LARGE) -> tuple[nn.Module, Callable]:
-    """One of SAMS, without its neck: the outputs at the end of each quarter of the layers, (B, h, w, C) each."""
+    """One of SAMS without its neck; returns the outputs of each quarter of the layers, (B, h, w, C) each."""
     grid, fitted = size // 16, dict(state)
     for key, table in state.items():                       # row i, column 0 of the expanded table is distance i, ...
         if "rel_pos" in key and len(table) != 2 * sizes["window"] - 1:
@@ -60,8 +55,8 @@ def sam(name: str, state: dict[str, Tensor], size: int, sizes: dict = LARGE) -> 
 
 
 def openai_clip(state: dict[str, Tensor], size: int) -> tuple[nn.Module, Callable]:
-    """open_clip's image tower, whose blocks are OpenAI's (nn.MultiheadAttention), with ViT-B/16's sizes: the class
-    embedding (B, E) of unit length and four taps (B, N, D)."""
+    """open_clip's ViT-B/16 image tower, whose blocks are OpenAI's (nn.MultiheadAttention); returns the class embedding
+    (B, E) of unit length and four taps (B, N, D)."""
     import open_clip
     model = open_clip.create_model("ViT-B-16-quickgelu", force_image_size=size).visual.eval().requires_grad_(False)
     fitted = resized({f"visual.{name}": tensor for name, tensor in state.items()}, size // 16, size // 16)
@@ -77,13 +72,13 @@ def openai_clip(state: dict[str, Tensor], size: int) -> tuple[nn.Module, Callabl
 
 def hugging_face_clip(state: dict[str, Tensor], size: int, heads: int = 12,
                       taps: tuple[int, ...] = TAPS) -> tuple[nn.Module, Callable]:
-    """transformers' image tower, of the sizes of `state`: as `openai_clip`."""
+    """transformers' image tower, of the sizes of `state`; returns what `openai_clip` does."""
     import transformers
     dim, embed = state["proj"].shape
     model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
         patch_size=16, image_size=size, hidden_act="quick_gelu", hidden_size=dim, intermediate_size=4 * dim,
         num_hidden_layers=taps[-1] + 1, num_attention_heads=heads, projection_dim=embed)).eval().requires_grad_(False)
-    text = {name: torch.zeros(1, 1) for name in ("logit_scale", "text_projection")}                 # is left out
+    text = {name: torch.zeros(1, 1) for name in ("logit_scale", "text_projection")}                 # not loaded
     fitted = resized({f"visual.{name}": tensor for name, tensor in state.items()} | text, size // 16, size // 16)
     assert not model.load_state_dict(hugging_face_names(fitted), strict=False).missing_keys
 
@@ -92,6 +87,12 @@ def hugging_face_clip(state: dict[str, Tensor], size: int, heads: int = 12,
         return [nn.functional.normalize(out.image_embeds, dim=-1), *(out.hidden_states[tap + 1][:, 1:] for tap in taps)]
 
     return model, run
+
+
+def clip_outputs(tower: nn.Module, image: Tensor) -> list[Tensor]:
+    """The outputs of this project's image tower in the peers' layout."""
+    f_cls, taps = tower(image)
+    return [f_cls, *(tap.flatten(1, 2) for tap in taps)]
 
 
 CLIPS = {"open_clip": openai_clip, "transformers": hugging_face_clip}

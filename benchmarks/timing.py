@@ -1,16 +1,20 @@
-"""What the benchmarks share: runs in turn, so that noise hits all alike, beside the best matrix product of the machine.
+"""Timing for the benchmarks: alternating runs, so that noise affects all alike, and the machine's best matrix product.
 
 Seconds belong to one machine, and so do ratios of seconds. What can be compared between machines is the share: the
 operations per second of a run, as counted by flops.py, over those of the fastest of some large matrix products in the
 same precision, timed in the same rounds.
+
+Scripts import this module, or one that does, before the repository's modules: it puts their folders on sys.path.
 """
 
 import argparse
-import platform
+import multiprocessing
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +23,16 @@ import torch
 import torch.nn.functional as F
 from flops import count
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from engine.processes import device_name, pick_device  # noqa: E402
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPUINFO = Path("/proc/cpuinfo")
-KEYS = (("model name", "CPU architecture"), ("vendor_id", "CPU implementer"), ("cpu family", "CPU variant"),
-        ("model", "CPU part"), ("flags", "Features"))      # on x86, on Arm
-SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
+CPU_FIELDS = (("model name", "CPU architecture"), ("vendor_id", "CPU implementer"), ("cpu family", "CPU variant"),
+              ("model", "CPU part"), ("flags", "Features"))    # on x86, on Arm
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -31,25 +40,18 @@ SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "s
 
 def processor(device: str = "cpu") -> str:
     """Name, vendor, family, model and instruction sets; a GPU's name."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if not CPUINFO.exists():                               # not Linux
-        return platform.processor() or platform.machine()
+    if torch.device(device).type == "cuda" or not CPUINFO.exists():
+        return device_name(torch.device(device))
     lines = CPUINFO.read_text().partition("\n\n")[0].splitlines()
     facts = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines)
-    name, vendor, family, model, flags = (facts.get(x86, facts.get(arm, "?")) for x86, arm in KEYS)
-    sets = " ".join(name for name in SETS if name in flags.split())
+    name, vendor, family, model, flags = (facts.get(x86, facts.get(arm, "?")) for x86, arm in CPU_FIELDS)
+    sets = " ".join(name for name in INSTRUCTIONS if name in flags.split())
     return f"{name} ({vendor} family {family} model {model}: {sets})"
 
 
-def machine(device: str = "cpu") -> str:
-    """The line that every benchmark begins with."""
-    return f"{processor(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
 def products(precision: str, device: str) -> dict[str, Callable]:
-    """Matrix products of which one is the fastest that the machine can do: squares, and the linear layers of SAM's MLP
-    on one image's tokens (a GPU: on 16 images'), each as matrix product and as convolution, for oneDNN is not MKL."""
+    """Candidates for the machine's fastest matrix product: squares, and the linear layers of SAM's MLP on one image's
+    tokens (on a GPU: of 16 images), each as matrix product (MKL) and as convolution (oneDNN)."""
     large = torch.device(device).type == "cuda"
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
@@ -58,11 +60,12 @@ def products(precision: str, device: str) -> dict[str, Callable]:
     found = {}
     for n in (4096, 8192) if large else (1024, 2048):
         found[f"{n} x {n} x {n}"] = lambda a=matrix(n, n), b=matrix(n, n): a @ b
-    for rows, width, out in ((14400, 1024, 4096), (14400, 4096, 1024)) if large else ((900, 1024, 4096), (900, 4096, 1024)):
+    rows = 14400 if large else 900
+    for width, out in ((1024, 4096), (4096, 1024)):
         x, weight = matrix(rows, width), matrix(out, width)
         tokens, kernel = x.view(1, 1, rows, width).permute(0, 3, 1, 2), weight[:, :, None, None]
         found[f"{rows} x {width} x {out}, linear"] = lambda x=x, weight=weight: F.linear(x, weight)
-        # Dilated, which means nothing to a kernel of one cell: else one thread leaves it to MKL.
+        # Dilation has no effect on a 1x1 kernel, but keeps a single thread from using MKL.
         found[f"{rows} x {width} x {out}, 1x1 convolution"] = (
             lambda tokens=tokens, kernel=kernel: F.conv2d(tokens, kernel, dilation=2))
     return found
@@ -71,12 +74,12 @@ def products(precision: str, device: str) -> dict[str, Callable]:
 # ----------------------------------------------------------------------------------------------------------------------
 # runs
 
-class Figures(NamedTuple):
-    """Milliseconds, and how many times the first one's: medians over the rounds, ratios and shares within each round."""
-    low: float                                             # quartiles of the wall's clock
+class Summary(NamedTuple):
+    """Medians over the rounds: milliseconds; ratios to the first run and shares, taken within each round."""
+    low: float                                             # quartiles of the wall time
     median: float
     high: float
-    cpu: float                                             # says more on a machine that does other things too
+    cpu: float                                             # more reliable on a machine with other work
     ratio: float
     cpu_ratio: float
     gflop: float
@@ -84,27 +87,27 @@ class Figures(NamedTuple):
 
 
 class Measured(NamedTuple):
-    times: dict[str, list[tuple[float, float]]]            # of each round: wall clock, processor time / threads; seconds
+    times: dict[str, list[tuple[float, float]]]            # per round: wall time, processor time / threads; seconds
     flops: dict[str, int]
     best: str                                              # the fastest matrix product
     rates: list[float]                                     # its operations per second in each round
 
-    def figures(self) -> dict[str, Figures]:
-        """For each name; it is the first one's time that the ratios are of."""
+    def summary(self) -> dict[str, Summary]:
+        """The summary of each run; ratios are to the first run's time."""
         ours, result = next(iter(self.times.values())), {}
         for name, rounds in self.times.items():
             ratios = [statistics.median(a[i] / b[i] for a, b in zip(rounds, ours, strict=True)) for i in (0, 1)]
             walls, busy = 1e3 * np.array(rounds).T
             shares = [self.flops[name] / wall / rate for (wall, _), rate in zip(rounds, self.rates)] or [float("nan")]
-            result[name] = Figures(*np.quantile(walls, (0.25, 0.5, 0.75)), np.median(busy), *ratios,
+            result[name] = Summary(*np.quantile(walls, (0.25, 0.5, 0.75)), np.median(busy), *ratios,
                                    self.flops[name] / 1e9, statistics.median(shares))
         return result
 
 
 def measure(runs: dict[str, Callable], rounds: int, precision: str = "", device: str = "cpu") -> Measured:
-    """Each run once, to warm up and to count, then in every round all of them in turn; who begins changes.
+    """Runs each once, to warm up and to count operations, then all in turn in every round; the first one rotates.
 
-    Matrix products of the `precision` end each round; "": none, for what is not made of them.
+    Each round ends with matrix products of the `precision`; "": none, for code that is not made of them.
     """
     beside = products(precision, device) if precision else {}
     flops = {name: count(run)[1] for name, run in {**runs, **beside}.items()}
@@ -131,23 +134,24 @@ def error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
 # the scripts
 
 def options(doc: str, **defaults: int | str) -> argparse.ArgumentParser:
-    """An option for each of `defaults`, of its type."""
-    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    """A parser with an option for each of `defaults`, of its type; --help shows the script's docstring."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in defaults.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"({value})")
     return parser
 
 
-def begin(text: str, threads: int, device: str = "cpu"):
+def print_machine(text: str, threads: int, device: str = "cpu"):
+    """Sets the number of threads; prints the first lines of a benchmark's output."""
     torch.set_num_threads(threads)
-    print(f"{machine(device)}\n{text}", flush=True)
+    print(f"{processor(str(pick_device(device)))}, {threads} threads, torch {torch.__version__}\n{text}", flush=True)
 
 
 def report(title: str, measured: Measured, columns: str = "", notes: dict[str, str] | None = None):
-    """The table of one case; `notes` are further columns of each row."""
+    """Prints the table of one case; `notes`: the further `columns` of each row."""
     counted = f"{'GFLOP':>10}{'share':>7}" if measured.rates else ""
     print(f"{title:38}{'ms':>9}{'quartiles':>19}{'cpu ms':>9}{'time / ours':>13}{'cpu':>6}{counted}{columns}")
-    for name, of in measured.figures().items():
+    for name, of in measured.summary().items():
         counted = f"{of.gflop:10.2f}{of.share:7.0%}" if measured.rates else ""
         print(f"{name:38}{of.median:9.1f}{of.low:10.1f}{of.high:9.1f}{of.cpu:9.1f}{of.ratio:13.2f}{of.cpu_ratio:6.2f}"
               f"{counted}{notes[name] if notes else ''}")
@@ -160,9 +164,15 @@ def report(title: str, measured: Measured, columns: str = "", notes: dict[str, s
 # memory
 
 def resident(what: str = "VmRSS") -> float:
-    """MiB of this process; "VmHWM" is the peak since `forget_peak`."""
+    """Resident MiB of this process; "VmHWM": the peak since `reset_peak`."""
     return int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-def forget_peak():
+def reset_peak():
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def in_new_process(function: Callable, *args):
+    """The result of a module-level function, computed in a fresh process: memory is not reused from earlier runs."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()

@@ -1,5 +1,5 @@
-"""Set-up of the tests of a GPU: `make test-gpu`. Without CUDA each test says that it is skipped; with
-SCHNET_TEST_DEVICE=cpu the same comparisons run on a small network, which is how they are kept alive without a card."""
+"""Set-up of the tests of a GPU: `make test-gpu`. Without CUDA each test is skipped with that reason; with
+SCHNET_TEST_DEVICE=cpu the same comparisons run on a small network, so that they can be tested without a card."""
 
 import os
 
@@ -12,13 +12,14 @@ from compare import DEVICE  # noqa: E402
 
 def pytest_collection_modifyitems(items):
     if DEVICE.type == "cuda" and not torch.cuda.is_available():
+        reason = "torch finds no CUDA device (SCHNET_TEST_DEVICE=cpu runs it on a CPU)"
         for item in items:
-            item.add_marker(pytest.mark.skip(reason="torch finds no CUDA device (SCHNET_TEST_DEVICE=cpu runs it on a CPU)"))
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
 def full_precision():
-    """No TF32: what is compared is the arithmetic of the network."""
+    """Disables TF32: the network's arithmetic is compared."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
     if torch.cuda.is_available():

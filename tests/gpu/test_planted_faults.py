@@ -1,4 +1,8 @@
-"""The comparisons of tests/gpu, which need a GPU to say something new: each is shown to fail for a planted fault."""
+"""The comparisons of compare.py, on the CPU: each is shown to fail for a planted fault."""
+
+import importlib.util
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch.nn.functional as F
@@ -6,25 +10,24 @@ import torch.nn.functional as F
 import fast
 from sam_vit import Attention
 
-
-@pytest.fixture(scope="module")
-def compare():
-    """tests/gpu/compare.py on the CPU, with its small network."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SCHNET_TEST_DEVICE", "cpu")
-        import compare
-    return compare
+with mock.patch.dict("os.environ", SCHNET_TEST_DEVICE="cpu"):            # a copy of its own: the tests' may use a GPU
+    spec = importlib.util.spec_from_file_location("compare_on_cpu", Path(__file__).with_name("compare.py"))
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
 
 
 @pytest.fixture(scope="module")
-def right(compare):
-    cfg = compare.configuration()
+def cfg():
+    return compare.configuration()
+
+
+@pytest.fixture(scope="module")
+def right(cfg):
     model = compare.network(cfg)
     return compare.logits(model, cfg, 1, compare.DEVICE), compare.one_step(model, cfg, 2, compare.DEVICE)
 
 
-def test_the_comparisons_pass_without_a_fault(compare, right):
-    cfg = compare.configuration()
+def test_the_comparisons_pass_without_a_fault(cfg, right):
     model = compare.network(cfg)
     compare.same_logits(compare.logits(model, cfg, 1, compare.DEVICE), right[0], 1e-6)
     losses, gradients = compare.one_step(model, cfg, 2, compare.DEVICE)
@@ -33,10 +36,9 @@ def test_the_comparisons_pass_without_a_fault(compare, right):
     assert compare.fused_attention_is_taken(model, cfg).startswith("8 layers")
 
 
-def test_a_wrong_scale_in_a_fast_form(compare, right, monkeypatch):
+def test_a_wrong_scale_in_a_fast_form(cfg, right, monkeypatch):
     wrong = fast.replaced_by(lambda self, x: 1.02 * fast.sam_attention(self, x))(Attention.forward.plain)
     monkeypatch.setattr(Attention, "forward", wrong)
-    cfg = compare.configuration()
     model = compare.network(cfg)
     with pytest.raises(AssertionError, match="logits differ"):
         compare.same_logits(compare.logits(model, cfg, 1, compare.DEVICE), right[0], 1e-4)
@@ -45,15 +47,14 @@ def test_a_wrong_scale_in_a_fast_form(compare, right, monkeypatch):
         compare.same_gradients(gradients, right[1][1], 1e-3)
 
 
-def test_a_wrong_loss(compare, right):
+def test_a_wrong_loss(right):
     losses = dict(right[1][0], lovasz=1.01 * right[1][0]["lovasz"])
     with pytest.raises(AssertionError, match="losses differ"):
         compare.same_loss(losses, right[1][0], 1e-4)
 
 
 @pytest.mark.parametrize("factor", (0.0, 0.5, 1.01))
-def test_a_dropped_gradient(compare, right, factor):
-    cfg = compare.configuration()
+def test_a_wrong_gradient(cfg, right, factor):
     model = compare.network(cfg)
     model.ftm.second[1].weight.register_hook(lambda gradient: factor * gradient)
     _, gradients = compare.one_step(model, cfg, 2, compare.DEVICE)
@@ -61,18 +62,15 @@ def test_a_dropped_gradient(compare, right, factor):
         compare.same_gradients(gradients, right[1][1], 1e-3)
 
 
-def test_an_attention_that_is_not_fused(compare, monkeypatch):
-    cfg = compare.configuration()
-    model = compare.network(cfg)
+def test_an_attention_that_is_not_fused(cfg, monkeypatch):
     monkeypatch.setattr(fast, "ENABLED", False)
     with pytest.raises(AssertionError, match="4 of 8 layers call the fused attention"):
-        compare.fused_attention_is_taken(model, cfg)
+        compare.fused_attention_is_taken(compare.network(cfg), cfg)
 
 
-def test_an_attention_that_falls_back(compare, monkeypatch):
-    """Dropout is one of the things that no fused kernel of a CPU can do."""
+def test_an_attention_that_falls_back(cfg, monkeypatch):
+    """Dropout is one of the things that no fused kernel of a CPU supports."""
     kernel = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **more: kernel(*args, **more, dropout_p=0.1))
-    cfg = compare.configuration()
     with pytest.raises(RuntimeError, match="kernel"):
         compare.fused_attention_is_taken(compare.network(cfg), cfg)

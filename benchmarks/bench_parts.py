@@ -1,0 +1,290 @@
+"""The network's parts at their real sizes with random weights, beside other implementations.
+
+    python benchmarks/bench_parts.py                       all parts at 480 px, fp32 and bf16 autocast
+    python benchmarks/bench_parts.py --part sam --size 1024 --rounds 2
+
+sam      SAM's ViT-L, the outputs of layers 6 12 18 24: segment-anything, transformers (without their necks)
+clip     CLIP's image tower, the class embedding and four taps: open_clip, transformers
+adapter  deformable attention and the adapter around it: the form of Deformable DETR, one grid_sample per level
+head     UperNet's head, evaluation and training: transformers
+loss     Lovasz-softmax with its gradient: the reference implementation's method, one sort per class
+
+Runs alternate in one process with the same weights and inputs; all outputs and gradients are compared. Under autocast
+our frozen weights are kept in bf16, as in training and prediction; the peers' stay in fp32. The columns: timing.py.
+Memory of the encoders: the peak of a run in a fresh process, above what the process held before.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import peers
+import torch
+import torch.nn.functional as F
+from timing import error, in_new_process, measure, options, print_machine, report, reset_peak, resident
+from torch import Tensor
+
+import adapter
+from clip_vit import CLIP
+from errors import run_program
+from layers import cast_frozen
+from losses import lovasz_softmax
+from sam_vit import SAMViT
+from test_clip_vit import random_state as clip_state
+from test_sam_vit import LARGE, build, random_state as sam_state
+from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
+from uperhead import UPerHead
+
+OURS = "this project"
+
+
+class Case(NamedTuple):
+    title: str
+    runs: dict[str, Callable[[], list[Tensor]]]            # ours is the first
+    errors: dict[str, float]
+    allowed: float                                         # error of ours
+    precision: str                                         # of the matrix products beside it; "": none
+    notes: dict[str, str] = {}                             # a further column
+
+
+def autocast(mode: str, device: str):
+    return torch.autocast(device, torch.bfloat16, enabled=mode == "bf16")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# encoders
+
+ENCODERS = {"sam": tuple(peers.SAMS), "clip": tuple(peers.CLIPS)}        # with their peers
+
+
+def make_encoder(encoder: str, name: str, size: int, mode: str, device: str) -> Callable[[Tensor], list[Tensor]]:
+    """An encoder for images of this size, under autocast if the mode is bf16."""
+    if encoder == "sam":
+        with torch.device("meta"):
+            empty = SAMViT()
+        state = sam_state(empty)
+        model, run = (build(state, **LARGE),) * 2 if name == OURS else peers.sam(name, state, size)
+    else:
+        clip = CLIP().eval().requires_grad_(False)
+        clip.load_state_dict(clip_state(clip))
+        model, run = clip.visual, lambda image: peers.clip_outputs(clip.visual, image)
+        if name != OURS:
+            model, run = peers.CLIPS[name](clip.visual.state_dict(), size)
+    model.to(device)
+    if name == OURS:
+        cast_frozen(model, mode)
+
+    def in_mode(image: Tensor) -> list[Tensor]:
+        with torch.inference_mode(), autocast(mode, device):
+            return run(image)
+    return in_mode
+
+
+def encoder_memory(encoder: str, name: str, size: int, batch: int, mode: str, threads: int) -> float:
+    """MiB at the peak of a run on the CPU, above what the process held before it."""
+    torch.set_num_threads(threads)
+    run, image = make_encoder(encoder, name, size, mode, "cpu"), torch.rand(batch, 3, size, size)
+    before = resident()
+    reset_peak()
+    run(image)
+    return resident("VmHWM") - before
+
+
+def encoder_cases(encoder: str, args: argparse.Namespace) -> Iterator[Case]:
+    """Errors: against the first peer in fp32."""
+    image = torch.rand(args.batch, 3, args.size, args.size, device=args.device)
+    wanted = make_encoder(encoder, ENCODERS[encoder][0], args.size, "fp32", args.device)(image)
+    for mode in args.modes:
+        names = OURS, *ENCODERS[encoder]
+        models = {name: make_encoder(encoder, name, args.size, mode, args.device) for name in names}
+        runs = {name: lambda model=model: model(image) for name, model in models.items()}
+        sizes = args.size, args.batch, mode, args.threads
+        notes = {} if args.device != "cpu" else {
+            name: f"{in_new_process(encoder_memory, encoder, name, *sizes):6.0f} MiB" for name in names}
+        yield Case(f"{encoder}, {mode}", runs, {name: error(run(), wanted) for name, run in runs.items()},
+                   {"fp32": 1e-5, "bf16": 0.05}[mode], mode, notes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# adapter
+
+def grid_sample_form(value, shapes, locations, weights):
+    value, locations, weights = value.float(), locations.float(), weights.float()      # as the original kernel runs
+    return MultiScaleDeformableAttention()(value, torch.tensor(shapes), shapes, None, locations, weights, 64)
+
+
+FORMS = {OURS: adapter.ms_deform_attn, "grid_sample": grid_sample_form}
+
+
+def deformable_inputs(queries: list, shapes: list, batch: int, device: str) -> list[Tensor]:
+    """Values, locations and weights of 16 heads of 32 with 4 points: an untrained adapter's plus noise of a cell."""
+    module = adapter.MSDeformAttn(1024, len(shapes), 16, 4, 0.5)
+    module.reset_parameters()
+    offsets = module.sampling_offsets.bias.detach().view(1, 1, 16, len(shapes), 4, 2)
+    reference = adapter.cell_centres(queries, "cpu", torch.float32).view(1, -1, 1, 1, 1, 2)
+    offsets = offsets + torch.randn(batch, reference.shape[1], *offsets.shape[2:])
+    locations = reference + offsets / torch.tensor([(w, h) for h, w in shapes]).view(-1, 1, 2)
+    weights = torch.randn(*locations.shape[:3], 4 * len(shapes)).softmax(-1).view(locations.shape[:-1])
+    value = torch.randn(batch, sum(h * w for h, w in shapes), 16, 32)
+    return [x.to(device).requires_grad_() for x in (value, locations, weights)]
+
+
+def attention(form, backward: bool, shapes, value, locations, weights) -> list[Tensor]:
+    with torch.set_grad_enabled(backward):
+        out = form(value, shapes, locations, weights)
+    return [out, *torch.autograd.grad(out.square().sum(), (value, locations, weights))] if backward else [out]
+
+
+def adapter_alone(form, net, image, tokens, mode: str) -> list[Tensor]:
+    """The adapter of 1024 channels without the transformer in it: prior, 4 injectors, 6 extractors, fusion."""
+    adapter.ms_deform_attn = form
+    with torch.no_grad(), autocast(mode, image.device.type):
+        c1, c = net.prior(image)
+        x, outs = tokens, []
+        for stage in range(4):
+            x = net.inject(stage, x, c)
+            c = net.extract(stage, x, c)
+            outs.append(x)
+        return net.fuse(c1, c, outs)
+
+
+def adapter_cases(args: argparse.Namespace) -> Iterator[Case]:
+    """Errors: the difference of the two forms."""
+    h = w = args.size // 16
+    pyramid = adapter.pyramid(h, w)
+    calls = []
+    for name, queries, shapes in (("injector", [(h, w)], pyramid), ("extractor", pyramid, [(h, w)])):
+        inputs = shapes, *deformable_inputs(queries, shapes, args.batch, args.device)
+        calls.append((f"{name}, forward", "fp32", attention, (False, *inputs), 1e-5))
+        calls.append((f"{name}, + backward", "fp32", attention, (True, *inputs), 1e-2))  # slopes jump between cells
+    net = adapter.ViTAdapter(1024, 64, 16, 4, 0.5, 0.25, 0.0).to(args.device).eval()
+    for injector in net.injectors:
+        torch.nn.init.ones_(injector.gamma)
+    image = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
+    tokens = torch.randn(args.batch, h, w, 1024, device=args.device)
+    calls += [(f"adapter, {mode}", mode, adapter_alone, (net, image, tokens, mode), {"fp32": 1e-4, "bf16": 0.02}[mode])
+              for mode in args.modes]
+    for title, mode, function, inputs, allowed in calls:
+        runs = {name: lambda form=form: function(form, *inputs) for name, form in FORMS.items()}
+        ours, theirs = (run() for run in runs.values())
+        yield Case(title, runs, dict.fromkeys(runs, error(ours, theirs)), allowed, mode)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# head
+
+LAYOUTS = {OURS: torch.channels_last, "transformers": torch.contiguous_format}           # of the features they get
+
+
+def features(name: str, batch: int, size: int, device: str, train: bool) -> list[Tensor]:
+    """Four maps of 1024 channels at strides 4 to 32."""
+    generator = torch.Generator().manual_seed(1)
+    maps = [torch.randn(batch, 1024, size // stride, size // stride, generator=generator) for stride in (4, 8, 16, 32)]
+    return [x.to(device, memory_format=LAYOUTS[name]).requires_grad_(train) for x in maps]
+
+
+def head_outputs(head: torch.nn.Module, maps: list[Tensor], train: bool, mode: str) -> list[Tensor]:
+    """[logits]; in training [logits, gradients of the four maps, gradients of the weights]."""
+    with torch.set_grad_enabled(train), autocast(mode, maps[0].device.type):
+        logits = head(maps)
+    if not train:
+        return [logits]
+    return [logits, *torch.autograd.grad(logits.float().square().mean(), [*maps, *head.parameters()])]
+
+
+def head_cases(args: argparse.Namespace) -> Iterator[Case]:
+    """Errors: of the logits and of the features' gradients, against the peer in fp64 on an image of 96 px."""
+    ours = UPerHead(1024, 512, 20, dropout=0.0)
+    nets = {OURS: ours.to(args.device), "transformers": peers.upernet(ours.state_dict()).to(args.device)}
+    for train, batch in ((False, args.batch), (True, 2 * args.batch)):
+        for net in nets.values():
+            net.train(train)
+        small = {name: features(name, max(batch, 4) if train else batch, 96, args.device, train) for name in nets}
+        exact = copy.deepcopy(nets["transformers"]).double()
+        wanted = head_outputs(exact, [x.double() for x in small["transformers"]], train, "fp32")[:5]
+        maps = {name: features(name, batch, args.size, args.device, train) for name in nets}
+        for mode in args.modes:
+            errors = {name: error(head_outputs(nets[name], small[name], train, mode)[:5], wanted) for name in nets}
+            runs = {name: lambda name=name: head_outputs(nets[name], maps[name], train, mode) for name in nets}
+            # ReLU's slope jumps at zero: one input within rounding of it changes the gradients by 1e-3
+            yield Case(f"{'forward + backward' if train else 'evaluation'}, batch {batch}, {mode}", runs, errors,
+                       max(2 * errors["transformers"], 1e-2 if train else 1e-5), mode)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# loss
+
+def sort_per_class(logits: Tensor, labels: Tensor) -> Tensor:
+    """The reference method: for each class that is present, a descending sort of the errors and cumulative sums."""
+    probs = logits.softmax(1).movedim(1, -1).flatten(0, 2)                               # (N, K)
+    labels = labels.flatten()
+    probs, labels = probs[labels != 255], labels[labels != 255]
+    losses = []
+    for c in range(probs.shape[1]):
+        truth = (labels == c).to(probs.dtype)
+        if truth.sum() > 0:
+            errors, order = (truth - probs[:, c]).abs().sort(descending=True)
+            hits, misses = truth[order].cumsum(0), (1 - truth[order]).cumsum(0)
+            jaccard = 1 - (truth.sum() - hits) / (truth.sum() + misses)
+            losses.append(errors.dot(torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])))
+    return torch.stack(losses).mean()
+
+
+LOSSES = {OURS: lovasz_softmax, "one sort per class": sort_per_class}
+
+
+def loss_inputs(images: int, size: int, trained: bool, device: str) -> tuple[Tensor, Tensor]:
+    """Blocks of labels with an ignored border; random logits, or those of a trained network."""
+    labels = torch.randint(20, (images, 1, 15, 15)).float()
+    labels = F.interpolate(labels, size=(size, size))[:, 0].to(torch.uint8)
+    logits = torch.randn(images, 20, size, size)
+    if trained:
+        logits = 2 * logits + 8 * F.one_hot(labels.long(), 20).movedim(-1, 1)
+    labels[:, :size // 24] = 255
+    return logits.to(device), labels.to(device)
+
+
+def loss_and_gradient(loss, logits: Tensor, labels: Tensor) -> list[Tensor]:
+    logits = logits.detach().requires_grad_()
+    value = loss(logits, labels)
+    return [value.detach(), *torch.autograd.grad(value, logits)]
+
+
+def loss_cases(args: argparse.Namespace) -> Iterator[Case]:
+    """Errors: of the gradient, and in a further column of the loss, against the peer in fp64 on half the size."""
+    for trained in (False, True):
+        logits, labels = loss_inputs(4 * args.batch, args.size // 2, trained, args.device)
+        exact = loss_and_gradient(sort_per_class, logits.double(), labels)
+        found = {name: loss_and_gradient(loss, logits, labels) for name, loss in LOSSES.items()}
+        inputs = loss_inputs(4 * args.batch, args.size, trained, args.device)
+        yield Case("logits of a trained network" if trained else "random logits",
+                   {name: lambda loss=loss: loss_and_gradient(loss, *inputs) for name, loss in LOSSES.items()},
+                   {name: error(outputs[1:], exact[1:]) for name, outputs in found.items()}, 1e-2, "",
+                   {name: f"{error(outputs[:1], exact[:1]):10.1e}" for name, outputs in found.items()})
+
+
+PARTS = {"sam": lambda args: encoder_cases("sam", args), "clip": lambda args: encoder_cases("clip", args),
+         "adapter": adapter_cases, "head": head_cases, "loss": loss_cases}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = options(__doc__, size=480, batch=1, threads=2, rounds=7, device="cpu")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--modes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    args = parser.parse_args(argv)
+    print_machine(f"{args.batch} x {args.size} px", args.threads, args.device)
+    failed = []
+    for part in args.part:
+        torch.manual_seed(0)
+        for case in PARTS[part](args):
+            notes = {name: f"{case.errors[name]:10.1e}{case.notes.get(name, '')}" for name in case.runs}
+            report(case.title, measure(case.runs, args.rounds, case.precision, args.device), f"{'error':>10}", notes)
+            failed += [case.title] * (not case.errors[OURS] <= case.allowed)
+    for title in failed:
+        print(f"error too large: {title}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run_program(main)
