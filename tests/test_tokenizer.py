@@ -82,7 +82,7 @@ def test_generated_ascii(peer):
         if len(ids) <= 75:
             compared += 1
             assert words(tokenize([text], VOCAB)[0]) == ids, repr(text)
-    assert compared > 4_875
+    assert compared > 1_900
 
 
 @needs_vocab
