@@ -108,15 +108,14 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     others = PATHS - {"out", "data_root"}
     cfg = load_config("~/my.yaml", [f"{key}=~/{key}" for key in others])
     assert (cfg.out, cfg.data_root, cfg.prompt) == (f"{tmp_path}/runs", str(tmp_path), "~ {class}")
-    assert len(others) == 9 and all(getattr(cfg, key) == f"{tmp_path}/{key}" for key in others)
+    assert len(others) == 10 and all(getattr(cfg, key) == f"{tmp_path}/{key}" for key in others)
     assert load_config(None, ["out=runs/~x"]).out == "runs/~x" and user_path("~/x") == tmp_path / "x"
     home, found = tmp_path / "x", []
     monkeypatch.setattr(datasets, "check_data", lambda cfg, out: found.append(out))
     datasets.main(["--out=~/x"])
     monkeypatch.setattr("sys.argv", ["draw", "--out=~/x", "--count=0"])
     draw.main()
-    weights = download.parse(["--dir=~/x", "--from=~/x"])
-    assert found == [home] and home.is_dir() and weights.dir == weights.source == home
+    assert found == [home] and home.is_dir() and download.parse(["--dir=~/x"]).dir == home
     assert predict.arguments(["photo", "--out=~/x"]).out == evaluate.arguments(["--out=~/x"]).out == home
     with pytest.raises(UserError, match=f"{home}: "):      # --run of three programs
         checkpoint.find("~/x")
