@@ -63,9 +63,9 @@ def autocast(device: torch.device, precision: str):
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32, also under autocast: for logits, whose bf16 would have steps of 0.125 from 16 on."""
+    """a @ b in the precision of `b`, also under autocast: for logits, which have steps of 0.125 from 16 on in bf16."""
     with torch.autocast(a.device.type, enabled=False):
-        return a.float() @ b.float()
+        return a.to(b.dtype) @ b
 
 
 def cast_frozen(model: nn.Module, precision: str):

@@ -221,9 +221,9 @@ class Run:
             self.first_step = time.monotonic()
 
     def _state(self, losses: dict[str, float], lr: float) -> str:
-        shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        shown = "".join(f"{name} {value:.3f} " for name, value in losses.items())
         skipped = f" {self.progress.skipped} skipped" if self.progress.skipped else ""
-        return f"{shown} lr {lr:.1e} {memory(self.world.device):.1f} GiB{skipped}"
+        return f"{shown}lr {lr:.1e} {memory(self.world.device):.1f} GiB{skipped}"
 
     def log_means(self, lr: float):
         """A log entry with the mean losses since the last one."""
