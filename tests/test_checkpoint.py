@@ -92,7 +92,7 @@ def test_settings_that_can_be_changed(saved):
 
 def test_the_newest_two_are_kept(tmp_path):
     for n in range(4):
-        checkpoint.write_last(tmp_path, {"format": checkpoint.FORMAT, "model": {}, "n": n})
+        checkpoint.write(tmp_path / "last.pt", {"format": checkpoint.FORMAT, "model": {}, "n": n}, tmp_path / "previous.pt")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"][:n + 1]
         content, path, damaged = checkpoint.read_last(tmp_path)
         assert content["n"] == n and path.name == "last.pt" and not damaged
@@ -117,25 +117,13 @@ def test_the_optimizers_state_is_by_name():
     saved = copy.deepcopy(checkpoint.optimizer_state(model, optimizer))
     assert saved.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     other, theirs = optimized(dataclasses.replace(CFG, patch_embed_lr_mult=0.5, lr=0.01), 1)
-    checkpoint.load_optimizer(other, theirs, saved, Path("last.pt"))
+    checkpoint.load_optimizer(other, theirs, saved)
     for name, p in other.named_parameters():
         if p.requires_grad:
             assert all(torch.equal(theirs.state[p][key], value) for key, value in saved[name].items()), name
     assert {group["lr"] for group in theirs.param_groups} == {0.01}
-    checkpoint.load_optimizer(model, optimizer, {}, Path("last.pt"))     # of a run without a step
+    checkpoint.load_optimizer(model, optimizer, {})     # of a run without a step
     assert not optimizer.state_dict()["state"]
-
-
-@pytest.mark.parametrize("change, words", [
-    (lambda saved: saved.pop("srm.expand.bias"), "srm.expand.bias"),
-    (lambda saved: saved.update(extra=saved["ftm.rho"]), "extra"),
-    (lambda saved: saved["ftm.tokens"].update(exp_avg_sq=torch.zeros(4, 5, 16)), "ftm.tokens exp_avg_sq")])
-def test_an_optimizers_state_of_another_network_names_the_parameter(change, words):
-    model, optimizer = optimized(CFG, 0)
-    saved = copy.deepcopy(checkpoint.optimizer_state(model, optimizer))
-    change(saved)
-    with pytest.raises(UserError, match=rf"^last.pt: .*\({words}\)$"):
-        checkpoint.load_optimizer(model, optimizer, saved, Path("last.pt"))
 
 
 # ---- writing and damage
@@ -214,7 +202,7 @@ def test_too_little_memory_is_not_damage(saved, monkeypatch):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: ...")
 
     monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(MemoryError, match="last.pt"):
+    with pytest.raises(RuntimeError, match="allocate memory"):
         checkpoint.read_last(saved.parent)
 
 
@@ -274,7 +262,7 @@ def test_frozen_official_tensors_are_left_out(official, tmp_path):
     again, _ = restore(path, f"sam_weights={moved}")
     assert torch.equal(again.sam.blocks[0].attn.qkv.weight, model.sam.blocks[0].attn.qkv.weight)
     write_sam(moved, 12)
-    with pytest.raises(UserError, match="another .*moved.pth"):
+    with pytest.raises(UserError, match="^sam_weights: .*last.pt .*sam.pth.*moved.pth"):
         restore(path, f"sam_weights={moved}")
 
 

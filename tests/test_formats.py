@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import train
-from tiny import RUN, assert_same_run, make_data
+from tiny import RUN, assert_same_run, fails, kill_and_resume, make_data
 
 import clip_vit
 import sam_vit
-from clip_vit import CLIP, load_clip
+from clip_vit import load_clip
 from config import Config, to_yaml
 from errors import UserError
 from files import foundations
@@ -171,22 +171,7 @@ def test_a_run_continues_with_the_same_numbers_in_another_format(small, tmp_path
     (tmp_path / "tiny.yaml").write_text(to_yaml(config))
     argv = ["--cfg", str(tmp_path / "tiny.yaml")]
     train.main(argv)
-
-    class Killed(BaseException):
-        pass
-
-    gradient = train.Learner.gradient
-
-    def killed(self, batches, it):
-        if it == 2:
-            raise Killed
-        return gradient(self, batches, it)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Learner, "gradient", killed)
-        with pytest.raises(Killed):
-            train.main([*argv, f"out={tmp_path / 'run'}"])
-    train.main([*argv, f"out={tmp_path / 'run'}", "--resume", *hub])
+    kill_and_resume(argv, tmp_path / "run", 2, *hub)
     changed = ("sam_weights", "clip_weights", "clip_activation")
     for folder in (tmp_path / "whole", tmp_path / "run"):
         for name in ("last.pt", "best.pt"):
@@ -198,6 +183,5 @@ def test_a_run_continues_with_the_same_numbers_in_another_format(small, tmp_path
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     sam = torch.load(small / "sam.pth")
     torch.save(sam | {"image_encoder.pos_embed": sam["image_encoder.pos_embed"] + 1e-6}, tmp_path / "other.pth")
-    with pytest.raises(SystemExit):
-        train.main([*argv, "--resume", f"sam_weights={tmp_path / 'other.pth'}"])
-    assert re.search("error: sam_weights: .*sam.pth .*other.pth", capsys.readouterr().err)
+    line = fails(capsys, *argv, "--resume", f"sam_weights={tmp_path / 'other.pth'}")
+    assert re.search("sam_weights: .*sam.pth .*other.pth", line)

@@ -269,9 +269,8 @@ def test_full_size(monkeypatch):
     """configs/lip.yaml: the published parameter counts, and the shapes for one image."""
     monkeypatch.setattr(model_file, "matmul_fp32", torch.matmul)         # autocast does not know "meta"
     cfg = load_config(ROOT / "configs/lip.yaml", ["sam_weights=", "clip_weights=", "vocab="])
-    with torch.device("meta"):
-        model = build_model(cfg, [f"class {n}" for n in range(20)],
-                            {"f_txt": torch.zeros(20, 512), "sim_scale": torch.tensor(100.0)}).to("meta").eval()
+    state = {"f_txt": torch.zeros(20, 512), "sim_scale": torch.tensor(100.0)}
+    model = build_model(cfg, [f"class {n}" for n in range(20)], state).to("meta").eval()
 
     def count(module):
         return sum(p.numel() for p in module.parameters())

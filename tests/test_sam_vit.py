@@ -8,7 +8,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fast
 from sam_vit import SIZES, Attention, SAMViT
 
 TOLERANCE = 1e-5
@@ -100,13 +99,12 @@ def full_size(name):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name, peer", [("vit_l", official), ("vit_h", hugging_face)])
-def test_full_size_parity(name, peer):
+def test_full_size_parity():
     """ViT-B: test_formats.py."""
-    state, image = full_size(name), torch.rand(1, 3, 256, 160, generator=torch.Generator().manual_seed(1))
-    outs = build(state, SIZES[name])(image)
-    assert [out.shape for out in outs] == [(1, 16, 10, SIZES[name][0])] * 4
-    assert error(outs, peer_outputs(peer, state, image, SIZES[name])[0]) <= TOLERANCE
+    state, image = full_size("vit_l"), torch.rand(1, 3, 96, 160, generator=torch.Generator().manual_seed(1))
+    outs = build(state, SIZES["vit_l"])(image)
+    assert [out.shape for out in outs] == [(1, 6, 10, 1024)] * 4
+    assert error(outs, peer_outputs(official, state, image, SIZES["vit_l"])[0]) <= TOLERANCE
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +131,7 @@ def test_every_kind_of_grid(small, peer, dtype, tolerance, h, w, both_forms):
         assert error(outs, peer_outputs(peer, state, picture(h, w, dtype=dtype))[0]) <= tolerance
 
 
-def test_every_tensor_matters(small, both_forms):
+def test_every_tensor_matters(small):
     """Without any one tensor, the last output is wrong by more than a hundred times what the parity tests allow."""
     image = picture(6, 7, batch=1)
     with torch.no_grad():

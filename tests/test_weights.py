@@ -1,6 +1,5 @@
 """files/weights.py: every container, every kind of broken file reported in one line; nothing is executed."""
 
-import gzip
 import hashlib
 import io
 import json
@@ -10,7 +9,6 @@ import random
 import re
 import zipfile
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
