@@ -200,13 +200,15 @@ def run(args: argparse.Namespace, world: World):
               "seconds_per_image": seconds, "processes": world.size, **versions(world.device), **_main_scores(result),
               "classes": {name: {"iou": iou, "acc": acc} for name, iou, acc in classes},
               "confusion": matrix.tolist(), "config": dataclasses.asdict(model.cfg)}
-    write_text(folder / RESULTS, json.dumps(reports.without_nan(record), indent=1))
     title = f"{path.parent.name} on {labels.name} {args.split}, {how}: mIoU {100 * result['miou']:.2f}"
-    drawn = reports.draw(folder, title, labels, matrix.numpy(), shown)
-    print(reports.table(result, labels, args.tta))
-    if other:
-        print(f"{path.name} (iteration {progress['iteration']}) was chosen on this very set; {last.name} (iteration "
-              f"{other['iteration']}), which was not: mIoU {100 * other['miou']:.2f}")
+    try:
+        write_text(folder / RESULTS, json.dumps(reports.without_nan(record), indent=1))
+        drawn = reports.draw(folder, title, labels, matrix.numpy(), shown)
+    finally:                                               # files first: a lost terminal loses nothing, nor does a full disk
+        print(reports.table(result, labels, args.tta))
+        if other:
+            print(f"{path.name} (iteration {progress['iteration']}) was chosen on this very set; {last.name} (iteration "
+                  f"{other['iteration']}), which was not: mIoU {100 * other['miou']:.2f}")
     print(f"{seconds:.3f} s per image; " + ", ".join(map(str, [folder / RESULTS, *drawn])))
 
 

@@ -243,7 +243,7 @@ def work(job: Job, photos: list[Input], videos: list[Input], done: set[Input], w
     batches = [batch for batch in batches if any(found not in done for found in batch)][world.rank::world.size]
     count = sum(found not in done for batch in batches for found in batch) * world.size
     with tqdm(total=count, unit="photo", disable=not (world.main and count)) as bar:
-        job.photos(batches, {found.name for found in done}, lambda more: bar.update(more * world.size))
+        job.photos(batches, done, lambda: bar.update(world.size))
     for found in [found for found in videos if found not in done][world.rank::world.size]:
         job.video(found, progress=world.main)
 
