@@ -24,9 +24,8 @@ except ImportError as error:
 
 _datasets = importlib.util.find_spec("datasets").origin
 if not Path(_datasets).samefile(Path(__file__).with_name("datasets.py")):
-    raise ImportError(f"SCHNet's datasets.py clashes with {_datasets}: Hugging Face's packages `datasets` and `evaluate` "
-                      "have the same names. Use SCHNet in a process that does not import them, with its folder first in "
-                      "sys.path")
+    raise ImportError(f"SCHNet's datasets.py clashes with {_datasets}: Hugging Face's `datasets` and `evaluate` have "
+                      "these names. Use a process that does not import them, with SCHNet's folder first in sys.path")
 
 # How torch, C++ and OpenCV report that memory is exhausted.
 NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed", "std::bad_alloc", "Insufficient memory")
@@ -102,7 +101,7 @@ def protect_output():
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except OSError:                                    # closed (`>&-`): a file opened later must not take its number
+        except OSError:                                    # closed: no other file may get its number
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")

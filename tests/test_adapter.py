@@ -160,9 +160,9 @@ def test_module_starts_on_a_star():
     assert 0.9 * bound < attn.value_proj.weight.abs().max() <= bound
 
 
-@pytest.mark.parametrize("dim, heads, ratio, words", [(96, 7, 0.5, "it is 48"), (16, 16, 0.05, "it is 0")])
-def test_heads_must_divide_the_width(dim, heads, ratio, words):
-    with pytest.raises(UserError, match=rf"deform_ratio \({ratio}\) .* deform_heads\s+\({heads}\), {words}"):
+@pytest.mark.parametrize("dim, heads, ratio, width", [(96, 7, 0.5, 48), (16, 16, 0.05, 0)])
+def test_heads_must_divide_the_width(dim, heads, ratio, width):
+    with pytest.raises(UserError, match=rf"deform_ratio \({ratio}\) .* {width}, .* deform_heads \({heads}\)"):
         MSDeformAttn(dim, 1, heads, 4, ratio)
     assert Extractor(16, 2, 2, 0.5, 0.05, 0.0).ffn.fc1.out_features == 1             # never none
 
@@ -401,7 +401,7 @@ def test_stages_and_image_sides():
         expected = extractor(x, expected, shapes)
     assert len(net.extractors) == 6
     close(net.extract(3, x, c), expected)
-    with pytest.raises(ValueError, match="48 x 64: .* 32"):
+    with pytest.raises(ValueError, match="48, 64.* 32"):
         net.prior(torch.zeros(1, 3, 48, 64))
 
 
