@@ -46,8 +46,12 @@ class Report:
     def print(self, seconds: float, out: Path):
         print(f"{len(self.parsed)} parsed in {seconds:.1f} s" + (f", in {out}" if self.parsed else ""), flush=True)
         if self.failed:
-            failed = [re.sub(r"[\x00-\x1f\x7f]", "?", line) for line in self.failed]     # file names may hold any character
-            print(f"{len(failed)} not parsed:\n  " + "\n  ".join(failed), file=sys.stderr, flush=True)
+            print(f"{len(self.failed)} not parsed:\n  " + "\n  ".join(map(printable, self.failed)), file=sys.stderr, flush=True)
+
+
+def printable(line: str) -> str:
+    """File names may hold any character."""
+    return re.sub(r"[\x00-\x1f\x7f]", "?", line)
 
 
 @dataclass(eq=False)
