@@ -271,7 +271,7 @@ def probe(folder: Path) -> dict[str, float]:
     """`explained` for both foundations, for the same encoders with random weights, and for places and pixels."""
     cfg = load_config(None, [*DATA, "vocab=", "sam_weights=", "clip_weights="])
     torch.manual_seed(0)
-    sams = {"SAM": load_sam(str(folder / SAM_FILE)), "SAM, random": SAMViT(*sam_vit.SIZES[cfg.sam])}
+    sams = {"SAM": load_sam(folder / SAM_FILE, cfg.sam), "SAM, random": SAMViT(*sam_vit.SIZES[cfg.sam])}
     clips = {"CLIP": load_clip(folder / CLIP_FILE, cfg.clip_taps, cfg.clip, cfg.clip_activation),
              "CLIP, random": CLIP(*clip_vit.SIZES[cfg.clip], cfg.clip_taps)}
     features = {name: lambda image, sam=sam: sam(image)[-1] for name, sam in sams.items()}

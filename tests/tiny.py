@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -121,6 +122,56 @@ def worst(a: dict, b: dict) -> float:
     """The largest relative difference between two gradients, over the tensors."""
     assert a.keys() == b.keys()
     return max(((a[name] - b[name]).norm() / b[name].norm()).item() for name in a if b[name].any())
+
+
+# ---- runs that end early
+
+GRADIENT = train.Learner.gradient
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL: the files are those that a kill leaves."""
+
+
+def throw(error: BaseException):
+    raise error
+
+
+def before_step(it: int, action):
+    """`Learner.gradient` that first calls `action` in iteration `it`."""
+    gradient = train.Learner.gradient                      # may have faults already
+
+    def changed(self, micro_batches, now):
+        if now == it:
+            action()
+        return gradient(self, micro_batches, now)
+    return changed
+
+
+def kill_and_resume(argv: list[str], folder: Path, at: int, *overrides: str):
+    """Trains, is killed in the step `at`, and trains to the end with these overrides."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Learner, "gradient", before_step(at, lambda: throw(Killed())))
+        with pytest.raises(Killed):
+            train.main([*argv, f"out={folder}"])
+    train.main([*argv, f"out={folder}", "--resume", *overrides])
+
+
+def ends(code: int, *argv: str):
+    with pytest.raises(SystemExit) as end:
+        train.main(list(argv))
+    assert end.value.code == code
+
+
+def fails(capsys, *argv: str) -> str:
+    """The line of a training's error."""
+    ends(1, *argv)
+    line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    return line
+
+
+def progress(folder: Path, name: str = "last.pt") -> dict:
+    return torch.load(folder / name, weights_only=True)["progress"]
 
 
 # ---- comparing runs
