@@ -1,4 +1,4 @@
-"""CLIP ViT-B/16: the image tower with taps, the text tower, and the reading of the official file.
+"""CLIP ViT-B/16: the image tower with taps, and the text tower.
 
 Paper §3.1, §4.2. Reference: github.com/openai/CLIP (MIT). Modules are named as in the official file, so that it loads
 strictly; sizes other than B/16's are for the tests and the demo. Different from the reference: any image size (the
@@ -126,7 +126,7 @@ class VisionTransformer(nn.Module):
 
     @property
     def patch_embed(self) -> nn.Conv2d:
-        """What SAM's is called, too."""
+        """The name of SAM's."""
         return self.conv1
 
     def normalize(self, image: Tensor) -> Tensor:
@@ -158,10 +158,6 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(text_dim**-0.5 * torch.randn(text_dim, embed))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))              # ln 100 after training
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-
-    def encode_image(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """`image` (B, 3, H, W) in [0, 1] -> class embedding (B, E) of unit length, taps [(B, h, w, D)]."""
-        return self.visual(image)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """`tokens` (K, 77) of `tokenizer.tokenize` -> (K, E) of unit length."""

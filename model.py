@@ -212,31 +212,27 @@ def build_model(cfg: Config, classes: list[str] | tuple[str, ...], state: dict[s
     `state`: the tensors of a checkpoint that will be loaded. Then no random numbers are drawn for them: what they replace
     is on the meta device; and neither the text tower nor the vocabulary is needed.
     """
-    with torch.device("meta") if state is not None else contextlib.nullcontext():
-        return _build_model(cfg, classes, state)
-
-
-def _build_model(cfg: Config, classes: list[str] | tuple[str, ...], state: dict[str, Tensor] | None) -> SCHNet:
     for key, sizes in (("sam", sam_vit.SIZES), ("clip", clip_vit.SIZES)):
         if getattr(cfg, key) not in sizes:
             raise UserError(f"{key} must be one of {', '.join(sizes)}, not {getattr(cfg, key)!r}")
     sam = clip = f_txt = scale = None
-    if cfg.backbone == "sam":
-        sam = load_sam(cfg.sam_weights, cfg.sam) if cfg.sam_weights else SAMViT(*sam_vit.SIZES[cfg.sam])
-    if cfg.backbone == "clip" or cfg.srm:
-        size = clip_vit.SIZES[cfg.clip]
-        if cfg.clip_taps[-1] != size[1] - 1:
-            raise UserError(f"clip_taps must end with CLIP's last block, {size[1] - 1}, not {cfg.clip_taps}")
-        clip = (load_clip(cfg.clip_weights, cfg.clip_taps, cfg.clip, cfg.clip_activation) if cfg.clip_weights else
-                CLIP(*size, cfg.clip_taps, cfg.clip_activation or "quick_gelu"))
-    if cfg.srm:
-        f_txt, scale = (state["f_txt"], state["sim_scale"]) if state is not None else text_features(cfg, clip, classes)
-    return SCHNet(cfg, len(classes), sam, clip.visual if clip else None, f_txt, scale)
+    with torch.device("meta") if state is not None else contextlib.nullcontext():
+        if cfg.backbone == "sam":
+            sam = load_sam(cfg.sam_weights, cfg.sam) if cfg.sam_weights else SAMViT(*sam_vit.SIZES[cfg.sam])
+        if cfg.backbone == "clip" or cfg.srm:
+            size = clip_vit.SIZES[cfg.clip]
+            if cfg.clip_taps[-1] != size[1] - 1:
+                raise UserError(f"clip_taps must end with CLIP's last block, {size[1] - 1}, not {cfg.clip_taps}")
+            clip = (load_clip(cfg.clip_weights, cfg.clip_taps, cfg.clip, cfg.clip_activation) if cfg.clip_weights else
+                    CLIP(*size, cfg.clip_taps, cfg.clip_activation or "quick_gelu"))
+        if cfg.srm:
+            f_txt, scale = (state["f_txt"], state["sim_scale"]) if state else text_features(cfg, clip, classes)
+        return SCHNet(cfg, len(classes), sam, clip.visual if clip else None, f_txt, scale)
 
 
 @torch.no_grad()
 def text_features(cfg: Config, clip: CLIP, classes: list[str] | tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """f_txt = Enc_ct(T) (§3.1), computed once. The template of the prompts is ours: the paper has "a text prompt T from labels"."""
+    """f_txt = Enc_ct(T) (§3.1), computed once. The prompts' template is ours: the paper has "a text prompt T from labels"."""
     if cfg.clip_weights and not cfg.vocab:
         raise UserError("vocab: CLIP's weights need CLIP's vocabulary; `python download.py` fetches it")
     prompts = [cfg.prompt.replace("{class}", name.lower().replace("-", " ")) for name in classes]

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -220,11 +221,11 @@ class Run:
         if self.bar.disable:
             left = (now - self.begun) / (progress.iteration - self.first) * (self.cfg.iters - progress.iteration)
             self.world.print0(f"iteration {progress.iteration}/{self.cfg.iters}: {self._state(means, lr)}, "
-                              f"{_duration(left)} to go")
+                              f"{timedelta(seconds=round(left))} to go")
 
     def validated(self, result: dict, images: int, learner):
         """A validation's scores: into the log, and best.pt where they are the best so far."""
-        progress = self.progress
+        progress, last = self.progress, self.progress.iteration == self.cfg.iters
         progress.validated = progress.iteration
         self.record(iter=progress.iteration, **{key: result[key] for key in ("miou", "mean_acc", "pixel_acc", "iou")},
                     seconds=round(time.monotonic() - self.started, 1))
@@ -234,9 +235,10 @@ class Run:
         if not result["miou"] <= progress.best_miou:       # true for nan as well
             before = progress.best_miou, progress.best_iteration
             progress.best_miou, progress.best_iteration = result["miou"], progress.iteration
-            if not self.world.broadcast(self.world.main and self._save_best(learner)):
+            if not self.world.broadcast(self.world.main and self._try_write(
+                    checkpoint.write, self.folder / checkpoint.BEST, self._content(learner), must=last)):
                 progress.best_miou, progress.best_iteration = before     # the next validation may write it
-        self.save(learner, must=progress.iteration == self.cfg.iters)
+        self.save(learner, must=last)
 
     def stop(self, learner, number: int):
         """Saves and exits with the signal's exit code, all processes together."""
@@ -270,10 +272,6 @@ class Run:
             "optimizer": checkpoint.optimizer_state(learner.model, learner.optimizer),
             "scaler": learner.scaler.state_dict()}, keep=self.folder / checkpoint.PREVIOUS)
         self.saved = self.progress.iteration
-
-    def _save_best(self, learner) -> bool:
-        return self._try_write(checkpoint.write, self.folder / checkpoint.BEST, self._content(learner),
-                               must=self.progress.iteration == self.cfg.iters)
 
     def _content(self, learner) -> dict:
         return checkpoint.pack(learner.model, self.labels, self.official, {"progress": dataclasses.asdict(self.progress)})
@@ -313,10 +311,3 @@ class Run:
             pictures.save_png(self.folder / name, draw())
         except UserError as error:
             self.world.print0(f"warning: {error}")
-
-
-def _duration(seconds: float) -> str:
-    """12 s, 3:05 min, 17.2 hours."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds // 60:.0f}:{seconds % 60:02.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} hours"

@@ -156,7 +156,7 @@ def test_the_activation_is_not_guessed(small, tmp_path):
     assert activation(open_clip_config={"model_cfg": {"quick_gelu": True}}) == "quick_gelu"
     assert activation(open_clip_config={"model_cfg": {}}) == "gelu"
     image = torch.rand(1, 3, 32, 32)
-    quick, plain = (load_clip(small / "clip.pt", (0, 1, 2, 3), "tiny", each).encode_image(image)[0]
+    quick, plain = (load_clip(small / "clip.pt", (0, 1, 2, 3), "tiny", each).visual(image)[0]
                     for each in ("quick_gelu", "gelu"))
     assert (quick - plain).abs().max() > 1e-5
 

@@ -141,7 +141,7 @@ def clip_error(name: str, clip: CLIP) -> float:
         out = peer.visual.forward_intermediates(pixels, indices=[3, 5, 7, 11], intermediates_only=False, output_fmt="NLC",
                                                 normalize_intermediates=False)
         f_cls, taps, f_txt = out["image_features"], out["image_intermediates"], peer.encode_text(tokens)
-    ours, our_taps = clip.encode_image(image)
+    ours, our_taps = clip.visual(image)
     return relative_error([ours, clip.encode_text(tokens), *(tap.flatten(1, 2) for tap in our_taps)],
                           [normalize(f_cls, dim=-1), normalize(f_txt, dim=-1), *taps])
 
