@@ -1,14 +1,15 @@
-"""ViT-Adapter: multi-scale convolutional features that read from, and write into, a plain vision transformer.
+"""ViT-Adapter: a convolutional pyramid that reads from and writes to a plain vision transformer.
 
 Paper: section 4.2 ("basic structure and network settings provided by ViT-Adapter").
 Source: Chen et al., Vision Transformer Adapter for Dense Predictions (arXiv 2205.08534), and
-https://github.com/czczup/ViT-Adapter (Apache-2.0), segmentation, the ViT-L + UperNet configuration; for deformable
-attention Zhu et al., Deformable DETR (arXiv 2010.04159). Differs from them in:
+https://github.com/czczup/ViT-Adapter (Apache-2.0), segmentation, the ViT-L + UperNet configuration;
+for deformable attention Zhu et al., Deformable DETR (arXiv 2010.04159). Differs from them in:
   - deformable attention is plain PyTorch, no compiled operator;
-  - the sizes of the three maps are passed along; nothing is guessed from the number of tokens.
+  - the sizes of the three maps are arguments, not inferred from the number of tokens.
 
-Letters: B batch, h x w the transformer's grid (stride 16), C its width, N = 4hw + hw + hw/4 tokens of the pyramid
-(strides 8 16 32), Q queries, S keys, M heads, D width of a head, L levels, P points per head and level.
+Letters: B batch, h x w the transformer's grid (stride 16), C its width, N = 4hw + hw + hw/4 tokens
+of the pyramid (strides 8 16 32), Q queries, S keys, M heads, D width of a head, L levels, P points
+per head and level.
 """
 
 import math
@@ -38,37 +39,39 @@ def cell_centres(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Te
         y = (torch.arange(h, device=device, dtype=dtype) + 0.5) / h
         x = (torch.arange(w, device=device, dtype=dtype) + 0.5) / w
         maps.append(torch.stack([x.repeat(h), y.repeat_interleave(w)], dim=-1))
-    return torch.cat(maps)                                                        # (Q, 2)
+    return torch.cat(maps)                                              # (Q, 2)
 
 
-@fast.replaced_by(fast.ms_deform_attn, on=("cpu",), in_onnx=False)       # ONNX has GridSample, but no embedding_bag
+@fast.replaced_by(fast.ms_deform_attn, on=("cpu",), in_onnx=False)   # ONNX lacks embedding_bag
 def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of bilinear samples, zero outside the maps, in fp32 or better as the original kernel does it.
+    """Weighted sum of bilinear samples, zero outside the maps, in fp32 or better as the original.
 
-    value (B, S, M, D); locations (B, Q, M, L, P, 2), (x, y) in [0, 1]; weights (B, Q, M, L, P). Returns (B, Q, M * D).
+    value (B, S, M, D); locations (B, Q, M, L, P, 2), (x, y) in [0, 1]; weights (B, Q, M, L, P).
+    Returns (B, Q, M * D).
     """
     b, s, m, d = value.shape
     dtype = torch.promote_types(value.dtype, torch.float32)
-    grids = (2 * locations.to(dtype) - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)        # (L, B*M, Q, P, 2)
-    maps = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)                             # (B*M, D, S)
+    grids = 2 * locations.to(dtype) - 1
+    grids = grids.permute(3, 0, 2, 1, 4, 5).flatten(1, 2)               # (L, B*M, Q, P, 2)
+    maps = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)            # (B*M, D, S)
     maps = maps.split([h * w for h, w in shapes], dim=-1)
-    samples = [F.grid_sample(level.unflatten(-1, shape), grid, padding_mode="zeros", align_corners=False)
+    samples = [F.grid_sample(level.unflatten(-1, shape), grid, align_corners=False)
                for level, shape, grid in zip(maps, shapes, grids)]
-    samples = torch.cat(samples, dim=-1)                                                 # (B*M, D, Q, LP)
+    samples = torch.cat(samples, dim=-1)                                # (B*M, D, Q, LP)
     weights = weights.to(dtype).transpose(1, 2).flatten(3).flatten(0, 1).unsqueeze(1)
     out = (samples * weights).sum(-1).view(b, m * d, -1)
     return out.transpose(1, 2).to(value.dtype)
 
 
 class MSDeformAttn(nn.Module):
-    """Each query looks at `points` places per head and level, around its reference point; offsets are in cells."""
+    """Each query takes `points` samples per head and level; offsets from its reference are in cells."""
 
     def __init__(self, dim: int, levels: int, heads: int, points: int, ratio: float):
         super().__init__()
         width = int(dim * ratio)
         if not width or width % heads:
-            raise UserError(f"deform_ratio ({ratio}) of the encoder's width ({dim}) must be a multiple of deform_heads "
-                            f"({heads}), it is {width}")
+            raise UserError(f"deform_ratio ({ratio}) of the encoder's width ({dim}) is {width}, "
+                            f"not a multiple of deform_heads ({heads})")
         self.heads, self.levels, self.points = heads, levels, points
         self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
         self.attention_weights = nn.Linear(dim, heads * levels * points)
@@ -76,12 +79,12 @@ class MSDeformAttn(nn.Module):
         self.output_proj = nn.Linear(width, dim)
 
     def reset_parameters(self):
-        """Head m looks along direction m, its point p at p + 1 cells; all samples weigh the same."""
+        """Head m samples along direction m, its point p at p + 1 cells; all weights are equal."""
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
-        direction = direction / direction.abs().amax(dim=-1, keepdim=True)               # (M, 2)
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)                  # (M, 2)
         steps = torch.arange(1, self.points + 1).view(1, 1, -1, 1)
-        offsets = direction.view(-1, 1, 1, 2) * steps                                    # (M, 1, P, 2)
+        offsets = direction.view(-1, 1, 1, 2) * steps                   # (M, 1, P, 2)
         nn.init.zeros_(self.sampling_offsets.weight)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.expand(-1, self.levels, -1, -1).flatten())
@@ -92,19 +95,19 @@ class MSDeformAttn(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, query: Tensor, reference: Tensor, keys: Tensor, shapes: Shapes) -> Tensor:
-        """query (B, Q, C), reference (Q, 2), keys (B, S, C) of maps of the given sizes; returns (B, Q, C)."""
+        """query (B, Q, C), reference (Q, 2), keys (B, S, C) of maps `shapes` -> (B, Q, C)."""
         b, q, _ = query.shape
         grid = (self.heads, self.levels, self.points)
-        size = level_sizes(shapes, query.device).unsqueeze(1)                            # (L, 1, 2)
-        value = self.value_proj(keys).view(b, keys.shape[1], self.heads, -1)             # (B, S, M, D)
-        offsets = self.sampling_offsets(query).view(b, q, *grid, 2)                      # (B, Q, M, L, P, 2)
-        weights = self.attention_weights(query).view(b, q, self.heads, -1).softmax(-1).view(b, q, *grid)
+        size = level_sizes(shapes, query.device).unsqueeze(1)           # (L, 1, 2)
+        value = self.value_proj(keys).view(b, keys.shape[1], self.heads, -1)          # (B, S, M, D)
+        offsets = self.sampling_offsets(query).view(b, q, *grid, 2)     # (B, Q, M, L, P, 2)
+        weights = self.attention_weights(query).view(b, q, self.heads, -1).softmax(-1)
         locations = reference.view(1, q, 1, 1, 1, 2) + offsets / size
-        return self.output_proj(ms_deform_attn(value, shapes, locations, weights))
+        return self.output_proj(ms_deform_attn(value, shapes, locations, weights.view(b, q, *grid)))
 
 
 class Injector(nn.Module):
-    """Transformer tokens read from the pyramid; gamma starts at zero, so that nothing changes at first."""
+    """Transformer tokens read from the pyramid; gamma = 0 at first, which is the identity."""
 
     def __init__(self, dim: int, heads: int, points: int, ratio: float):
         super().__init__()
@@ -116,12 +119,13 @@ class Injector(nn.Module):
     def forward(self, x: Tensor, c: Tensor, shapes: Shapes) -> Tensor:
         b, h, w, dim = x.shape
         reference = cell_centres([(h, w)], x.device, torch.promote_types(x.dtype, torch.float32))
-        update = self.attn(self.query_norm(x).view(b, h * w, dim), reference, self.feat_norm(c), shapes)
+        query = self.query_norm(x).view(b, h * w, dim)
+        update = self.attn(query, reference, self.feat_norm(c), shapes)
         return x + self.gamma * update.view(b, h, w, dim)
 
 
 class ConvFFN(nn.Module):
-    """Two linear layers; between them one depthwise 3x3 kernel, the same for the three maps of the pyramid."""
+    """Two linear layers and between them a depthwise 3x3 convolution, shared by the three maps."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -136,7 +140,7 @@ class ConvFFN(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drops a residual branch for whole samples in training and scales up the kept ones."""
+    """In training, drops the residual branch of random samples and scales up the others."""
 
     def __init__(self, prob: float):
         super().__init__()
@@ -150,9 +154,10 @@ class DropPath(nn.Module):
 
 
 class Extractor(nn.Module):
-    """The pyramid reads from the transformer's tokens, then a convolutional FFN; DropPath on the FFN only."""
+    """The pyramid reads from the tokens, then a convolutional FFN, which alone has DropPath."""
 
-    def __init__(self, dim: int, heads: int, points: int, ratio: float, cffn_ratio: float, drop_path: float):
+    def __init__(self, dim: int, heads: int, points: int, ratio: float, cffn_ratio: float,
+                 drop_path: float):
         super().__init__()
         self.query_norm = nn.LayerNorm(dim, eps=1e-6)
         self.feat_norm = nn.LayerNorm(dim, eps=1e-6)
@@ -169,11 +174,12 @@ class Extractor(nn.Module):
 
 
 def conv_bn_relu(in_dim: int, out_dim: int, stride: int) -> list[nn.Module]:
-    return [nn.Conv2d(in_dim, out_dim, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out_dim), nn.ReLU()]
+    conv = nn.Conv2d(in_dim, out_dim, 3, stride, padding=1, bias=False)
+    return [conv, nn.BatchNorm2d(out_dim), nn.ReLU()]
 
 
 class SpatialPrior(nn.Module):
-    """A small convolutional net over the image: maps at strides 4, 8, 16, 32, all C wide."""
+    """A small convolutional network: image -> maps at strides 4, 8, 16, 32 with C channels."""
 
     def __init__(self, dim: int, width: int):
         super().__init__()
@@ -188,7 +194,7 @@ class SpatialPrior(nn.Module):
         self.fc4 = nn.Conv2d(4 * width, dim, 1)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        c1 = self.stem(image.contiguous(memory_format=torch.channels_last))     # as the tokens lie; on a CPU faster too
+        c1 = self.stem(image.contiguous(memory_format=torch.channels_last))  # like the tokens
         c2 = self.conv2(c1)
         c3 = self.conv3(c2)
         c4 = self.conv4(c3)
@@ -197,27 +203,29 @@ class SpatialPrior(nn.Module):
 
 def split_maps(c: Tensor, shapes: Shapes) -> list[Tensor]:
     """Tokens (B, N, C) of several maps back to one (B, C, h, w) each."""
-    parts = c.split([h * w for h, w in shapes], dim=1)
-    return [part.transpose(1, 2).reshape(c.shape[0], c.shape[2], h, w) for part, (h, w) in zip(parts, shapes)]
+    parts = c.transpose(1, 2).split([h * w for h, w in shapes], dim=2)
+    return [part.reshape(*part.shape[:2], h, w) for part, (h, w) in zip(parts, shapes)]
 
 
 class ViTAdapter(nn.Module):
-    """Four stages of injector and extractor around a transformer that the caller runs, then the fusion to f1..f4."""
+    """Four stages of injector and extractor, then f1..f4; the caller runs the transformer."""
 
-    def __init__(self, dim: int, prior_dim: int, heads: int, points: int, deform_ratio: float, cffn_ratio: float,
-                 drop_path: float):
+    def __init__(self, dim: int, prior_dim: int, heads: int, points: int, deform_ratio: float,
+                 cffn_ratio: float, drop_path: float):
         super().__init__()
         self.spm = SpatialPrior(dim, prior_dim)
         self.level_embed = nn.Parameter(torch.empty(3, dim))
-        self.injectors = nn.ModuleList([Injector(dim, heads, points, deform_ratio) for _ in range(STAGES)])
-        self.extractors = nn.ModuleList(                        # the last stage runs its own and two more
-            [Extractor(dim, heads, points, deform_ratio, cffn_ratio, drop_path) for _ in range(STAGES + 2)])
+        self.injectors = nn.ModuleList(
+            [Injector(dim, heads, points, deform_ratio) for _ in range(STAGES)])
+        self.extractors = nn.ModuleList(                        # the last stage has two extra
+            [Extractor(dim, heads, points, deform_ratio, cffn_ratio, drop_path)
+             for _ in range(STAGES + 2)])
         self.up = nn.ConvTranspose2d(dim, dim, 2, 2)
         self.norms = nn.ModuleList([nn.BatchNorm2d(dim) for _ in range(4)])
         self.reset_parameters()
 
     def reset_parameters(self):
-        """ViT-Adapter's: trunc-normal linears, He-normal convolutions over the fan-out, deformable attention's own."""
+        """ViT-Adapter's initialisation: trunc-normal linears, He-normal (fan-out) convolutions."""
         nn.init.normal_(self.level_embed)
         init_linears(self)
         for module in self.modules():
@@ -231,9 +239,9 @@ class ViTAdapter(nn.Module):
                 module.reset_parameters()
 
     def prior(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """image (B, 3, H, W), normalised, sides multiples of 32 -> map (B, C, H/4, W/4) and pyramid (B, N, C)."""
+        """image (B, 3, H, W), normalised -> map (B, C, H/4, W/4) and pyramid (B, N, C)."""
         if image.shape[2] % 32 or image.shape[3] % 32:
-            raise ValueError(f"ViTAdapter: an image of {image.shape[2]} x {image.shape[3]}: pad it to multiples of 32")
+            raise ValueError(f"the sides of {tuple(image.shape)} must be multiples of 32")
         c1, *maps = self.spm(image)
         tokens = [x.flatten(2).transpose(1, 2) + embed for x, embed in zip(maps, self.level_embed)]
         return c1, torch.cat(tokens, dim=1)
@@ -249,9 +257,9 @@ class ViTAdapter(nn.Module):
         return c
 
     def fuse(self, c1: Tensor, c: Tensor, outs: list[Tensor]) -> list[Tensor]:
-        """Pyramid plus the four stages' tokens (B, h, w, C), resized to strides 4 8 16 32: f1..f4."""
+        """f1..f4: the pyramid plus the stages' tokens (B, h, w, C), resized to its strides."""
         c2, c3, c4 = split_maps(c, pyramid(*outs[0].shape[1:3]))
-        weight = self.up.weight.contiguous(memory_format=torch.channels_last)   # tokens lie so: half of the time on a CPU
+        weight = self.up.weight.contiguous(memory_format=torch.channels_last)  # halves the CPU time
         maps = [F.conv_transpose2d(c2, weight, self.up.bias, stride=2) + c1, c2, c3, c4]
         outs = [x.permute(0, 3, 1, 2) for x in outs]
         return [norm(m + resize(x, m.shape[2:])) for norm, m, x in zip(self.norms, maps, outs)]

@@ -1,11 +1,11 @@
 """Augmentation of a photo and its label (§4.2): random scale, crop or pad, flip, photometric distortion.
 
-Pure functions on uint8 arrays: every random choice is read from the generator handed in, so the same generator state
-gives the same sample in any process. The steps and their numbers are mmsegmentation's, whose terms the paper uses
-(the baseline, ViT-Adapter, is built on it). Differences: a flip also exchanges the left and right labels, the label is
-resized by its pixel centres as the photo is, saturation and hue share one trip through 8-bit HSV instead of taking two,
-and results are rounded instead of truncated. OpenCV throughout: torchvision's transforms take ten times as long for
-the colours (hue alone 7 ms a sample, all of this 0.5 ms) and gain nothing elsewhere.
+Pure functions on uint8 arrays: all random numbers come from the generator passed in, so the same generator state gives
+the same sample in any process. Steps and constants are those of mmsegmentation, whose terms the paper uses (its
+baseline, ViT-Adapter, is built on it). Differences: a flip also exchanges left and right labels, the label is resized
+by pixel centres like the photo, saturation and hue share one conversion to 8-bit HSV, and results are rounded instead
+of truncated. OpenCV is used throughout: torchvision's colour transforms take ten times as long (hue alone 7 ms per
+sample, this complete file 0.5 ms).
 """
 
 import cv2
@@ -13,16 +13,16 @@ import numpy as np
 
 from config import IGNORE, Config
 
-MEAN_COLOUR = (124, 116, 104)                              # of ImageNet and of SAM, in RGB: what padding shows
+MEAN_COLOUR = (124, 116, 104)                              # RGB mean of ImageNet and SAM, the colour of padding
 CROP_RETRIES = 10
-BRIGHTNESS = 32                                            # added: at most this, up or down
-CONTRAST = SATURATION = (0.5, 1.5)                         # multiplied
-HUE = 18                                                   # turned: at most this, of 180
+BRIGHTNESS = 32                                            # maximum shift, up or down
+CONTRAST = SATURATION = (0.5, 1.5)                         # range of the factor
+HUE = 18                                                   # maximum shift, of 180
 
 
 def augment(image: np.ndarray, label: np.ndarray, cfg: Config, flip_pairs: tuple[tuple[int, int], ...],
             rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """One training sample of cfg.crop_size from a whole photo (H, W, 3) and its label (H, W)."""
+    """One training sample of cfg.crop_size from a photo (H, W, 3) and its label (H, W)."""
     h, w = cfg.crop_size
     size = scaled_size(image.shape[:2], cfg.base_size * rng.uniform(*cfg.scale_range))
     label = resize_label(label, size)
@@ -37,20 +37,20 @@ def augment(image: np.ndarray, label: np.ndarray, cfg: Config, flip_pairs: tuple
 
 
 def scaled_size(shape: tuple[int, int], long_side: float) -> tuple[int, int]:
-    """Height and width of a photo of this shape when its longer side becomes `long_side`, the aspect kept."""
+    """(height, width) of a photo of `shape` scaled so that its longer side is `long_side`."""
     factor = long_side / max(shape)
     return tuple(max(1, int(side * factor + 0.5)) for side in shape)
 
 
 def resize_photo(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """By areas where it shrinks, as bilinear reading would skip pixels; bilinear where it grows. In training and testing."""
+    """INTER_AREA when shrinking (bilinear would skip pixels), bilinear when enlarging; in training and testing."""
     h, w = size
     way = cv2.INTER_AREA if max(size) < max(image.shape[:2]) else cv2.INTER_LINEAR
     return cv2.resize(image, (w, h), interpolation=way)
 
 
 def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Nearest by pixel centres. OpenCV's plain INTER_NEAREST lies up to half a pixel beside its bilinear photo."""
+    """Nearest by pixel centres: OpenCV's plain INTER_NEAREST is off by up to half a pixel from the bilinear photo."""
     h, w = size
     return cv2.resize(label, (w, h), interpolation=cv2.INTER_NEAREST_EXACT)
 
@@ -63,21 +63,21 @@ def choose_crop(label: np.ndarray, crop_size: tuple[int, int], max_share: float,
     for attempt in range(1 + CROP_RETRIES):
         top, left = int(rng.integers(room_y + 1)), int(rng.integers(room_x + 1))
         if room_y == room_x == 0 or attempt == CROP_RETRIES:
-            break                                          # one possible crop, or no further choice
+            break                                          # only one crop is possible, or no retry is left
         if largest_share(label[top:top + h:4, left:left + w]) <= max_share:
-            break                                          # every fourth row tells enough
+            break                                          # every fourth row is enough
     return top, left
 
 
 def largest_share(label: np.ndarray) -> float:
-    """The part of the labelled pixels that the most frequent class takes; 1 where nothing is labelled."""
+    """Share of the most frequent class among the labelled pixels; 1 if no pixel is labelled."""
     counts = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel()[:IGNORE]
     total = counts.sum()
     return float(counts.max() / total) if total else 1.0
 
 
 def pad(array: np.ndarray, size: tuple[int, int], value: int | tuple[int, int, int]) -> np.ndarray:
-    """Filled up at the bottom and on the right."""
+    """Pads (h, w, ...) to `size` at the bottom and right with `value`."""
     h, w = array.shape[:2]
     if (h, w) == tuple(size):
         return array
@@ -85,7 +85,7 @@ def pad(array: np.ndarray, size: tuple[int, int], value: int | tuple[int, int, i
 
 
 def flip_order(count: int, flip_pairs: tuple[tuple[int, int], ...]) -> list[int]:
-    """For each of `count` labels the one that takes its place in a mirror: `probabilities[order]` swaps channels."""
+    """Channel permutation of a horizontal flip: `probabilities[flip_order(...)]` exchanges left and right classes."""
     order = list(range(count))
     for a, b in flip_pairs:
         order[a], order[b] = b, a
@@ -93,14 +93,13 @@ def flip_order(count: int, flip_pairs: tuple[tuple[int, int], ...]) -> list[int]
 
 
 def flip_label(label: np.ndarray, flip_pairs: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """The label of the mirrored photo: mirrored, and left and right exchanged, for a left arm is then a right arm."""
+    """The label of the mirrored photo, with left and right classes exchanged: a mirrored left arm is a right arm."""
     return cv2.LUT(cv2.flip(label, 1), np.array(flip_order(256, flip_pairs), np.uint8))
 
 
 def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast, saturation and hue, each with probability one half, contrast before or after the last two.
-
-    Every step ends in uint8 and is clipped to 0..255.
+    """Changes brightness, contrast, saturation and hue, each with probability 1/2; contrast comes before or after the
+    other two colour changes. Every step rounds and clips to uint8.
     """
     shift = int(rng.integers(-BRIGHTNESS, BRIGHTNESS + 1)) if rng.random() < 0.5 else 0
     contrast_last = rng.random() < 0.5
@@ -120,7 +119,7 @@ def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def change_colours(image: np.ndarray, saturation: float, turn: int) -> np.ndarray:
-    """Saturation multiplied, hue turned by so many 180ths of the circle, in 8-bit HSV."""
+    """Multiplies saturation and shifts hue by `turn` (OpenCV's 0..179 scale), in 8-bit HSV."""
     hue, strength, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
     if saturation != 1:
         strength = cv2.convertScaleAbs(strength, alpha=saturation)

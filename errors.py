@@ -24,9 +24,8 @@ except ImportError as error:
 
 _datasets = importlib.util.find_spec("datasets").origin
 if not Path(_datasets).samefile(Path(__file__).with_name("datasets.py")):
-    raise ImportError(f"SCHNet's datasets.py clashes with {_datasets}: Hugging Face's packages `datasets` and `evaluate` "
-                      "have the same names. Use SCHNet in a process that does not import them, with its folder first in "
-                      "sys.path")
+    raise ImportError(f"SCHNet's datasets.py clashes with {_datasets}: Hugging Face's `datasets` and `evaluate` have "
+                      "these names. Use a process that does not import them, with SCHNet's folder first in sys.path")
 
 # How torch, C++ and OpenCV report that memory is exhausted.
 NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed", "std::bad_alloc", "Insufficient memory")
@@ -36,7 +35,7 @@ GPU_FAULTS = ("busy or unavailable", "no kernel image", "ECC error", "no CUDA-ca
 
 
 class UserError(Exception):
-    """An error the user can fix: one line that names the file or key at fault and says what to do.
+    """An error the user can fix: one line that names the file or key at fault and what to do.
 
     `everywhere`: raised on every process of a run, so that only the main process prints it.
     """
@@ -72,7 +71,7 @@ def in_one_line(error: BaseException, less_memory: str) -> str:
     if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         return f"out of memory: try {less_memory}"
     if isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error):
-        return f"torch.distributed: {error}"               # the whole message, which can have several lines
+        return f"torch.distributed: {error}"               # the complete message, which can have several lines
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror or error}"
     return ""
@@ -102,7 +101,7 @@ def protect_output():
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except OSError:                                    # closed (`>&-`): a file opened later must not take its number
+        except OSError:                                    # closed: no other file may get its number
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")

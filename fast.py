@@ -20,11 +20,11 @@ from layers import level_sizes, relative_positions
 
 ENABLED = os.environ.get("SCHNET_FAST", "1") != "0"
 PIECE = 4 << 20                                            # bytes of attention logits at a time on a CPU
-CPU_STRIP, GPU_STRIP = 2 << 20, 256 << 20                  # bytes of class probabilities at a time; 2 MiB fit in a CPU's cache
+CPU_STRIP, GPU_STRIP = 2 << 20, 256 << 20                  # bytes of class probabilities at a time
 
 
 def replaced_by(form, on: tuple[str, ...] = ("cpu", "cuda"), in_onnx: bool = True):
-    """Decorator of a plain function: `form` takes its place while ENABLED, `on` these devices, in ONNX export if `in_onnx`."""
+    """Decorator: replaces a plain function by `form` while ENABLED, on devices `on`, in ONNX export if `in_onnx`."""
     def decorate(plain):
         @functools.wraps(plain)
         def chosen(*args, **kwargs):
@@ -37,16 +37,16 @@ def replaced_by(form, on: tuple[str, ...] = ("cpu", "cuda"), in_onnx: bool = Tru
 
 
 def _device(args: tuple) -> str:
-    """Of the first tensor among the arguments, or in a list among them."""
+    """Device type of the first tensor (or first tensor of a list) in `args`."""
     first = next(arg for arg in args if isinstance(arg, (Tensor, list)))
     return (first if isinstance(first, Tensor) else first[0]).device.type
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# sam_vit.Attention.attend, on a GPU (a CPU has the form below): one fused kernel, and no array over all pairs of tokens
+# sam_vit.Attention.attend, on a GPU (a CPU has the form below): one fused kernel, no (h w, h w) array of biases
 
 def sam_attend(self, x: Tensor) -> Tensor:
-    """Every token with every one of the window or grid: (B, h, w, C) -> (B, h, w, C)."""
+    """Attention within each window or grid: (B, h, w, C) -> (B, h, w, C)."""
     B, h, w, C = x.shape
     q, k, v = self.qkv(x).view(B, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)       # (B, n, h w, d)
     rows, columns, place = _folded_positions(self.rel_pos_h, self.rel_pos_w, h, w, q.dtype)
@@ -61,7 +61,7 @@ def sam_attend(self, x: Tensor) -> Tensor:
 
 def _folded_positions(rel_pos_h: Tensor, rel_pos_w: Tensor, H: int, W: int,
                       dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """What H x W keys need: rows (H, H, d), columns (W, W', d), and place (H W, H + W').
+    """Position tables for H x W keys: rows (H, H, d), columns (W, W', d), place (H W, H + W').
 
     The logit of query (y, x) and key (y', x') is q.k / sqrt(d) + q.rows[y, y'] + q.columns[x, x']. That is q'.k' with
         q' = [q / sqrt(d), q.rows[y, 0], q.rows[y, 1], ..., q.columns[x, 0], ...]
@@ -76,13 +76,13 @@ def _folded_positions(rel_pos_h: Tensor, rel_pos_w: Tensor, H: int, W: int,
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# sam_vit.Attention.forward, on a CPU: the padding of windows is not projected, and the logits stay in the cache
+# sam_vit.Attention.forward, on a CPU: padding is not projected, and the logits stay in cache
 
 def sam_attention(self, x: Tensor) -> Tensor:
-    """(B, h, w, C) -> (B, h, w, C). Whole windows make one piece, those that an edge cuts up to three more.
+    """(B, h, w, C) -> (B, h, w, C). Full windows form one block; windows cut by an edge form up to three more.
 
-    SAM pads with zeros before `qkv`, so that a padded position's key and value are the bias of `qkv`. Here they are
-    filled in, and there are no padded queries.
+    SAM pads with zeros before `qkv`, so that a padded position's key and value are the bias of `qkv`. Here those
+    are filled in, and there are no padded queries.
     """
     H, W = (self.window, self.window) if self.window else x.shape[1:3]
     bands = self.qkv(x).split(_spans(x.shape[1], H), 1)
@@ -91,7 +91,7 @@ def sam_attention(self, x: Tensor) -> Tensor:
 
 
 def _spans(size: int, window: int) -> list[int]:
-    """The lengths of what whole windows cover and of the rest."""
+    """Length covered by full windows, and length of the rest; zeros are left out."""
     return [length for length in (size // window * window, size % window) if length]
 
 
@@ -117,7 +117,7 @@ def _windows(self, qkv: Tensor, H: int, W: int) -> Tensor:
 
 
 def _fill(x: Tensor, padding: Tensor, H: int, W: int) -> Tensor:
-    """Windows filled up to H x W with the padding's key or value: (B, y, h, x, w, n, d) -> (B, y, x, n, H W, d)."""
+    """Fills windows up to H x W with the key or value of padding: (B, y, h, x, w, n, d) -> (B, y, x, n, H W, d)."""
     for dim, missing in ((2, H - x.shape[2]), (4, W - x.shape[4])):
         if missing:
             x = torch.cat([x, padding.expand(*x.shape[:dim], missing, *x.shape[dim + 1:])], dim)
@@ -128,7 +128,7 @@ def _in_pieces(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor | None = None,
                by_column: Tensor | None = None) -> Tensor:
     """softmax(q.k + by_row + by_column) v: q (..., h, w, D), k and v (..., H W, D), by_row (..., h, w, H).
 
-    Some heads and at most a window's number of queries at a time, so that their logits stay in the cache.
+    Processes a few heads and at most one window of queries at a time, so that the logits stay in cache.
     """
     *_, h, w, _ = shape = q.shape
     q, k, v = q.flatten(0, -4), k.flatten(0, -3).transpose(-1, -2), v.flatten(0, -3)     # G windows times heads
@@ -145,7 +145,7 @@ def _in_pieces(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor | None = None,
 
     rows = max(1, 196 // w)
     heads = max(1, PIECE // (min(rows, h) * w * k.shape[-1] * q.element_size()))
-    groups = [slice(None)] if torch.compiler.is_compiling() else _pieces(len(q), heads)  # any batch may follow
+    groups = [slice(None)] if torch.compiler.is_compiling() else _pieces(len(q), heads)  # the batch size is dynamic
     x = torch.cat([torch.cat([attend(some, part) for part in _pieces(h, rows)], 1) for some in groups])
     return x.view(*shape[:-1], -1)
 
@@ -155,7 +155,7 @@ def _pieces(size: int, step: int) -> list[slice]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# adapter.ms_deform_attn: a sample is four weighted cells, so a query's head is one weighted sum of 4LP rows of `value`
+# adapter.ms_deform_attn: one head of a query is a weighted sum of 4LP rows of `value`, four cells per sample
 
 def ms_deform_attn(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
     """value (B, S, M, D), locations (B, Q, M, L, P, 2), weights (B, Q, M, L, P) -> (B, Q, M * D)."""
@@ -171,7 +171,7 @@ def ms_deform_attn(value: Tensor, shapes: list[tuple[int, int]], locations: Tens
     low = position.detach().floor()
     cells = torch.stack([low, low + 1])                                                  # (2, 2, B, Q, M, L, P)
     shares = torch.stack([low + 1 - position, position - low]) * ((cells >= 0) & (cells < size))
-    column, row = cells.int().clamp(min=0).minimum(size - 1).unbind(1)                   # outside: any cell, share 0
+    column, row = cells.int().clamp(min=0).minimum(size - 1).unbind(1)               # out of bounds: any cell, weight 0
     index = ((batch + start) + row.unsqueeze(1) * size[0] + column) * m + head           # (2, 2, B, Q, M, L, P)
     shares = shares[:, 1].unsqueeze(1) * (shares[:, 0] * weights.to(dtype))
     index, shares = (x.permute(2, 3, 4, 0, 1, 5, 6).flatten(3).flatten(0, 2) for x in (index, shares))
@@ -183,10 +183,10 @@ def ms_deform_attn(value: Tensor, shapes: list[tuple[int, int]], locations: Tens
 
 
 class _TableGradient(torch.autograd.Function):
-    """Passes on `out`, rows of `table` weighed and added (bag by bag), and gives the table its gradient.
+    """Identity on `out` (the embedding-bag sums of `table`); backward computes the gradient of `table`.
 
-    embedding_bag's own gradient for the table is most of the whole attention's time on a CPU. It is a weighted sum too,
-    of the bags that used each row: one sort brings these together, then embedding_bag does it.
+    embedding_bag's own backward takes most of the attention's time on a CPU. The gradient of a row is the weighted sum
+    of the bags that used it: one sort groups them, then embedding_bag adds them up.
     """
 
     @staticmethod
@@ -210,10 +210,10 @@ class _TableGradient(torch.autograd.Function):
 # uperhead.conv_of_resized: resizing and mixing channels commute, so each tap mixes channels on the small map first
 
 def conv_of_resized(maps: list[Tensor], weight: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (B, C, h, w), the first of the wanted `size`; weight (O, sum of C, 3, 3) -> (B, O, *size).
+    """Maps (B, C, h, w), the first of size `size`; weight (O, sum of C, 3, 3) -> (B, O, *size).
 
-    What is left after mixing, resizing the nine results, shifting and adding them, is linear along each axis: one matrix
-    across, then one down for all maps. It takes half of the arithmetic, and no map of all channels is made.
+    After mixing, the nine results are resized, shifted and added. That is linear along each axis: one matrix product
+    across, then one down for all maps. It takes half of the arithmetic and never builds a map of all channels.
     """
     first, *others = weight.split([x.shape[1] for x in maps], dim=1)
     rows, down = [], []
@@ -230,8 +230,8 @@ def conv_of_resized(maps: list[Tensor], weight: Tensor, size: tuple[int, int]) -
 
 
 def _shifted_interpolation(n: int, size: int, like: Tensor) -> Tensor:
-    """(3, size, n): n values interpolated at `size` places, as `resize` does, read one place before, at and after each
-    place, and zero outside: what the three taps of a zero-padded convolution see."""
+    """(3, size, n): interpolation of n values at `size` places, as `resize` does, shifted by -1, 0 and +1 with zeros
+    outside, as the three taps of a zero-padded convolution read them."""
     eye = torch.eye(n, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
     places = F.interpolate(eye[None], size=size, mode="linear", align_corners=False)[0].T        # (size, n)
     places = F.pad(places, (0, 0, 1, 1)).to(like.dtype)
@@ -239,13 +239,13 @@ def _shifted_interpolation(n: int, size: int, like: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# losses.lovasz_softmax, on a CPU: class by class, so that what is computed stays in the cache, and without a graph
+# losses.lovasz_softmax, on a CPU: class by class, so that the data stay in cache, and without a graph
 
-def lovasz_softmax(logits: Tensor, labels: Tensor, ignore: int = IGNORE) -> Tensor:
+def lovasz_softmax(logits: Tensor, labels: Tensor) -> Tensor:
     """logits (B, K, H, W), labels (B, H, W) -> scalar. The weights of the errors are constants for the gradient, so the
     cost is linear in the probabilities; absent classes need no sort."""
     probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)       # (B, K, H, W)
-    valid, slopes, cost, present = labels != ignore, [], probs.new_zeros(()), 0
+    valid, slopes, cost, present = labels != IGNORE, [], probs.new_zeros(()), 0
     with torch.no_grad():
         for c, p in enumerate(probs.unbind(1)):                                          # (B, H, W)
             truth = labels == c
@@ -274,7 +274,7 @@ def lovasz_weights(errors: Tensor, truth: Tensor) -> Tensor:
     integer = torch.int32 if errors.dtype == torch.float32 else torch.int64
     one = torch.ones_like(errors[..., :1]).view(integer)
     keys, order = ((one - errors.view(integer)) * 2 + truth).sort(-1)                    # largest error first
-    hit = (keys & 1).bool()                                # the lowest bit says whose error it is and saves a look-up
+    hit = (keys & 1).bool()                                # the lowest bit is `truth`, which saves a gather
     intersection = truth.sum(-1, keepdim=True, dtype=torch.int32) - hit.cumsum(-1, dtype=torch.int32)
     union = intersection + torch.arange(1, keys.shape[-1] + 1, dtype=torch.int32, device=keys.device)
     intersection = intersection.to(errors.dtype)
@@ -283,11 +283,11 @@ def lovasz_weights(errors: Tensor, truth: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# inference.probabilities and inference.label_map, in strips of rows: memory stays bounded however large the photo is
+# inference.probabilities and inference.label_map, in strips of rows: memory does not grow with the photo
 
 def strips(views: list[Tensor], size: tuple[int, int],
            merge: Sequence[Sequence[int]] | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, probabilities (K, rows, W)) of a photo (H, W), from the top down.
+    """Yields (rows, probabilities (K, rows, W)) of a photo (H, W), from top to bottom.
 
     Rows are interpolated by hand: F.interpolate on a cut-out strip would differ at its edges.
     """
@@ -300,7 +300,7 @@ def strips(views: list[Tensor], size: tuple[int, int],
             h = view.shape[1]
             y = ((torch.arange(rows.start, rows.stop, device=device) + 0.5) * (h / height) - 0.5).clamp(0, h - 1)
             above = y.floor().long()
-            strip = torch.lerp(view[:, above], view[:, (above + 1).clamp(max=h - 1)], (y - above)[:, None])  # (K, rows, w)
+            strip = torch.lerp(view[:, above], view[:, (above + 1).clamp(max=h - 1)], (y - above)[:, None])
             strip = F.interpolate(strip[None], (len(y), width), mode="bilinear", align_corners=False)[0]
             total = total + strip.softmax(0)
         total = total / len(views)
@@ -308,7 +308,7 @@ def strips(views: list[Tensor], size: tuple[int, int],
 
 
 def probabilities(views: list[Tensor], size: tuple[int, int], merge: Sequence[Sequence[int]] | None = None) -> Tensor:
-    """(K, H, W)."""
+    """As inference.probabilities: (K, H, W)."""
     result = views[0].new_empty(len(views[0] if merge is None else merge), *size)
     for rows, strip in strips(views, size, merge):
         result[:, rows] = strip
@@ -316,7 +316,7 @@ def probabilities(views: list[Tensor], size: tuple[int, int], merge: Sequence[Se
 
 
 def label_map(views: list[Tensor], size: tuple[int, int], merge: Sequence[Sequence[int]] | None = None) -> Tensor:
-    """(H, W) uint8, on the CPU."""
+    """As inference.label_map: (H, W) uint8 on the CPU."""
     label = torch.empty(size, dtype=torch.uint8)           # preallocated: many small parts would fragment memory
     for rows, strip in strips(views, size, merge):
         label[rows] = strip.max(0).indices.byte().cpu()    # argmax(0) is 4x slower on a CPU

@@ -1,10 +1,10 @@
-"""From a checkpoint and a photo to class probabilities (§4.4): shared by validation, evaluation, prediction and export.
+"""From a checkpoint and a photo to class probabilities (§4.4): for validation, evaluation, prediction, export.
 
     model, labels, path = load_run("runs/cihp")
     probabilities = predict(model, image, *tta_views(model.cfg, labels.flip_pairs))    # (K, H, W)
 
-A photo is an RGB array (H, W, 3), uint8. The network sees it with its long side at `base_size` times each scale, padded
-as in training, and, with `flip_pairs`, mirrored too; the softmax of every view is resized to the photo and averaged.
+A photo is an RGB array (H, W, 3), uint8. Its views have the long side at `base_size` times each scale, padded as in
+training, and with `flip_pairs` each is also mirrored. Their softmax at the photo's size is averaged.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def add_run_options(parser: argparse.ArgumentParser, batch: int | None = None):
     """The options of every program that uses a trained run; `batch`: the default of --batch, None: no such option."""
     parser.add_argument("--run", "--checkpoint", help="folder of a run, or a checkpoint; the newest run if not given. "
                         "Under torchrun, which has options that begin with --run, only --checkpoint")
-    parser.add_argument("--tta", action="store_true", help="average over scales and flips (§4.4): slower, a little better")
+    parser.add_argument("--tta", action="store_true", help="average over scales and flips (§4.4), slower")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ...; the GPU if there is one")
     if batch is not None:
         parser.add_argument("--batch", type=_positive, default=batch, help=f"photos at a time per process ({batch})")
@@ -52,7 +52,7 @@ def _positive(text: str) -> int:
 
 def load_run(run: str | Path | None = None, overrides: Sequence[str] = (),
              device: str | torch.device = "") -> tuple[SCHNet, LabelSet, Path]:
-    """A trained network ready for `predict`, its label set, and the checkpoint it came from. `run` None: the newest run.
+    """A trained network ready for `predict`, its label set and its checkpoint. `run` None: the newest run.
 
     On a CPU the network runs in fp32 unless `precision=bf16` is among the overrides: few CPUs have bf16 units.
     """
@@ -66,7 +66,7 @@ def load_run(run: str | Path | None = None, overrides: Sequence[str] = (),
 
 
 def restore(content: dict, path: Path, overrides: Sequence[str] = ()) -> tuple[SCHNet, LabelSet]:
-    """The network of a checkpoint, in evaluation mode on the CPU. `overrides` (`key=value`): of `config.OVERRIDABLE`."""
+    """The network of a checkpoint, in evaluation mode on the CPU; `overrides` are keys of config.OVERRIDABLE."""
     given, trained = config.parse_overrides(overrides), config.from_dict(content["config"], source=str(path))
     cfg = dataclasses.replace(trained, **given)
     for key in given:
@@ -76,8 +76,8 @@ def restore(content: dict, path: Path, overrides: Sequence[str] = ()) -> tuple[S
     labels, official = LabelSet(**content["labels"]), content["official"]
     for key in official:
         if not Path(getattr(cfg, key)).exists():
-            raise UserError(f"{path} needs {getattr(cfg, key)}: run `python download.py`, or give its place with {key}=PATH")
-    known = {key: "" for key in ("sam_weights", "clip_weights") if key not in official}  # all their tensors are in `state`
+            raise UserError(f"{path} needs {getattr(cfg, key)}: run `python download.py`, or set {key}=PATH")
+    known = {key: "" for key in ("sam_weights", "clip_weights") if key not in official}  # in `state`
     known |= {"clip_activation": official["clip_weights"]["activation"]} if "clip_weights" in official else {}
     model = build_model(dataclasses.replace(cfg, **known), labels.classes, content["model"])
     checkpoint.check_official(model, official, path)
@@ -94,10 +94,10 @@ def tta_views(cfg: Config, flip_pairs: Sequence[tuple[int, int]], tta: bool = Tr
 
 
 def canvas(image: np.ndarray, cfg: Config, scale: float) -> tuple[np.ndarray, tuple[int, int]]:
-    """The photo (H, W, 3) as the network sees it at `scale`, and the photo's size in it.
+    """The padded photo that the network gets at `scale`, and the size of the photo in it.
 
-    Its long side is base_size * scale; it is padded at the bottom and right to the size of training samples, in multiples
-    of 32 (480: 384, 480, 608, 736).
+    Its long side is base_size * scale; it is padded at the bottom and right to the size of training samples, in
+    multiples of 32 (480: 384, 480, 608, 736).
     """
     size = scaled_size(image.shape[:2], cfg.base_size * scale)
     sides = [round_up(max(side, round(crop * scale))) for side, crop in zip(size, cfg.crop_size)]
@@ -106,7 +106,9 @@ def canvas(image: np.ndarray, cfg: Config, scale: float) -> tuple[np.ndarray, tu
 
 def views(model: nn.Module, images: list[np.ndarray], scales: Sequence[float],
           flip_pairs: Sequence[tuple[int, int]] | None) -> list[list[Tensor]]:
-    """Per image a list of logits (K, h, w): one for each scale and, unless `flip_pairs` is None, one mirrored back."""
+    """For each image a list of logits (K, h, w): one per scale and, unless `flip_pairs` is None, one of its mirror
+    image, flipped back.
+    """
     device = next(model.parameters()).device
     result = [[] for _ in images]
     for scale in scales:
@@ -130,7 +132,7 @@ def views(model: nn.Module, images: list[np.ndarray], scales: Sequence[float],
 
 
 def _mirror(image: Tensor, width: int) -> Tensor:
-    """The photo mirrored within its own width; the padding stays on the right."""
+    """Mirrors the photo within its own width; the padding stays on the right."""
     return torch.cat([image[..., :width].flip(-1), image[..., width:]], -1)
 
 

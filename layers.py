@@ -18,9 +18,9 @@ def round_up(side: int) -> int:
 
 
 def resample_positions(table: Tensor, h: int, w: int) -> Tensor:
-    """Absolute positions (H, W, C) at a grid of h x w: bicubic, as ViT-Adapter does (DenseCLIP and Rein: bilinear).
+    """Absolute positions (H, W, C) at a grid of h x w: bicubic, as ViT-Adapter does.
 
-    One axis after the other: in two dimensions a GPU gives each of the h w places one thread, which does all C channels.
+    One axis after the other: the two-dimensional GPU kernel loops over channels in one thread.
     """
     H, W, C = table.shape
     if (H, W) == (h, w):
@@ -30,9 +30,9 @@ def resample_positions(table: Tensor, h: int, w: int) -> Tensor:
 
 
 def relative_positions(table: Tensor, size: int) -> Tensor:
-    """Relative positions (L, d) as (size, size, d): the entry of query i and key j is that of distance i - j.
+    """Relative positions (L, d) as (size, size, d): entry (i, j) is that of the distance i - j.
 
-    SAM's rule: a table of another length than 2 size - 1 is resampled as a whole, linearly.
+    SAM's rule: a table whose length is not 2 size - 1 is resampled linearly.
     """
     if len(table) != 2 * size - 1:
         table = F.interpolate(table.t()[None], 2 * size - 1, mode="linear")[0].t()
@@ -41,8 +41,9 @@ def relative_positions(table: Tensor, size: int) -> Tensor:
 
 
 def level_sizes(shapes: list[tuple[int, int]], device: torch.device) -> Tensor:
-    """(width, height) of each map, (L, 2). Filled on the device: building it from a list would force a GPU sync."""
-    return torch.stack([torch.full((), side, device=device) for h, w in shapes for side in (w, h)]).view(-1, 2)
+    """(width, height) of each map, (L, 2), filled on the device: a list would force a GPU sync."""
+    sides = [torch.full((), side, device=device) for h, w in shapes for side in (w, h)]
+    return torch.stack(sides).view(-1, 2)
 
 
 def init_linears(module: nn.Module):
@@ -63,15 +64,17 @@ def autocast(device: torch.device, precision: str):
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in the precision of `b`, also under autocast: for logits, which have steps of 0.125 from 16 on in bf16."""
+    """a @ b in the precision of b: under autocast, logits would have steps of 0.125 from 16 on."""
     with torch.autocast(a.device.type, enabled=False):
         return a.to(b.dtype) @ b
 
 
 def cast_frozen(model: nn.Module, precision: str):
-    """Stores frozen linear layers' weights as `autocast` would round them at every use: the same results to the last bit,
-    half the memory of the weights, no second copy saved for the backward pass. For use under that autocast only."""
+    """Stores frozen linear weights as `autocast` rounds them at every use; for use under autocast.
+
+    Results are equal to the last bit, and autocast keeps no second copy for the backward pass.
+    """
     if DTYPES[precision] is not None:
         for name, parameter in model.named_parameters():
-            if not parameter.requires_grad and parameter.ndim == 2 and name.endswith("weight"):      # in_proj_weight too
+            if not parameter.requires_grad and parameter.ndim == 2 and name.endswith("weight"):
                 parameter.data = parameter.data.to(DTYPES[precision])

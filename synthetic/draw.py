@@ -1,11 +1,11 @@
-"""Drawn people with exact labels in LIP's 20 classes: the data of the demo and of the tests. Ours, not the paper's.
+"""Drawn people with exact labels in LIP's 20 classes: data for the demo and the tests, not from the paper.
 
     image, label = draw(seed, index, size=(160, 128))      # uint8 RGB (160, 128, 3), uint8 (160, 128)
-    python -m synthetic.draw --out drawings --count 6      # some of them as PNG files, to look at or to parse
+    python -m synthetic.draw --out drawings --count 6      # PNG files to look at or to parse
 
-A drawing is a pure function of (seed, index, size), the same in every process. A person is a skeleton in three dimensions,
-turned and projected, so that left and right are the person's: seen from the front the left arm is on the image's right.
-Limbs and clothes are chains of discs, whose hulls are filled in the image and in the label.
+A drawing is a pure function of (seed, index, size), the same in every process. A person is a skeleton in three
+dimensions, turned and projected, so that left and right are the person's: seen from the front the left arm is on the
+image's right. Limbs and clothes are chains of discs, whose hulls are filled in the image and in the label.
 """
 
 import argparse
@@ -33,7 +33,7 @@ COLOURS = {
 }
 PATTERNS = {DRESS: "dots", JUMPSUITS: "bands", SKIRT: "pleats", SCARF: "stripes"}      # half of them have it
 
-# (lift, turn) of both bones of a limb, in ranges of degrees. Lift: from hanging (0) to upright (180). Turn: sideways (0),
+# Ranges of (lift, turn) of both bones of a limb, in degrees. Lift: hanging (0) to upright (180). Turn: sideways (0),
 # forward (90), inward (180), backward (-90).
 ARMS = (((4, 18), (0, 80), (2, 30), (40, 110)), ((4, 18), (0, 80), (2, 30), (40, 110)),      # hanging
         ((10, 40), (20, 90), (60, 110), (70, 150)),        # bent before the body
@@ -51,7 +51,7 @@ CIRCLE = np.array([(math.cos(a * math.pi / 8), math.sin(a * math.pi / 8)) for a 
 
 
 class Dice:
-    """Random numbers in bulk: a call to a numpy Generator costs as much as the polygon it is for."""
+    """Random numbers, generated in bulk: one call of a numpy Generator costs as much as drawing a polygon."""
 
     def __init__(self, rng: np.random.Generator):
         self.rng, self.values = rng, []
@@ -75,13 +75,13 @@ class Dice:
 
 
 class Canvas:
-    """The image (h, w, 3) and the label (h, w), painted together."""
+    """An image (h, w, 3) and its label (h, w), painted together."""
 
     def __init__(self, image: np.ndarray):
         self.image, self.label = image, np.zeros(image.shape[:2], np.uint8)
 
     def chain(self, discs, cls: int, colour: np.ndarray, pattern: str = ""):
-        """The hulls of consecutive discs (x, y, radius), lighter inside."""
+        """Paints the hulls of consecutive discs (x, y, radius), lighter inside."""
         discs = np.array(discs, float)
         before = self.label.copy() if pattern else None
         for size, light in ((1, 0.8), (0.65, 1.05)):
@@ -94,14 +94,14 @@ class Canvas:
             self._print(discs, cls, before, colour, pattern)
 
     def fill(self, points: np.ndarray, cls: int | None, colour: np.ndarray):
-        """The hull of points (n, 2); `cls` None: the label stays."""
+        """Fills the hull of points (n, 2); `cls` None: in the image only."""
         hull = cv2.convexHull((points * 16).astype(np.int32))            # sixteenths of a pixel: the shift of 4 below
         if cls is not None:
             cv2.fillConvexPoly(self.label, hull, cls, cv2.LINE_8, 4)
         cv2.fillConvexPoly(self.image, hull, np.minimum(colour, 255).tolist(), cv2.LINE_AA, 4)
 
     def _print(self, discs: np.ndarray, cls: int, before: np.ndarray, colour: np.ndarray, pattern: str):
-        """A darker or lighter pattern on a chain, laid along its axis."""
+        """Paints a darker or lighter pattern on a chain, along its axis."""
         radius = discs[:, 2].max() + 1
         x0, y0 = np.maximum(discs[:, :2].min(0) - radius, 0).astype(int)
         x1, y1 = np.maximum(discs[:, :2].max(0) + radius, 0).astype(int)
@@ -119,7 +119,7 @@ class Canvas:
 
 
 class Person:
-    """A posed skeleton with clothes. Of each pair, index 0 is the person's left.
+    """A posed skeleton with clothes. Index 0 of each pair is the person's left.
 
     In the person's own frame x points to their left, y up, z forward; the unit is about the person's height.
     """
@@ -135,7 +135,8 @@ class Person:
         stance = dice.pick(STANCES)
         self.arms, self.legs = [], []
         for side in (1, -1):
-            shoulder, hip = np.array([side * 0.105 * self.girth, 0.27, 0]), np.array([side * 0.048 * self.girth, -0.03, 0])
+            shoulder = np.array([side * 0.105 * self.girth, 0.27, 0])
+            hip = np.array([side * 0.048 * self.girth, -0.03, 0])
             elbow, wrist, _ = self._limb(shoulder, side, dice.pick(ARMS), (0.15, 0.13, 0.045))
             self.arms.append([shoulder, elbow, wrist, wrist + (wrist - elbow) * 0.35])
             knee, ankle, _ = self._limb(hip, side, stance[side < 0], (0.22, 0.21, 0))
@@ -198,7 +199,7 @@ class Person:
         self.length = dice.pick(("short", "short", "long", "bald") if self.woman < 0.4 else ("short", "long", "long"))
 
     def paint(self, canvas: Canvas):
-        """All pieces, the far ones first."""
+        """Paints all parts, the farthest first."""
         self.canvas = canvas
         layers = [(0.0, self._torso), (0.02, self._skirt), (0.04, self._coat), (0.3, self._head),
                   (0.4 if not self.front else -0.4, self._mane)]
@@ -216,7 +217,8 @@ class Person:
         radii = (0.046, 0.038, 0.03, 0.032)
         self.canvas.chain(self.along(self.arms[side], 0, 3, radii), LEFT_ARM + side, self.skin)
         if self.sleeve:
-            self.cloth(self.along(self.arms[side], 0, self.sleeve, radii, 1.25), COAT if COAT in self.worn else self.main)
+            cls = COAT if COAT in self.worn else self.main
+            self.cloth(self.along(self.arms[side], 0, self.sleeve, radii, 1.25), cls)
         if GLOVE in self.worn:
             self.cloth(self.along(self.arms[side], 1.7, 3, radii, 1.25), GLOVE)
 
@@ -225,13 +227,15 @@ class Person:
         self.canvas.chain(self.along(leg, 0, 2, radii), LEFT_LEG + side, self.skin)
         if SOCKS in self.worn:
             self.cloth(self.along(leg, self.sock, 2, radii, 1.15), SOCKS)
-        self.canvas.chain([self.disc(leg[2] + (0, -0.02, -0.02), 0.034), self.disc(leg[3], 0.032)], LEFT_SHOE + side, self.shoes)
+        shoe = [self.disc(leg[2] + (0, -0.02, -0.02), 0.034), self.disc(leg[3], 0.032)]
+        self.canvas.chain(shoe, LEFT_SHOE + side, self.shoes)
         if self.lower in (PANTS, JUMPSUITS):
             self.cloth(self.along(leg, 0, self.trouser, radii, 1.2), self.lower)
 
     def _torso(self):
         g = self.girth
-        self.canvas.chain([self.disc((0, 0.26, 0), 0.034 * g), self.disc((0, 0.36, 0), 0.034 * g)], BACKGROUND, self.skin)
+        neck = [self.disc((0, y, 0), 0.034 * g) for y in (0.26, 0.36)]
+        self.canvas.chain(neck, BACKGROUND, self.skin)
         wide = 0.075 - 0.012 * self.woman
         for x in (-0.035, 0.035):                          # two chains side by side
             discs = [self.disc((x, y, 0), r * g) for y, r in ((0.25, 0.06), (0.12, wide), (0.0, 0.065), (-0.05, 0.06))]
@@ -263,7 +267,8 @@ class Person:
 
     def _on_face(self, cls: int, colour: np.ndarray, *discs: tuple[float, float, float]):
         """Discs (x, y, radius) on the face, in units of the head's radius."""
-        self.canvas.chain([self.disc((x * 0.075, 0.415 + y * 0.075, 0.07), r * 0.075) for x, y, r in discs], cls, colour)
+        discs = [self.disc((x * 0.075, 0.415 + y * 0.075, 0.07), r * 0.075) for x, y, r in discs]
+        self.canvas.chain(discs, cls, colour)
 
     def _head(self):
         if SCARF in self.worn:
@@ -290,7 +295,7 @@ class Person:
 # the image around them
 
 def backdrop(dice: Dice, rng: np.random.Generator, h: int, w: int) -> np.ndarray:
-    """Soft fields of colour, with blurred boxes, poles and bushes."""
+    """A blurred background of soft colours and shapes."""
     grid = rng.integers(0, 256, (int(dice(2, 8)), int(dice(2, 7)), 3), np.uint8)
     canvas = Canvas(cv2.resize(grid // 2 + 40, (w, h), interpolation=cv2.INTER_LINEAR_EXACT))
     for _ in range(int(dice(1, 7))):
@@ -302,7 +307,7 @@ def backdrop(dice: Dice, rng: np.random.Generator, h: int, w: int) -> np.ndarray
 
 
 def expose(image: np.ndarray, dice: Dice, rng: np.random.Generator) -> np.ndarray:
-    """Uneven light, a colour cast and noise."""
+    """Adds uneven light, a colour cast and noise."""
     h, w = image.shape[:2]
     light = np.linspace(-1, 1, h)[:, None] * dice(-0.2, 0.2) + np.linspace(-1, 1, w) * dice(-0.2, 0.2) + dice(0.75, 1.2)
     cast = np.array([dice(0.9, 1.1) for _ in range(3)], np.float32)

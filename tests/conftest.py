@@ -28,7 +28,7 @@ def pytest_configure():                                    # the benchmarks, whi
 
 @pytest.fixture(params=("fast", "plain"))
 def both_forms(request, monkeypatch):
-    """The test with the faster forms of fast.py, and with the plain ones."""
+    """Runs a test with the fast versions of fast.py and with the plain ones."""
     monkeypatch.setattr(fast, "ENABLED", request.param == "fast")
 
 

@@ -208,7 +208,7 @@ def assert_same_run(a: Path, b: Path):
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["tiny"])
-os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)       # the server imports `tiny` before it is told sys.path
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)       # the server imports `tiny` before it gets sys.path
 
 
 def _child(action, args, output: Path, environment: dict[str, str], tests: int):
@@ -231,7 +231,7 @@ def _end_with(tests: int):
     """Ends the process group when the tests themselves have been killed."""
     with contextlib.suppress(ProcessLookupError):
         while True:
-            os.kill(tests, 0)                              # raises if there is no such process
+            os.kill(tests, 0)                              # raises if the process has ended
             time.sleep(1)
     os.killpg(0, signal.SIGKILL)
 
@@ -243,7 +243,7 @@ def free_port() -> int:
 
 
 class Processes:
-    """`count` processes that run `action(*args)` in torchrun's environment, but nothing ends the others if one dies."""
+    """`count` processes that run `action(*args)` in torchrun's environment, but without its agent, which ends all when one dies."""
 
     def __init__(self, folder: Path, action, *args, count: int = 1, **environment: str):
         port = free_port()
@@ -274,7 +274,7 @@ class Processes:
         return [process.exitcode for process in self.all]
 
     def said(self, rank: int = 0) -> str:
-        """What it printed, without gloo's lines about its connections (torch 2.8)."""
+        """Its output, without gloo's lines about connections (torch 2.8)."""
         text = self.outputs[rank].read_text() if self.outputs[rank].exists() else ""
         return re.sub(r"\[Gloo\] Rank \d+ is connected to .*\n", "", text)
 
