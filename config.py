@@ -2,7 +2,7 @@
 
     cfg = load_config("configs/cihp.yaml", ["lr=3e-4", "batch_size=8"])
 
-A YAML file lists only what differs from the defaults below. The comment behind a field says where its value comes from:
+A YAML file lists only what differs from the defaults below. The comment behind a field gives the source of its value:
 a section of the paper (§), a named source, or "ours". A field's type has its range; an unknown key, a wrong type, a value
 out of range or values that contradict each other raise a `UserError`: one line that names the key.
 """

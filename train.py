@@ -217,7 +217,7 @@ def train(cfg: Config, world: World, resume: bool):
 
 
 def validate(learner: Learner, pairs: PairSet | DrawnSet, run: Run, stop: StopSignal):
-    """Single-scale scores on the whole validation set, sharded over the processes."""
+    """Single-scale scores on the complete validation set, sharded over the processes."""
     model, world = learner.model, learner.world
     learner.share_buffers()
     matrix, _ = evaluate_split(model, pairs, len(run.labels.classes), world,

@@ -21,7 +21,7 @@ LOOK_EVERY = 5                                             # the loader's timeou
 def start_worker(_):
     """For `worker_init_fn`."""
     cv2.setNumThreads(0)                                   # the workers are the parallelism
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):              # sent to whole process groups: the main process
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):              # sent to entire process groups: the main process
         if hasattr(signal, name):                                        # decides, and kills its workers
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 

@@ -167,20 +167,20 @@ def test_a_run_continues_with_the_same_numbers_in_another_format(small, tmp_path
     hub = [f"sam_weights={small / 'sam_hub'}", f"clip_weights={small / 'clip_hub'}", "clip_activation="]
     make_data(tmp_path / "data")
     config = Config(**RUN | official | {"freeze": True, "vocab": str(VOCAB)}, data_root=str(tmp_path / "data"),
-                    out=str(tmp_path / "whole"))
+                    out=str(tmp_path / "uninterrupted"))
     (tmp_path / "tiny.yaml").write_text(to_yaml(config))
     argv = ["--cfg", str(tmp_path / "tiny.yaml")]
     train.main(argv)
     kill_and_resume(argv, tmp_path / "run", 2, *hub)
     changed = ("sam_weights", "clip_weights", "clip_activation")
-    for folder in (tmp_path / "whole", tmp_path / "run"):
+    for folder in (tmp_path / "uninterrupted", tmp_path / "run"):
         for name in ("last.pt", "best.pt"):
             content = torch.load(folder / name, weights_only=True)
             for key in changed:
                 content["config"].pop(key)
             content["official"] = {key: value["content"] for key, value in content["official"].items()}
             torch.save(content, folder / name)
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "uninterrupted")
     sam = torch.load(small / "sam.pth")
     torch.save(sam | {"image_encoder.pos_embed": sam["image_encoder.pos_embed"] + 1e-6}, tmp_path / "other.pth")
     line = fails(capsys, *argv, "--resume", f"sam_weights={tmp_path / 'other.pth'}")

@@ -64,14 +64,14 @@ def test_another_architecture_is_refused_with_the_first_tensor(trained, changes,
 def test_a_run_with_init_does_not_need_the_old_run_to_resume(config, trained, tmp_path, capsys):
     old = shutil.copytree(trained, tmp_path / "old")
     argv = ["--cfg", config, f"init={old}", "freeze=false"]
-    train.main([*argv, f"out={tmp_path / 'whole'}"])
-    said = capsys.readouterr().out
-    assert said.count("init from ") == 1 and f"{old / 'last.pt'}: all weights; 3 of 3 classes\n" in said
+    train.main([*argv, f"out={tmp_path / 'uninterrupted'}"])
+    printed = capsys.readouterr().out
+    assert printed.count("init from ") == 1 and f"{old / 'last.pt'}: all weights; 3 of 3 classes\n" in printed
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train.Learner, "gradient", before_step(2, lambda: throw(Killed())))
         train.main([*argv, f"out={tmp_path / 'run'}"])
     shutil.rmtree(old)
     train.main([*argv, f"out={tmp_path / 'run'}", "--resume"])
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "uninterrupted")
     assert "init from " not in capsys.readouterr().out.partition("resuming from")[2]
     assert f"{old}: " in fails(capsys, *argv, f"out={tmp_path / 'other'}")

@@ -195,8 +195,8 @@ def test_a_batch_must_divide_among_processes_and_steps(batch, processes, accum, 
 
 def test_a_dry_run_leaves_no_file(config, tmp_path, capsys):
     train.main(["--cfg", config, "iters=0", f"out={tmp_path / 'run'}"])
-    said = capsys.readouterr().out
-    assert said.count("\nstep ") == 4 and "dry run ok" in said and " GiB per process; 10,000 iterations take " in said
+    printed = capsys.readouterr().out
+    assert printed.count("\nstep ") == 4 and "dry run ok" in printed and " GiB per process; 10,000 iterations take " in printed
     line = fails(capsys, "--cfg", config, "iters=0", f"out={tmp_path / 'run'}", "batch_size=6", "accum_steps=4")
     assert "batch_size (6)" in line and "accum_steps" in line
     assert not (tmp_path / "run").exists()
@@ -250,5 +250,5 @@ def test_out_of_memory_is_one_line(config, tmp_path, capsys, monkeypatch):
 def test_a_bug_keeps_its_traceback(config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.Learner, "gradient", before_step(0, lambda: throw(RuntimeError("a bug"))))
     ends(1, "--cfg", config, f"out={tmp_path / 'run'}")
-    said = capsys.readouterr().err
-    assert "Traceback" in said and "RuntimeError: a bug" in said
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed and "RuntimeError: a bug" in printed

@@ -273,7 +273,7 @@ class Processes:
             process.join(max(0.0, end - time.monotonic()))
         return [process.exitcode for process in self.all]
 
-    def said(self, rank: int = 0) -> str:
+    def printed(self, rank: int = 0) -> str:
         """Its output, without gloo's lines about connections (torch 2.8)."""
         text = self.outputs[rank].read_text() if self.outputs[rank].exists() else ""
         return re.sub(r"\[Gloo\] Rank \d+ is connected to .*\n", "", text)
