@@ -41,8 +41,8 @@ from model import SCHNet
 from viz import reports
 
 RESULTS = "results.json"
-NO_EFFECT = {"workers", "sam_weights", "clip_weights", "clip_activation", "vocab", "synthetic_train", "train_images", "train_labels", "train_list",
-             "tta_scales"}                                 # overrides that change no score; the scales are in --tta's name
+NO_EFFECT = {"workers", "sam_weights", "clip_weights", "clip_activation", "vocab", "synthetic_train", "train_images",
+             "train_labels", "train_list"}                 # overrides that change no score
 
 # ----------------------------------------------------------------------------------------------------------------------
 # metrics
@@ -100,9 +100,8 @@ def evaluate_split(model: SCHNet, pairs: PairSet | DrawnSet, num_classes: int, w
                 per_image.append((scores(counts)["miou"], i))
             bar.update(len(chunk) * world.size)
     model.train(was_training)
-    parts = world.gather((matrix, per_image))
-    matrix, per_image = sum(part[0] for part in parts), [item for part in parts for item in part[1]]
-    return matrix, sorted(per_image, key=lambda item: item[1])
+    matrices, items = zip(*world.gather((matrix, per_image)))
+    return sum(matrices), sorted(sum(items, []), key=lambda item: item[1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,7 +131,8 @@ def results_name(args: argparse.Namespace, cfg: Config, trained: Config) -> str:
     changed = [key for key in OVERRIDABLE - NO_EFFECT if getattr(cfg, key) != getattr(trained, key)]
     if "precision" not in parse_overrides(args.overrides):               # a CPU's fp32 is no choice of the user's
         changed = [key for key in changed if key != "precision"]
-    words = [f"_{key}-{os.path.basename(str(getattr(cfg, key)).rstrip('/'))}" for key in sorted(changed)]
+    words = [f"_{key}-{os.path.basename(str(getattr(cfg, key)).rstrip('/'))}" for key in sorted(changed)
+             if args.tta or key != "tta_scales"]
     file = f"_{Path(args.run).stem}" if args.run and Path(args.run).is_file() else ""
     name = "evaluation" + file + "_tta" * args.tta + "_train" * (args.split == "train") + "".join(words)
     return re.sub(r"[^\w.-]+", "-", name)[:200]
@@ -181,33 +181,37 @@ def run(args: argparse.Namespace, world: World):
     result = scores(matrix)
     shown = [(caption.format(pairs.name(i)), *pairs.read(i)) for caption, i in reports.best_and_worst(per_image)]
     shown = [(*one, predict_labels(model, [one[1]], scales, flip_pairs)[0]) for one in shown] if world.main else []
-    progress = content.get("progress", {})
-    chosen, last = path.name == checkpoint.BEST and progress.get("val") == fingerprint(pairs), path.with_name(checkpoint.LAST)
-    other = None
+    progress, last = content.get("progress", {}), path.with_name(checkpoint.LAST)
+    chosen = path.name == checkpoint.BEST and progress.get("val") == fingerprint(pairs)
+    record = {"identity": identity, "checkpoint": str(path), "sha256": sha256, "iteration": progress.get("iteration"),
+              "chosen_on_this_set": chosen, "last": None, "images": len(pairs), "data": labels.name, "split": args.split,
+              "training": {"hours": round(progress.get("seconds", 0) / 3600, 3), "machine": progress.get("machine")},
+              "seconds_per_image": seconds, "processes": world.size, **versions(world.device), **_main_scores(result),
+              "classes": {name: {"iou": iou, "acc": acc}
+                          for name, iou, acc in zip(labels.classes, result["iou"], result["acc"])},
+              "confusion": matrix.tolist(), "config": dataclasses.asdict(model.cfg)}
+    if world.main:                                         # files first: a lost terminal loses nothing, nor does a full disk
+        title = f"{path.parent.name} on {labels.name} {args.split}, {how}: mIoU {100 * result['miou']:.2f}"
+        try:
+            write_record(folder, record)
+            drawn = reports.draw(folder, title, labels, matrix.numpy(), shown)
+        finally:
+            print(reports.table(result, labels, args.tta))
+        print(f"{seconds:.3f} s per image; " + ", ".join(map(str, [folder / RESULTS, *drawn])))
     if chosen and last.exists():
         newest = checkpoint.read(last)
         if newest["progress"]["iteration"] != progress["iteration"]:
             checkpoint.load_state(model, newest["model"], last)
-            other = {"iteration": newest["progress"]["iteration"], **_main_scores(scores(score()[0]))}
-        else:
-            other = {"iteration": progress["iteration"], **_main_scores(result)}
-    if not world.main:
-        return
-    classes = zip(labels.classes, result["iou"], result["acc"])
-    record = {"identity": identity, "checkpoint": str(path), "sha256": sha256, "iteration": progress.get("iteration"),
-              "chosen_on_this_set": chosen, "last": other, "images": len(pairs), "data": labels.name, "split": args.split,
-              "training": {"hours": round(progress.get("seconds", 0) / 3600, 3), "machine": progress.get("machine")},
-              "seconds_per_image": seconds, "processes": world.size, **versions(world.device), **_main_scores(result),
-              "classes": {name: {"iou": iou, "acc": acc} for name, iou, acc in classes},
-              "confusion": matrix.tolist(), "config": dataclasses.asdict(model.cfg)}
+            result = scores(score()[0])
+        if world.main:
+            record["last"] = {"iteration": newest["progress"]["iteration"], **_main_scores(result)}
+            print(f"{path.name} (iteration {progress['iteration']}) was chosen on this very set; {last.name} (iteration "
+                  f"{record['last']['iteration']}), which was not: mIoU {100 * result['miou']:.2f}")
+            write_record(folder, record)
+
+
+def write_record(folder: Path, record: dict):
     write_text(folder / RESULTS, json.dumps(reports.without_nan(record), indent=1))
-    title = f"{path.parent.name} on {labels.name} {args.split}, {how}: mIoU {100 * result['miou']:.2f}"
-    drawn = reports.draw(folder, title, labels, matrix.numpy(), shown)
-    print(reports.table(result, labels, args.tta))
-    if other:
-        print(f"{path.name} (iteration {progress['iteration']}) was chosen on this very set; {last.name} (iteration "
-              f"{other['iteration']}), which was not: mIoU {100 * other['miou']:.2f}")
-    print(f"{seconds:.3f} s per image; " + ", ".join(map(str, [folder / RESULTS, *drawn])))
 
 
 def _main_scores(result: dict) -> dict:

@@ -56,9 +56,9 @@ def load_run(run: str | Path | None = None, overrides: Sequence[str] = (),
 
     On a CPU the network runs in fp32 unless `precision=bf16` is among the overrides: few CPUs have bf16 units.
     """
-    path = checkpoint.find(run)
+    given, path = config.parse_overrides(overrides), checkpoint.find(run)
     target = device if isinstance(device, torch.device) else pick_device(device)
-    if target.type == "cpu" and "precision" not in config.parse_overrides(overrides):
+    if target.type == "cpu" and "precision" not in given:
         overrides = [*overrides, "precision=fp32"]
     model, labels = restore(checkpoint.read(path), path, overrides)
     cast_frozen(model, model.cfg.precision)

@@ -37,7 +37,7 @@ from tqdm import tqdm
 import fast
 import inference
 from config import user_path
-from engine.parsing import LESS_MEMORY, Job, Report
+from engine.parsing import LESS_MEMORY, Job, Report, printable
 from engine.processes import World, run_together
 from errors import UserError
 from files.atomic import results_folder
@@ -74,9 +74,7 @@ class Parser:
 
     def __init__(self, run: str | Path | None = None, tta: bool = False, size: int | None = None,
                  device: str | torch.device = "", class_map: str | Path | None = None, overrides: Sequence[str] = ()):
-        if size is not None and size not in range(32, 16_385):
-            raise UserError(f"size must be a whole number of pixels between 32 and 16,384, not {size}")
-        overrides = [overrides] if isinstance(overrides, str) else [*overrides]
+        overrides = [*([overrides] if isinstance(overrides, str) else overrides)]
         overrides += [] if size is None else [f"base_size={size}"]
         self.model, self.labels, self.path = inference.load_run(run, overrides, device)
         self.tta, self.flip_pairs, self.merge, self.batch = tta, self.labels.flip_pairs, None, BATCH
@@ -96,10 +94,9 @@ class Parser:
             return as_shown(photo)
         if isinstance(photo, str | Path):
             return read_photo(user_path(photo), ALL_FORMATS)
+        photo = photo.read() if hasattr(photo, "read") else photo
         if isinstance(photo, bytes | bytearray | memoryview):
             return read_photo(bytes(photo), ALL_FORMATS)
-        if hasattr(photo, "read"):
-            return read_photo(photo.read(), ALL_FORMATS)
         if not isinstance(photo, np.ndarray):
             raise UserError(f"a photo must be a path, a file, a PIL image or an RGB array, not {type(photo).__name__}")
         if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or not photo.size:
@@ -138,9 +135,10 @@ class Parser:
 
     def overlay(self, photo: Photo, label: np.ndarray, shown: Iterable[int] | None = None) -> np.ndarray:
         """The photo under its label map, with a legend of the classes that occur (or of those `shown`)."""
-        image, shown = self.read(photo), pictures.present(label) if shown is None else shown
+        image, label = self.read(photo), np.asarray(label, np.uint8)
         if image.shape[:2] != label.shape:
             raise UserError(f"the label map has {label.shape} pixels, its photo {image.shape[:2]}")
+        shown = pictures.present(label) if shown is None else shown
         return pictures.with_legend(pictures.overlay(image, label, self.palette), self.classes, self.palette, shown)
 
     def _views(self, tta: bool | None) -> inference.Views:
@@ -151,8 +149,9 @@ class Parser:
             return inference.predict_labels(self.model, images, *self._views(tta), self.merge)
 
     @torch.inference_mode()
-    def write_probabilities(self, path: Path, image: np.ndarray) -> np.ndarray:
+    def write_probabilities(self, path: Path, photo: Photo) -> np.ndarray:
         """Writes the probabilities as .npy in float16, strip by strip, so that memory stays bounded; returns the label map."""
+        image = self.read(photo)
         height, width = image.shape[:2]
         with self.lock:
             views = inference.views(self.model, [image], *self._views(None))[0]
@@ -201,8 +200,10 @@ def run(args: argparse.Namespace, world: World, report: Report):
     with world.all_or_none():
         inputs = list_inputs(args.inputs) if world.main else None
         if world.main:
+            ignored = ", ".join(f"{count} {what}" for what, count in inputs.ignored.most_common())
             if not inputs.photos and not inputs.videos:
-                raise UserError("; ".join(inputs.missing) or f"no photo or video in {', '.join(args.inputs)}")
+                raise UserError("; ".join(inputs.missing) or f"no photo or video in {', '.join(args.inputs)}" + (
+                    f" (ignored: {ignored})" if ignored else ""))
             results_folder(args.out)
     inputs = world.broadcast(inputs)
     with world.all_or_none():
@@ -216,34 +217,32 @@ def run(args: argparse.Namespace, world: World, report: Report):
     done = world.broadcast(done)
     if world.main:
         report.failed += inputs.missing
-        if inputs.ignored:
-            world.print0("ignored: " + ", ".join(f"{count} {what}" for what, count in inputs.ignored.most_common()))
-        if inputs.videos and (args.masks or args.probs):
-            world.print0("--masks and --probs are for photos: videos get overlays, and label maps with --frames")
+        if ignored:
+            world.print0(f"ignored: {printable(ignored)}")
     world.print0(f"{parser.path}: {len(parser.classes)} classes of {parser.labels.name}" + (", with TTA" if args.tta else "")
                  + (f"; {len(done)} already done" if done else ""))
     parser.batch = args.batch
     try:
         work(Job(parser, results, report), inputs.photos, inputs.videos, done, world)
-    except KeyboardInterrupt:
+    finally:                                               # of Ctrl-C too
         if world.size == 1:
             report.print(time.monotonic() - start, args.out)
-        raise
-    parts = world.gather((report.parsed, report.failed))
-    report.parsed, report.failed = [list(itertools.chain.from_iterable(part)) for part in zip(*parts)]
-    if world.main:
-        report.print(time.monotonic() - start, args.out)
-    world.gather(None)                                     # torchrun ends all when one exits: wait for the report
+    if world.size > 1:
+        parts = world.gather((report.parsed, report.failed))
+        report.parsed, report.failed = [list(itertools.chain.from_iterable(part)) for part in zip(*parts)]
+        if world.main:
+            report.print(time.monotonic() - start, args.out)
+        world.gather(None)                                 # torchrun ends all when one exits: wait for the report
 
 
 def work(job: Job, photos: list[Input], videos: list[Input], done: set[Input], world: World):
     """This process's shard: complete batches, so that they are the same for any number of processes, and videos."""
     batch = job.parser.batch
     batches = [photos[start:start + batch] for start in range(0, len(photos), batch)]
-    batches = [batch for batch in batches if any(found not in done for found in batch)][world.rank::world.size]
+    batches = [batch for batch in batches if not done.issuperset(batch)][world.rank::world.size]
     count = sum(found not in done for batch in batches for found in batch) * world.size
     with tqdm(total=count, unit="photo", disable=not (world.main and count)) as bar:
-        job.photos(batches, {found.name for found in done}, lambda more: bar.update(more * world.size))
+        job.photos(batches, done, lambda: bar.update(world.size))
     for found in [found for found in videos if found not in done][world.rank::world.size]:
         job.video(found, progress=world.main)
 

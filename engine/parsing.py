@@ -5,7 +5,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from files import video
 from files.atomic import atomic_write
 from files.images import ALL_FORMATS, read_photo
 from files.inputs import Input
-from files.results import Results, append_mp4_record
+from files.results import Record, Results, append_mp4_record
 from viz import pictures
 
 BATCH_PIXELS = 32 << 20                                    # upper bound for a batch's pixels: large photos go alone
@@ -46,87 +46,78 @@ class Report:
     def print(self, seconds: float, out: Path):
         print(f"{len(self.parsed)} parsed in {seconds:.1f} s" + (f", in {out}" if self.parsed else ""), flush=True)
         if self.failed:
-            failed = [re.sub(r"[\x00-\x1f\x7f]", "?", line) for line in self.failed]     # file names may hold any character
-            print(f"{len(failed)} not parsed:\n  " + "\n  ".join(failed), file=sys.stderr, flush=True)
+            print(f"{len(self.failed)} not parsed:\n  " + "\n  ".join(map(printable, self.failed)), file=sys.stderr, flush=True)
+
+
+def printable(line: str) -> str:
+    """File names may hold any character."""
+    return re.sub(r"[\x00-\x1f\x7f]", "?", line)
+
+
+@dataclass(eq=False)
+class Photo:
+    found: Input
+    origin: Record                                         # of the file before it was read: it may be edited meanwhile
+    image: np.ndarray
 
 
 class Job:
     """Parses inputs with a `predict.Parser` into `results`; threads read ahead and write behind."""
 
     def __init__(self, parser, results: Results, report: Report):
-        self.parser, self.results, self.report, self.progress = parser, results, report, lambda count: None
+        self.parser, self.results, self.report = parser, results, report
 
-    def photos(self, batches: list[list[Input]], done: set[str], progress: Callable[[int], object]):
+    def photos(self, batches: list[list[Input]], done: set[Input], progress: Callable[[], object]):
         """A label can depend, in the last bits, on what else is in its batch. So batches are always the same, whichever
         process parses them: photos of a batch that are `done` go through the network too, but are not written again."""
-        self.progress, writing = progress, []
-
-        def finish():
-            for future in writing:
-                future.result()
-            writing.clear()
-
         reading = read_ahead(self._read, itertools.chain.from_iterable(batches), THREADS)
         with ThreadPoolExecutor(THREADS) as pool:
+            writing = []
             try:
                 for group in itertools.chain.from_iterable(_groups(itertools.islice(reading, len(b))) for b in batches):
-                    faults = [fault for found, fault in group if isinstance(fault, UserError) and found.name not in done]
-                    self.report.failed += map(str, faults)
-                    self.progress(len(faults))
-                    parsed = self._parse([(found, image) for found, image in group if isinstance(image, np.ndarray)], done)
-                    finish()                               # the group before, written while this one was parsed
-                    writing += [pool.submit(self._write, *one) for one in parsed]
+                    labels = self._parse(group, done)
+                    list(map(Future.result, writing))            # the group before, written while this one was parsed
+                    writing = [pool.submit(self._write, *one, progress) for one in labels]
             finally:
-                finish()
+                list(map(Future.result, writing))
 
-    @staticmethod
-    def _read(found: Input) -> np.ndarray | UserError:
-        try:
-            return read_photo(found.path, ALL_FORMATS)
-        except UserError as error:
-            return error
+    def _read(self, found: Input) -> Photo | None:
+        with self.report.work_on(found):
+            return Photo(found, self.results.origin(found.path), read_photo(found.path, ALL_FORMATS))
+        return None
 
-    def _parse(self, group: list[tuple[Input, np.ndarray]], done: set[str]) -> list[tuple]:
-        """(input, photo, label map) of those that are to be written; label None: it comes with the probabilities."""
-        if "probs" in self.results.kinds:
-            for found, image in group:
-                if found.name not in done:
-                    self._write(found, image, None)
-            return []
-        wanted = [found for found, _ in group if found.name not in done]
-        with self.report.work_on(*wanted):
-            labels = self.parser.parse([image for _, image in group]) if wanted else []
-            return [(found, image, label) for (found, image), label in zip(group, labels) if found in wanted]
+    def _parse(self, group: list[Photo], done: set[Input]) -> list[tuple[Photo, np.ndarray | None]]:
+        """Photos that are to be written, with their label maps; None: it comes with the probabilities."""
+        wanted = [photo for photo in group if photo.found not in done]
+        if "probs" in self.results.kinds or not wanted:
+            return [(photo, None) for photo in wanted]
+        with self.report.work_on(*[photo.found for photo in wanted]):
+            labels = self.parser.parse([photo.image for photo in group])
+            return [(photo, label) for photo, label in zip(group, labels) if photo in wanted]
         return []
 
-    def _write(self, found: Input, image: np.ndarray, label: np.ndarray | None):
-        results, parser, name = self.results, self.parser, found.name
-        with self.report.work_on(found):
-            kept = results.claim_photo(found.path, name)
-            if label is None:
-                with atomic_write(results.path("probs", name)) as part:
-                    label = parser.write_probabilities(part, image)
-                    self._write_label(found, label, kept)
-            else:
-                self._write_label(found, label, kept)
-            for k, path in enumerate(results.paths("masks", name) if "masks" in results.kinds else ()):
+    def _write(self, photo: Photo, label: np.ndarray | None, progress: Callable[[], object]):
+        results, parser, name = self.results, self.parser, photo.found.name
+        with self.report.work_on(photo.found):
+            kept = results.claim_photo(photo.origin, name)
+            with atomic_write(results.path("probs", name)) if label is None else contextlib.nullcontext() as part:
+                if label is None:
+                    label = parser.write_probabilities(part, photo.image)
+                record = results.record(photo.origin, label, kept)
+                pictures.save_palette_png(results.path("labels", name), label, parser.palette, record)
+            for k, path in enumerate(results.paths("masks", name, parser.classes) if "masks" in results.kinds else ()):
                 pictures.save_png(path, np.uint8(255) * (label == k))
-            pictures.save_jpeg(results.path("overlays", name), parser.overlay(image, label))
+            pictures.save_jpeg(results.path("overlays", name), parser.overlay(photo.image, label))
             self.report.parsed.append(name)
-        self.progress(1)
-
-    def _write_label(self, found: Input, label: np.ndarray, kept: list[str]):
-        """First of a photo's results: its record vouches for the others."""
-        record = self.results.record(found.path, label, kept)
-        pictures.save_palette_png(self.results.path("labels", found.name), label, self.parser.palette, record)
+        progress()
 
     def video(self, found: Input, progress: bool):
         """Overlays with a legend, and with --frames the label map of each frame. Frames are parsed independently, so labels
         may flicker where the network is unsure. A file with faults is parsed as far as it can be read, then reported."""
         results, parser, target = self.results, self.parser, self.results.video_path(found.name)
         with self.report.work_on(found):
-            reader = video.Reader(found.path)
-            results.claim_video(found.path, found.name)
+            origin, reader = results.origin(found.path), video.Reader(found.path)
+            results.claim_video(found.path, found.name, origin)
             frames = results.frame_folder(found.path, found.name)
             with tqdm(self._labelled(reader), total=reader.count or None, unit="frame", desc=Path(found.path).name,
                       disable=not progress) as bar, atomic_write(target) as part:
@@ -135,18 +126,17 @@ class Job:
                         if results.frames:
                             stored = reader.as_stored(label)
                             pictures.save_palette_png(frames / f"{n:06d}.png", stored, parser.palette,
-                                                      results.record(found.path, stored))
+                                                      results.record(origin, stored))
                         writer.write(parser.overlay(frame, label, range(len(parser.classes))))
                         if writer.error and not results.frames:
                             break
                 if not writer.count:
                     raise UserError(f"{found.path}: no frame could be read" + (f" ({reader.fault})" if reader.fault else ""))
                 if writer.error:
-                    raise UserError(f"{found.path}: {writer.error}; label maps are in {frames}" if results.frames else
-                                    f"{found.path}: {writer.error}")
+                    raise UserError(f"{found.path}: {writer.error}" + f"; label maps are in {frames}" * results.frames)
                 if video.count_frames(part) != writer.count:             # the writer reports no errors
                     raise UserError(f"{target} could not be written completely: is the disk full?")
-                append_mp4_record(part, results.video_record(found.path, writer.count))
+                append_mp4_record(part, origin | {"Frames": str(writer.count)})
             if reader.fault:
                 raise UserError(f"{found.path}: damaged or cut off ({reader.fault}); the {writer.count} frames that could be "
                                 "read were parsed")
@@ -159,15 +149,17 @@ class Job:
             yield from zip(some, self.parser.parse(some))
 
 
-def _groups(batch: Iterable[tuple[Input, np.ndarray | UserError]]) -> Iterator[list]:
-    """A batch in parts of at most `BATCH_PIXELS` pixels (a single photo may have more)."""
+def _groups(batch: Iterable[tuple[Input, Photo | None]]) -> Iterator[list[Photo]]:
+    """The photos of a batch that could be read, in parts of at most `BATCH_PIXELS` pixels (a single photo may have more)."""
     group, pixels = [], 0
-    for found, image in batch:
-        size = image.shape[0] * image.shape[1] if isinstance(image, np.ndarray) else 0
+    for _, photo in batch:
+        if photo is None:
+            continue
+        size = photo.image.shape[0] * photo.image.shape[1]
         if group and pixels + size > BATCH_PIXELS:
             yield group
             group, pixels = [], 0
-        group.append((found, image))
+        group.append(photo)
         pixels += size
     if group:
         yield group

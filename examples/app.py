@@ -2,8 +2,9 @@
 
     python examples/app.py --run runs/demo                 # then open http://127.0.0.1:7860
 
-Photos are uploaded, pasted or taken with a camera; nothing leaves the machine that runs this. Programs ask it with
-gradio_client: Client("http://127.0.0.1:7860").predict(handle_file("photo.jpg"), api_name="/parse").
+Photos are uploaded, pasted or taken with a camera; nothing leaves the machine that runs this. GRADIO_SERVER_NAME=0.0.0.0
+opens the page to everybody who reaches the machine, GRADIO_SERVER_PORT sets the port. Programs ask it with gradio_client:
+Client("http://127.0.0.1:7860").predict(handle_file("photo.jpg"), api_name="/parse").
 """
 
 import argparse
@@ -26,7 +27,7 @@ from viz import pictures  # noqa: E402
 def build(parser: Parser) -> gr.Blocks:
     """The page, with one API endpoint: /parse."""
     def parse(photo: str | None):
-        if photo is None:
+        if photo is None:                                  # the photo was removed
             return None, None
         try:
             image = parser.read(photo)
@@ -56,11 +57,8 @@ def main(argv: list[str] | None = None):
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_options(options)
     options.add_argument("--map", type=user_path, metavar="FILE", help="merge the classes: a file of configs/maps")
-    options.add_argument("--host", help="127.0.0.1 if not given; 0.0.0.0: everybody who reaches this machine may use it")
-    options.add_argument("--port", type=int, help="7860, or the next free one, if not given")
     args = options.parse_args(argv)
-    build(Parser(args.run, args.tta, device=args.device, class_map=args.map)).launch(
-        server_name=args.host, server_port=args.port, show_error=True)
+    build(Parser(args.run, args.tta, device=args.device, class_map=args.map)).launch(show_error=True)
 
 
 if __name__ == "__main__":

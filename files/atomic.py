@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import secrets
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +32,7 @@ def atomic_write(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
         cause = _system_error(error)
         if cause is None:
             raise
-        raise UserError(f"{path} could not be written ({cause.strerror or cause}{_room(path)})") from error
+        raise UserError(f"{path} could not be written ({cause.strerror or cause})") from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
@@ -77,9 +76,3 @@ def _system_error(error: BaseException | None) -> OSError | None:
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
-
-
-def _room(path: Path) -> str:
-    with contextlib.suppress(OSError):
-        return f", {shutil.disk_usage(path.parent).free / 2 ** 30:.1f} GiB free on that disk"
-    return ""

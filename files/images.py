@@ -32,14 +32,12 @@ ORIENTATION = 0x0112                                       # EXIF tag: which way
 # System errors that may pass, as of a file server that is away, and the seconds until each further try.
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.EHOSTDOWN, errno.ENOTCONN}
 RETRY_AFTER = (1, 3, 10)
-REDUCED, DNG_VERSION, BITS_PER_SAMPLE = 254, 50706, 258    # tags of a TIFF
+REDUCED, BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC, DNG_VERSION = 254, 258, 259, 262, 50706    # tags of a TIFF
+OLD_JPEG, WHITE_IS_ZERO = 6, 0                             # values of two of them; Canon's previews are old-style JPEG
 T = TypeVar("T")
 
 # How a PNG stores its pixels, in Pillow's words (raw modes).
 LABEL_KINDS = ("L", "P", "P;1", "P;2", "P;4")
-OTHER_KINDS = {"1": "1-bit", "L;2": "2-bit", "L;4": "4-bit", "I;16B": "16-bit", "LA": "grey and alpha",
-               "LA;16B": "16-bit grey and alpha", "RGB": "colour (RGB)", "RGB;16B": "16-bit colour (RGB)",
-               "RGBA": "colour (RGBA)", "RGBA;16B": "16-bit colour (RGBA)"}
 TO_8_BITS = {"1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}        # what Pillow multiplies their values by
 
 # Pillow's limits against small files that unpack into all of the memory hold for a whole process, its threads and forks.
@@ -68,8 +66,8 @@ def read_label(path: str | Path, num_classes: int) -> np.ndarray:
 
     kind, label = _decoded(path, ("PNG",), decode)
     if kind not in LABEL_KINDS:                            # Pillow rescales low-bit grey, destroying class numbers
-        hint = " (docs/data.md converts colours)" if kind.startswith("RGB") else ""
-        raise UserError(f"{path}: is {OTHER_KINDS.get(kind, kind)}; a label is an 8-bit grey or palette PNG of class numbers{hint}")
+        raise UserError(f"{path}: has {kind} pixels; a label is an 8-bit grey or palette PNG of class numbers (docs/data.md "
+                        "converts colours)")
     if label.max() < num_classes:                          # fast path
         return label
     wrong = (label >= num_classes) & (label != IGNORE)
@@ -119,42 +117,17 @@ def _open(source: str | Path | bytes) -> io.BufferedIOBase:
 
 def _fault(source: str | Path | bytes, error: Exception, formats: tuple[str, ...]) -> str:
     """Why an image could not be read."""
-    if isinstance(error, FileNotFoundError):
-        return f"a link to {os.readlink(source)}, which does not exist" if os.path.islink(source) else "no such file"
-    if isinstance(error, PermissionError):
-        return "no permission to read it"
-    if isinstance(error, IsADirectoryError):
-        return "a folder, not an image"
     if isinstance(error, MemoryError):
         return "does not fit in memory"
+    if isinstance(error, Image.UnidentifiedImageError):
+        empty = not (len(source) if isinstance(source, bytes) else os.path.getsize(source))
+        return "an empty file (0 bytes)" if empty else (
+            f"not an image in {', '.join(formats)} format, or damaged in its first bytes: convert it first")
     if isinstance(error, OSError) and error.errno:
         return f"cannot be read ({error.strerror})"
     if isinstance(error, Image.DecompressionBombError):
         return f"too many pixels, make it smaller first ({error})"
-    reason = str(error) or type(error).__name__
-    if isinstance(error, Image.UnidentifiedImageError):
-        with _open(source) as file:
-            if not file.read(1):
-                return "an empty file (0 bytes)"
-            reason = _refusal(file, formats)
-    if not reason:
-        renamed = not isinstance(source, bytes) and Path(source).suffix.lower() in PHOTO_SUFFIXES
-        return f"not an image in {', '.join(formats)} format" + (" in spite of its name" if renamed else ": convert it first")
-    return f"damaged or cut off ({' '.join(reason.split())})"
-
-
-def _refusal(file: io.BufferedIOBase, formats: tuple[str, ...]) -> str:
-    """Why a file that begins like one of these formats is not opened, in its decoder's words (`Image.open` drops them);
-    "": it begins like none of them."""
-    for decoder, begins in (Image.OPEN[name] for name in formats):
-        file.seek(0)
-        if begins and begins(file.read(16)):               # TGA has no signature
-            file.seek(0)
-            try:
-                decoder(file, "")
-            except Exception as error:                     # as above
-                return str(error) or type(error).__name__
-    return ""
+    return f"damaged or cut off ({' '.join((str(error) or type(error).__name__).split())})"
 
 
 def _kind(image: Image.Image) -> str:
@@ -166,12 +139,13 @@ def _kind(image: Image.Image) -> str:
 def _rgb(image: Image.Image) -> np.ndarray:
     """The pixels as stored, of 8 bits; transparent ones are white."""
     tags = getattr(image, "tag_v2", {})                    # of a TIFF
-    if tags.get(REDUCED, 0) & 1 or DNG_VERSION in tags:
+    if tags.get(REDUCED, 0) & 1 or tags.get(COMPRESSION) == OLD_JPEG or DNG_VERSION in tags:
         raise UserError("a camera's raw file, of which only a thumbnail could be read: convert it first")
     kind, clear = _kind(image), image.info.get("transparency")           # a value as it is stored, or alpha of a palette
     if kind == "I;16B" or image.mode.startswith("I;16"):   # grey of more than 8 bits, which Pillow would clip at 255
         values, bits = np.asarray(image), tags.get(BITS_PER_SAMPLE, (16,))[0]
         grey = np.where(values == clear, 255, values >> (bits - 8)).astype(np.uint8)
+        grey = 255 - grey if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey              # Pillow inverts 8 bits only
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode in ("I", "F", "LAB"):
         raise UserError(f"unsupported pixel format (Pillow's {image.mode}): convert it to 8-bit RGB")

@@ -6,22 +6,22 @@ The name of a result depends only on its own file and on the folder it was asked
 
 import glob
 import os
-import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from errors import UserError
 from files import video
-from files.images import ALL_SUFFIXES
 from files.atomic import MARK
-from files.results import KINDS
+from files.images import ALL_SUFFIXES
 from files.walk import walk
 
 VIDEO_SUFFIXES = frozenset(".3g2 .3gp .asf .avi .divx .f4v .flv .m2ts .m2v .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf "
                            ".ogv .ts .vob .webm .wmv".split())
 INPUT_SUFFIXES = ALL_SUFFIXES | VIDEO_SUFFIXES | {".heic", ".heif"}      # HEIC is listed to be reported, not ignored
-NO_PHOTOS = ("@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX")  # thumbnails, deleted files
+SYSTEM_FOLDERS = ("@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "__macosx",
+                  "lost+found")                            # thumbnails and deleted files, in small letters
 
 
 @dataclass(frozen=True)
@@ -46,23 +46,15 @@ def list_inputs(arguments: list[str]) -> Inputs:
             real = os.path.realpath(path)
             if real not in seen:
                 seen.add(real)
-                found = Input(path, os.path.splitext(name)[0])
-                (inputs.videos if _is_video(path) else inputs.photos).append(found)
-    for found in (inputs.photos, inputs.videos):
-        _check_names(found)
+                (inputs.videos if _is_video(path) else inputs.photos).append(Input(path, os.path.splitext(name)[0]))
+    for kind in (inputs.photos, inputs.videos):
+        taken = {}
+        for found in kind:                                 # some file systems ignore case, or how an accent is stored
+            other = taken.setdefault(unicodedata.normalize("NFC", found.name).casefold(), found)
+            if other is not found:
+                raise UserError(f"{other.path} and {found.path} would both be saved as {found.name}: parse them with an "
+                                "--out folder each, or rename one")
     return inputs
-
-
-def _check_names(inputs: list[Input]):
-    taken, twice = {}, []
-    for found in inputs:
-        other = taken.setdefault(found.name.casefold(), found)           # some file systems ignore case
-        twice += [(other, found)] if other is not found else []
-    if twice:
-        other, found = twice[0]
-        more = f" (and {len(twice) - 1} more pairs)" if len(twice) > 1 else ""
-        raise UserError(f"{other.path} and {found.path} would both be saved as {found.name}{more}: parse them with an --out "
-                        "folder each, or rename one")
 
 
 def _is_video(path: str) -> bool:
@@ -77,61 +69,51 @@ def _matching(text: str, inputs: Inputs) -> Iterator[tuple[str, str]]:
     if not paths:
         inputs.missing.append(f"{text}: matches no file")
     for path in paths:
-        kind = _kind(path)
-        if kind == "missing":
-            inputs.missing.append(f"{os.path.normpath(path)}: no such file or folder")
-        elif kind or _is_result(path):
-            inputs.ignored[kind and f"{kind} ({path})" or "results of predict.py"] += 1
-        elif not pattern or _suffix(path) in INPUT_SUFFIXES:
-            yield path, os.path.basename(path)
-        else:
-            inputs.ignored[_suffix(path) or "without extension"] += 1
+        if _is_file(path, inputs):
+            reason = _left_out(os.path.dirname(path))
+            if reason or pattern and _suffix(path) not in INPUT_SUFFIXES:
+                inputs.ignored[reason or _suffix(path) or "without extension"] += 1
+            else:
+                yield path, os.path.basename(path)
 
 
 def _below(folder: str, inputs: Inputs) -> Iterator[tuple[str, str]]:
     """(path, path inside the folder) of the photos and videos below a folder, hidden ones left out."""
-    def unreadable(error: OSError):
-        inputs.missing.append(f"{error.filename}: {error.strerror}")
-
     def left_out(path: str) -> bool:
-        ours = os.path.exists(os.path.join(path, MARK)) or _is_result(path)
-        if ours or os.path.basename(path) in NO_PHOTOS:
-            inputs.ignored[f"{path}: {'results of SCHNet' if ours else 'a system folder'}"] += 1
-            return True
-        return False
+        reason = _left_out(path)
+        inputs.ignored.update([f"{path}: {reason}"] if reason else [])
+        return bool(reason)
 
-    for where, _, names in walk(folder, left_out, unreadable):
-        for name in names:
+    for where, _, names in walk(folder, left_out, lambda error: inputs.missing.append(f"{error.filename}: {error.strerror}")):
+        for name in [name for name in names if not name.startswith(".")]:
             path = os.path.join(where, name)
-            kind = _kind(path)
-            if name.startswith("."):
-                continue
             if _suffix(name) not in INPUT_SUFFIXES:
                 inputs.ignored[_suffix(name) or "without extension"] += 1
-            elif kind == "missing":
-                inputs.missing.append(f"{path}: a link to {os.readlink(path)}, which does not exist")
-            elif kind:
-                inputs.ignored[f"{kind} ({path})"] += 1
-            else:
+            elif _is_file(path, inputs):
                 yield path, os.path.relpath(path, folder)
 
 
-def _kind(path: str) -> str:
-    """"" for a regular file, else what it is."""
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return "missing"
-    if stat.S_ISREG(mode):
-        return ""
-    return "folder" if stat.S_ISDIR(mode) else "named pipe" if stat.S_ISFIFO(mode) else "not a regular file"
+def _is_file(path: str, inputs: Inputs) -> bool:
+    """Whether a path is that of a regular file; anything else is recorded in `inputs`."""
+    if os.path.isfile(path):
+        return True
+    if os.path.exists(path):
+        inputs.ignored[f"{'folder' if os.path.isdir(path) else 'named pipe or device'} ({path})"] += 1
+    else:
+        link = f"a link to {os.readlink(path)}, which does not exist" if os.path.islink(path) else "no such file or folder"
+        inputs.missing.append(f"{os.path.normpath(path)}: {link}")
+    return False
 
 
-def _is_result(path: str) -> bool:
-    """Whether a file or folder is in a results folder of predict.py."""
-    *parents, _ = os.path.join(os.path.realpath(path), "").split(os.sep)
-    return any(part in KINDS and os.path.exists(os.path.join(os.sep.join(parents[:n]) or os.sep, MARK))
-               for n, part in enumerate(parents))
+def _left_out(folder: str) -> str:
+    """Why the files of a folder are not parsed: results of this project, or a system folder, is above them; else ""."""
+    folder = os.path.realpath(folder)
+    if os.path.basename(folder).casefold() in SYSTEM_FOLDERS:
+        return "a system folder"
+    if os.path.exists(os.path.join(folder, MARK)):
+        return "results of SCHNet"
+    parent = os.path.dirname(folder)
+    return "" if parent == folder else _left_out(parent)
 
 
 def _suffix(path: str) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 from config import IGNORE, Config, read_yaml, user_path
 from errors import UserError
 
-KEYS = ("name", "colour", "from")
+TARGET = "{name: TEXT, colour: [r, g, b], from: [CLASS, ...]}"
 CUSTOM_CLASSES = ("Skin", "Shoes")                         # what configs/custom.yaml has besides LIP's classes
 IGNORE_GREY = 172                                          # mean of the two greys that ignored pixels are hatched in
 Merge = tuple[tuple[int, ...], ...]                        # for each target class the network's labels it merges
@@ -173,19 +173,15 @@ def load_class_map(path: str | Path, labels: LabelSet) -> tuple[LabelSet, Merge]
 def _read_targets(path: Path) -> list[dict]:
     targets = read_yaml(path, "class map", "configs/maps")
     if not isinstance(targets, list) or not targets:
-        raise UserError(f"{path}: a class map is a list of `- {{name: ..., colour: [r, g, b], from: [...]}}` lines")
+        raise UserError(f"{path}: a class map is a list of lines {TARGET}")
     for label, target in enumerate(targets):
-        _check_target(target, f"{path}: label {label}")
+        if not _is_target(target):
+            raise UserError(f"{path}: label {label} must be {TARGET}, not {target!r}")
     return targets
 
 
-def _check_target(target, where: str):
-    if not isinstance(target, dict) or sorted(map(str, target)) != sorted(KEYS):
-        raise UserError(f"{where} must have {', '.join(KEYS)} and nothing else, not {target!r}")
-    name, colour, sources = (target[key] for key in KEYS)
-    if not isinstance(name, str):
-        raise UserError(f"{where}: name must be text, not {name!r} (quotes make it text)")
-    if not isinstance(colour, list) or len(colour) != 3 or not all(type(v) is int for v in colour):
-        raise UserError(f"{where}: colour must be three numbers from 0 to 255, not {colour!r}")
-    if not isinstance(sources, list) or not all(isinstance(source, str) for source in sources):
-        raise UserError(f"{where}: from must be a list of class names, not {sources!r}")
+def _is_target(target) -> bool:
+    match target:
+        case {"name": str(), "colour": [int(), int(), int()], "from": [*sources], **rest}:
+            return not rest and all(isinstance(source, str) for source in sources)
+    return False

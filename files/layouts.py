@@ -1,4 +1,4 @@
-"""Where the files of a data set lie (§4.1), and which photo belongs to which label.
+"""Where the files of a data set are (§4.1), and which photo belongs to which label.
 
 The official layouts come first, then the ways in which people unpack and other projects arrange them.
 """
@@ -14,7 +14,7 @@ from errors import UserError, reading
 from files.images import PHOTO_SUFFIXES
 
 LABEL_SUFFIXES = (".png",)
-TWO_PATHS = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, PHOTO_SUFFIXES))}))\s+(.+)", re.IGNORECASE)   # of a line
+TWO_PATHS = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, PHOTO_SUFFIXES))}))\s+(.+\.png)", re.IGNORECASE)    # photo, label
 
 def _below(folders: str, *names: str) -> tuple[str, ...]:
     """Every name below every one of the folders, "." for the data root itself."""
@@ -28,8 +28,8 @@ _CIHP = ". instance-level_human_parsing instance-level_human_parsing/instance-le
 _PPP = ". pascal_person_part pascal_person_part/pascal_person_part pascal"
 _VOC = "VOCdevkit/VOC2010 VOCdevkit/VOC2012 VOC2010 VOC2012"
 
-# Below data_root: photos, labels, list of names. The official place comes first, then the common ways to unpack it and
-# the folders of SCHP, Graphonomy, CDGNet, M2FP, Hulk and Sapiens. {split}: train, val; {Split}: Training, Validation.
+# Below data_root: photos, labels, list of names. The official place comes first, then common ways to unpack it and the
+# folders of SCHP, Graphonomy, CDGNet, M2FP, Hulk and Sapiens. {split}: train, val; {Split}: Training, Validation.
 LAYOUTS = {
     "lip": (_below(_LIP, "{split}_images", "images/{split}_images", "{Split}/Images"),
             _below(_LIP_LABELS, "{split}_segmentations", "segmentations/{split}_segmentations", "{Split}/Category_ids"),
@@ -75,7 +75,7 @@ def find_split(cfg: Config, split: str) -> Place:
 
 
 def _candidates(cfg: Config, split: str) -> tuple[tuple[str, ...], ...]:
-    """Where photos, labels and list may lie, below data_root."""
+    """Where photos, labels and list may be, below data_root."""
     if cfg.dataset == "custom":
         own = {"train": (cfg.train_images, cfg.train_labels, cfg.train_list),
                "val": (cfg.val_images, cfg.val_labels, cfg.val_list)}[split]
@@ -85,49 +85,41 @@ def _candidates(cfg: Config, split: str) -> tuple[tuple[str, ...], ...]:
 
 
 def _first(root: Path, places: tuple[str, ...], exists) -> Path | None:
-    for base in (root, root / root.name):                  # archives often unpack into a folder of their own name
-        for place in places:
-            for path in spellings(Path(os.path.normpath(base / place))):
-                if exists(path):
-                    return path
-    return None
+    bases = (root, root / root.name)                       # archives often unpack into a folder of their own name
+    return next(filter(exists, (Path(os.path.normpath(base / place)) for base in bases for place in places)), None)
 
 
 def _missing(root: Path, places: tuple[str, ...], what: str) -> str:
-    beside = {(base / place).parent / "Categories" for base in (root, root / root.name) for place in places}
-    hint = ""
-    if any(map(os.path.isdir, beside)):
-        hint = " (its Categories are colour pictures for people; the class numbers are in Category_ids)"
-    return f"data_root {root}: no {what}{hint}; looked for {', '.join(places)}, and the same below {root.name}/"
+    return f"data_root {root}: no {what}; looked for {', '.join(places)}, and the same below {root.name}/"
 
 
 def match_files(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
     """(name, photo, label) of a split in its order, and in words every fault of the names."""
     pairs, faults = _listed(place) if place.listing else _unlisted(place)
     if not pairs and not faults:
-        faults.append(f"{place.listing}: empty, there is nothing to read" if place.listing else
-                      f"{place.images}: empty of photos; what lies in folders of its own must be named by a list")
+        faults.append(f"{place.listing}: an empty list" if place.listing else
+                      f"{place.images}: no photos in it; those in folders below it must be named by a list")
     return pairs, faults
 
 
 def _unlisted(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
     """Every photo of the folder, with the label of its name."""
     if os.path.samefile(place.images, place.labels):
-        return [], [f"{place.images}: photos and labels lie in one folder: move the labels into one of their own, or give "
-                    "a list that names the photos with their endings"]
-    photos, labels = _Folder(place.images, PHOTO_SUFFIXES), _Folder(place.labels, LABEL_SUFFIXES)
-    faults = [f"{folder.path / other}: {first} has the same name, one of the two must go"
-              for folder in (photos, labels) for first, *others in folder.files.values() for other in others]
-    suffix = _common_suffix(photos.files, labels.files)
+        return [], [f"{place.images}: has photos and labels: move the labels into a folder of their own, or give a list that "
+                    "names the photos with their extensions"]
+    photos, labels = _files(place.images, PHOTO_SUFFIXES), _files(place.labels, LABEL_SUFFIXES)
+    faults = [f"{folder / other}: {first} has the same name; remove one of them"
+              for folder, files in ((place.images, photos), (place.labels, labels))
+              for first, *others in files.values() for other in others]
+    suffix = _common_suffix(photos, labels)
     if suffix:
         return [], faults + [f"{place.labels}: the labels are named NAME{suffix}.png: name them as their photos, or pair them "
                              f"with a list (train_list, val_list) of lines `NAME.jpg NAME{suffix}.png`"]
-    faults += [f"{place.labels / name}.png: no such label{labels.hint(name)}"
-               for name in photos.files if name not in labels.files]
+    faults += [f"{place.labels / name}.png: no such label" for name in photos if name not in labels]
     faults += [f"{place.labels / files[0]}: no photo for this label in {place.images}"
-               for name, files in labels.files.items() if name not in photos.files]
-    return [(name, place.images / files[0], place.labels / labels.files[name][0])
-            for name, files in photos.files.items() if name in labels.files], faults
+               for name, files in labels.items() if name not in photos]
+    return [(name, place.images / files[0], place.labels / labels[name][0])
+            for name, files in photos.items() if name in labels], faults
 
 
 def _common_suffix(photos: dict, labels: dict) -> str:
@@ -150,119 +142,83 @@ def _listed(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
             lines = place.listing.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{place.listing}: is not a list of names ({error})") from None
-    photos, labels = _Files(place, place.images, PHOTO_SUFFIXES), _Files(place, place.labels, LABEL_SUFFIXES)
+    photos, labels = _Finder(place, place.images, PHOTO_SUFFIXES), _Finder(place, place.labels, LABEL_SUFFIXES)
     pairs, faults, first = [], [], {}
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            pair = _pair(line.strip().replace("\\", "/"), photos, labels)
-            if first.setdefault(pair[0], number) != number:
-                raise _Unclear(f"{pair[0]} stands there twice, first in line {first[pair[0]]}")
-            pairs.append(pair)
-        except _Unclear as error:
+            pair = _pair(line.strip().replace("\\", "/"), photos, labels) if line.strip() else None
+            if pair and first.setdefault(pair[0], number) != number:
+                raise UserError(f"{pair[0]} was listed in line {first[pair[0]]} already")
+            pairs += [pair] if pair else []
+        except UserError as error:
             faults.append(f"{place.listing}, line {number}: {error}")
     return pairs, faults
 
 
-class _Unclear(Exception):
-    """A line of a list that does not say which photo and which label it means."""
-
-
-def _pair(line: str, photos: "_Files", labels: "_Files") -> tuple[str, Path, Path]:
-    both = TWO_PATHS.fullmatch(line)
-    if both and photos.find(line):                         # the blank is one of the photo's name
-        both = None
-    photo = photos.one(both[1] if both else line)
-    if both and Path(both[2]).suffix.lower() not in LABEL_SUFFIXES:       # a number behind a photo is its class, say
-        raise _Unclear(f"{both[2]} names no label: they end in {' '.join(LABEL_SUFFIXES)}")
+def _pair(line: str, photos: "_Finder", labels: "_Finder") -> tuple[str, Path, Path]:
+    both = None if photos.find(line) else TWO_PATHS.fullmatch(line)      # a name may have a blank
+    photo = photos.only(line if both is None else both[1])
     below = next((folder for folder in (photos.below, photos.below.resolve()) if photo.is_relative_to(folder)), None)
     name = photo.relative_to(below or photo.anchor).with_suffix("").as_posix()
     if both:
-        label = labels.one(both[2])
+        label = labels.only(both[2])
     elif below:
-        label = labels.one(f"{name}.png", here=True)
+        label = labels.only(f"{name}.png", above=False)
     else:
-        raise _Unclear(f"{photo} is not below {photos.below}: name its label behind it")
+        raise UserError(f"{photo} is not below {photos.below}: name its label behind it")
     if label == photo:
-        raise _Unclear(f"{photo} would be photo and label at once")
+        raise UserError(f"{photo} would be photo and label at once")
     return name, photo, label
 
 
-class _Folder:
-    """The files of a folder that have one of the endings, in any capitals. Hidden ones (.DS_Store, ._x.jpg) do not count.
+def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, list[str]]:
+    """{name without extension: files} of a folder, of these extensions in any case; hidden files (._x.jpg) do not count.
 
-    Names are compared in Unicode's composed form: a Mac stores an accent as a sign of its own.
+    Names are compared in Unicode's composed form: a Mac stores an accent as a character of its own.
     """
-
-    def __init__(self, path: Path, endings: tuple[str, ...]):
-        self.path, self.endings = path, endings
-        self.files: dict[str, list[str]] = {}              # by their names without ending
-        self.near: dict[str, str] = {}                     # all, whatever the ending, in small letters
-        with reading(path, "folder"):
-            names = sorted(os.listdir(path))
-        for file in names:
-            name, ending = os.path.splitext(composed(file))
-            self.near.setdefault(name.lower(), file)
-            if ending.lower() in endings and not file.startswith("."):
-                self.files.setdefault(name, []).append(file)
-
-    def find(self, name: str) -> list[Path]:
-        """The file of this name; else those that have it but for their endings."""
-        stem, ending = os.path.splitext(composed(name))
-        whole = [file for file in self.files.get(stem, ()) if os.path.splitext(file)[1].lower() == ending.lower()]
-        return [self.path / file for file in whole or self.files.get(stem + ending, ())]
-
-    def hint(self, name: str) -> str:
-        """What there is instead of a file that there is not."""
-        name = composed(name).lower()
-        file = self.near.get(name) or self.near.get(os.path.splitext(name)[0])
-        if file is None:
-            return ""
-        if os.path.splitext(file)[1].lower() not in self.endings:
-            return f" ({file} is there, but not as {' '.join(self.endings)})"
-        return f" ({file} is there, look at capitals and ending)"
+    files: dict[str, list[str]] = {}
+    with reading(folder, "folder"):
+        names = sorted(os.listdir(folder))
+    for file in names:
+        name, suffix = os.path.splitext(composed(file))
+        if suffix.lower() in suffixes and not file.startswith("."):
+            files.setdefault(name, []).append(file)
+    return files
 
 
-class _Files:
+class _Finder:
     """Finds the files that the lines of a list name; every folder is read once."""
 
-    def __init__(self, place: Place, below: Path, endings: tuple[str, ...]):
+    def __init__(self, place: Place, below: Path, suffixes: tuple[str, ...]):
         above = [folder for folder in below.parents if folder.is_relative_to(place.root)]
         self.below, self.places = below, (below, *above, place.listing.parent)
-        self.endings, self.folders = endings, {}
+        self.suffixes, self.folders = suffixes, {}
 
     def at(self, path: Path) -> list[Path]:
-        """The files of this path, with or without its ending."""
+        """The files of this path; else those that have it but for their extensions."""
         path = Path(os.path.normpath(path))
         if path.parent not in self.folders:
-            there = next(filter(os.path.isdir, spellings(path.parent)), None)
-            self.folders[path.parent] = there and _Folder(there, self.endings)
-        folder = self.folders[path.parent]
-        return folder.find(path.name) if folder else []
+            self.folders[path.parent] = _files(path.parent, self.suffixes) if path.parent.is_dir() else {}
+        files, (stem, suffix) = self.folders[path.parent], os.path.splitext(composed(path.name))
+        same = [file for file in files.get(stem, ()) if os.path.splitext(file)[1].lower() == suffix.lower()]
+        return [path.parent / file for file in same or files.get(stem + suffix, ())]
 
     def find(self, text: str) -> list[Path]:
         """The files that a path in a list means. One that begins with / may mean data_root: PASCAL-Person-Part's do."""
         paths = [Path(text)] if text.startswith("/") else []
         return next(filter(None, map(self.at, [*paths, *(place / text.lstrip("/") for place in self.places)])), [])
 
-    def one(self, text: str, here: bool = False) -> Path:
-        """The only file that a path means; `here`: below the split's folder."""
-        found = self.at(self.below / text) if here else self.find(text)
+    def only(self, text: str, above: bool = True) -> Path:
+        """The only file that a path means, below the split's folder or `above` it."""
+        found = self.find(text) if above else self.at(self.below / text)
         if len(found) > 1:
-            raise _Unclear(f"{text} may be {' or '.join(map(str, found))}: give its ending, or rename one")
+            raise UserError(f"{text} may be {' or '.join(map(str, found))}: give its extension, or rename one")
         if not found:
-            kind = "label" if self.endings == LABEL_SUFFIXES else "photo"
-            folder = self.folders.get((self.below / text).parent)
-            raise _Unclear(f"there is no {kind} {text} in {self.below}"
-                           + ("" if here else " or above it") + (folder.hint(Path(text).name) if folder else ""))
+            kind = "label" if self.suffixes == LABEL_SUFFIXES else "photo"
+            raise UserError(f"no {kind} {text} in {self.below}" + " or above it" * above
+                            + f" ({', '.join(self.suffixes)})")
         return found[0]
 
 
 def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
-
-
-def spellings(path: Path) -> list[Path]:
-    """The same path with accents as they are, as part of their letters, as signs of their own."""
-    return [path, *(Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))]

@@ -6,8 +6,8 @@
     probs/NAME.npy       with --probs: probabilities (classes, H, W) in float16
     labels/NAME.mp4/*    with --frames: the label map of each frame of the video NAME.mp4, with the record in each
 
-A file that has no record is never replaced, nor is a label map whose pixels were changed since. A photo's label map is
-written before its other results, so that it vouches for them.
+A file that has no record is never replaced, nor is a label map or mask whose pixels were changed since. A photo's label
+map is written before its other results, so that it vouches for them.
 """
 
 import hashlib
@@ -27,65 +27,63 @@ KINDS = {"labels": ".png", "overlays": ".jpg", "masks": ".png", "probs": ".npy"}
 SOFTWARE = "SCHNet predict.py"
 BOX = 8                                                    # bytes before the record in an .mp4: a box of the kind "free"
 
+Record = dict[str, str]
+
 
 class Results:
     """The results of one call: `kinds` of KINDS for each photo, by a network that `settings` describes in one line."""
 
     def __init__(self, out: Path, classes: Sequence[str], settings: str, kinds: Sequence[str] = ("labels", "overlays"),
                  frames: bool = False):
-        self.out, self.settings, self.kinds, self.frames = out, settings, kinds, frames
-        self.titles = [f"{k:02d}_" + re.sub(r"[^\w-]+", "_", name) for k, name in enumerate(classes)]
+        self.out, self.classes, self.settings, self.kinds, self.frames = out, classes, settings, kinds, frames
+
+    def origin(self, source: str) -> Record:
+        """The part of a record that is known before the file `source` is opened: which file, and what is done to it."""
+        status = os.stat(source)
+        path = os.fsencode(os.path.abspath(source)).decode(errors="backslashreplace")
+        return {"Software": SOFTWARE, "Source": path, "Source bytes": str(status.st_size),
+                "Source modified": str(status.st_mtime_ns), "Settings": self.settings, "Classes": json.dumps(self.classes)}
 
     # ---- photos
 
     def path(self, kind: str, name: str) -> Path:
         return self.out / kind / f"{name}{KINDS[kind]}"
 
-    def paths(self, kind: str, name: str) -> list[Path]:
+    def paths(self, kind: str, name: str, classes: Sequence[str]) -> list[Path]:
         """The files of a kind: one, or a mask for each class."""
         if kind == "masks":
-            return [self.path(kind, f"{name}/{title}") for title in self.titles]
+            return [self.path(kind, f"{name}/{k:02d}_" + re.sub(r"[^\w-]+", "_", title)) for k, title in enumerate(classes)]
         return [self.path(kind, name)]
 
-    def record(self, source: str, label: np.ndarray, kept: Sequence[str] = ()) -> dict[str, str]:
-        """The metadata of a label map made from the file `source`; `kept`: see `claim_photo`."""
-        return self._origin(source) | {"Source size": f"{label.shape[1]} x {label.shape[0]}",
-                                       "Results": " ".join([*self.kinds, *kept]), "Pixels": _digest(label)}
-
-    def _origin(self, source: str) -> dict[str, str]:
-        """What tells a file, and what was done to it, from others: without opening it."""
-        status = os.stat(source)
-        path = os.fsencode(os.path.abspath(source)).decode(errors="backslashreplace")
-        return {"Software": SOFTWARE, "Source": path, "Source bytes": str(status.st_size),
-                "Source modified": str(status.st_mtime_ns), "Settings": self.settings}
+    def record(self, origin: Record, label: np.ndarray, kept: Sequence[str] = ()) -> Record:
+        """The metadata of a label map; `kept`: see `claim_photo`."""
+        return origin | {"Source size": f"{label.shape[1]} x {label.shape[0]}",
+                         "Results": " ".join([*self.kinds, *kept]), "Pixels": _digest(label)}
 
     def photo_is_done(self, source: str, name: str) -> bool:
         """Whether all results of a photo are there, made from this very file with these settings."""
         record = read_record(self.path("labels", name))
-        return (self._same_origin(record, source) and set(self.kinds) <= set(record["Results"].split())
-                and all(path.exists() for kind in self.kinds for path in self.paths(kind, name)))
+        return (self.origin(source).items() <= record.items() and set(self.kinds) <= set(record["Results"].split())
+                and all(path.exists() for kind in self.kinds for path in self.paths(kind, name, self.classes)))
 
-    def _same_origin(self, record: dict[str, str], source: str) -> bool:
-        return self._origin(source).items() <= record.items()
-
-    def claim_photo(self, source: str, name: str) -> list[str]:
+    def claim_photo(self, origin: Record, name: str) -> list[str]:
         """Removes the earlier results of a photo. UserError, and nothing is removed, if a file in the way has no record.
 
         Kept are results of other kinds that were made from the same file with the same settings; their kinds are returned.
         """
-        label = self.path("labels", name)
-        record = read_record(label) if _unchanged(label) else {}
-        old = record.get("Results", "").split()
-        for kind in self.kinds:
-            for path in self.paths(kind, name):
-                if kind not in old and os.path.lexists(path):
-                    raise _foreign(path)
-        kept = [kind for kind in old if kind not in self.kinds and self._same_origin(record, source)]
-        for kind in set(old) - {"labels", *kept}:
-            for path in self.paths(kind, name):
-                path.unlink(missing_ok=True)
-        for kind in self.kinds:
-            self.paths(kind, name)[0].parent.mkdir(parents=True, exist_ok=True)
+        record, label = _own_label(self.path("labels", name))
+        old = {kind: self.paths(kind, name, json.loads(record["Classes"])) for kind in record.get("Results", "").split()}
+        written = {path for paths in old.values() for path in paths}
+        for path in [path for kind in self.kinds for path in self.paths(kind, name, self.classes)]:
+            if path not in written and os.path.lexists(path):
+                raise _foreign(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        for k, path in enumerate(old.get("masks", ())):
+            if os.path.lexists(path) and not np.array_equal(_pixels(path), np.uint8(255) * (label == k)):
+                raise _foreign(path)
+        kept = [kind for kind in old if kind not in self.kinds and origin.items() <= record.items()]
+        for path in [path for kind in old if kind not in ("labels", *kept) for path in old[kind]]:
+            path.unlink(missing_ok=True)
         return kept
 
     # ---- videos
@@ -98,30 +96,25 @@ class Results:
         return self.out / "labels" / f"{name}{os.path.splitext(source)[1] or '.frames'}"
 
     def video_is_done(self, source: str, name: str) -> bool:
-        record = read_mp4_record(self.video_path(name))
-        if not self._same_origin(record, source):
-            return False
-        frames = list(self.frame_folder(source, name).glob("[0-9]*.png")) if self.frames else []
-        return not self.frames or (len(frames) == int(record["Frames"])
-                                   and all(self._same_origin(read_record(frame), source) for frame in frames))
+        record, origin = read_mp4_record(self.video_path(name)), self.origin(source).items()
+        frames = list(self.frame_folder(source, name).glob("*.png")) if self.frames else []
+        return (origin <= record.items() and all(origin <= read_record(frame).items() for frame in frames)
+                and (not self.frames or len(frames) == int(record["Frames"])))
 
-    def claim_video(self, source: str, name: str):
+    def claim_video(self, source: str, name: str, origin: Record):
         """As `claim_photo`, for a video."""
         overlay, folder = self.video_path(name), self.frame_folder(source, name)
+        frames = {frame: _own_label(frame)[0] for frame in sorted(folder.glob("*.png"))}
         if os.path.lexists(overlay) and not read_mp4_record(overlay):
             raise _foreign(overlay)
-        frames = sorted(folder.glob("*.png")) if self.frames else []
-        for frame in frames:
-            if not _unchanged(frame):
-                raise _foreign(frame)
-        for path in (overlay, *frames):
-            path.unlink(missing_ok=True)
-        overlay.parent.mkdir(parents=True, exist_ok=True)
-        if self.frames:
-            folder.mkdir(parents=True, exist_ok=True)
-
-    def video_record(self, source: str, frames: int) -> dict[str, str]:
-        return self._origin(source) | {"Frames": str(frames)}
+        if self.frames and not all(frames.values()):
+            raise _foreign(next(frame for frame, record in frames.items() if not record))
+        for frame, record in frames.items():
+            if record and (self.frames or not origin.items() <= record.items()):
+                frame.unlink()
+        overlay.unlink(missing_ok=True)
+        for place in [overlay.parent, *[folder] * self.frames]:
+            place.mkdir(parents=True, exist_ok=True)
 
 
 def _foreign(path: Path) -> UserError:
@@ -132,33 +125,36 @@ def _digest(label: np.ndarray) -> str:
     return hashlib.blake2b(np.ascontiguousarray(label), digest_size=16).hexdigest()
 
 
-def read_record(path: Path) -> dict[str, str]:
+def read_record(path: Path) -> Record:
     """The record in a label map's metadata; {} if there is none."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
             text = {key: value for key, value in image.info.items() if isinstance(value, str)}
     except Exception:                                      # missing, or not a PNG: decoders raise many exception types
         return {}
-    return text if text.get("Software") == SOFTWARE and "Source" in text else {}
+    return text if text.get("Software") == SOFTWARE and "Classes" in text else {}
 
 
-def _unchanged(path: Path) -> bool:
-    """Whether a label map has a record, and the pixels it was written with."""
+def _own_label(path: Path) -> tuple[Record, np.ndarray | None]:
+    """The record and the pixels of a label map as it was written; ({}, None) for any other file."""
     record = read_record(path)
-    if not record:
-        return False
+    label = _pixels(path) if record else None
+    return (record, label) if record and record.get("Pixels") == _digest(label) else ({}, None)
+
+
+def _pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
-        return record.get("Pixels") == _digest(np.asarray(image))
+        return np.asarray(image)
 
 
-def append_mp4_record(path: Path, record: dict[str, str]):
+def append_mp4_record(path: Path, record: Record):
     """Players skip a box of the kind "free"."""
     data = json.dumps(record).encode()
     with open(path, "ab") as file:
         file.write(struct.pack(">I4s", BOX + len(data), b"free") + data)
 
 
-def read_mp4_record(path: Path) -> dict[str, str]:
+def read_mp4_record(path: Path) -> Record:
     """The record behind the last byte of an overlay video; {} if there is none."""
     try:
         with open(path, "rb") as file:

@@ -22,30 +22,27 @@ class Reader:
 
     def __init__(self, path: str | Path):
         self.path = path
-        times, self.fault, sizes = _look_through(path)
-        if len(sizes) > 1:                                 # OpenCV would squeeze all frames into the first size
-            raise UserError(f"{path}: its frames change from {sizes[0]} to {sizes[1]} pixels: split it there first")
+        times, self.fault, changes = _look_through(path)
         self.count = len(times)
         capture = _open(path)
         self.rate = frame_rate(times, capture.get(cv2.CAP_PROP_FPS))
-        self.stored = int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT)), int(capture.get(cv2.CAP_PROP_FRAME_WIDTH))
+        height, width = int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT)), int(capture.get(cv2.CAP_PROP_FRAME_WIDTH))
         wide, high = capture.get(cv2.CAP_PROP_SAR_NUM) or 1, capture.get(cv2.CAP_PROP_SAR_DEN) or 1
         capture.release()
-        height, width = self.stored                        # pixels that are not square are stretched, never shrunk
+        if changes:                                        # OpenCV would squeeze all frames into the first size
+            raise UserError(f"{path}: the size or aspect of its frames changes from {width}x{height} pixels: split it there")
+        self.stored = height, width                        # pixels that are not square are stretched, never shrunk
         self.shown = (height, round(width * wide / high)) if wide >= high else (round(height * high / wide), width)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         capture = _open(self.path)
-        try:
-            while True:
-                good, frame = capture.read()
-                if not good:
-                    return
-                if self.shown != self.stored:
-                    frame = cv2.resize(frame, self.shown[::-1], interpolation=cv2.INTER_LINEAR)
-                yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-        finally:
-            capture.release()
+        while True:
+            good, frame = capture.read()
+            if not good:
+                return
+            if self.shown != self.stored:
+                frame = cv2.resize(frame, self.shown[::-1], interpolation=cv2.INTER_LINEAR)
+            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
     def as_stored(self, label: np.ndarray) -> np.ndarray:
         """A label map (H, W) of a frame at the size in which the file stores its frames."""
@@ -83,19 +80,12 @@ class Writer:
 def is_video(path: str | Path) -> bool:
     """Whether OpenCV reads more than one picture from a file: a single one may be part of a photo (of a .heic)."""
     capture = _open(path)
-    try:
-        return capture.grab() and capture.grab()
-    finally:
-        capture.release()
+    return capture.grab() and capture.grab()
 
 
 def count_frames(path: str | Path) -> int:
     """The number of frames of a video written here, by its header."""
-    capture = _open(path)
-    try:
-        return int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    finally:
-        capture.release()
+    return int(_open(path).get(cv2.CAP_PROP_FRAME_COUNT))
 
 
 def frame_rate(times: list[float], declared: float) -> float:
@@ -117,8 +107,8 @@ def _open(path: str | Path) -> cv2.VideoCapture:
     return cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG)       # other backends read x1.hdr, x2.hdr as a sequence
 
 
-def _look_through(path: str | Path) -> tuple[list[float], str, list[str]]:
-    """Timestamps of the frames in ms, the decoder's first error or "", and the sizes in pixels that it reports."""
+def _look_through(path: str | Path) -> tuple[list[float], str, bool]:
+    """Timestamps of the frames in ms, the decoder's first error or "", and whether the frames' format changes midway."""
     command = [sys.executable, Path(__file__).with_name("frame_times.py"), os.path.abspath(path)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
@@ -126,8 +116,9 @@ def _look_through(path: str | Path) -> tuple[list[float], str, list[str]]:
     times = [float(line) for line in done.stderr.splitlines() if re.fullmatch(r"[\d.e+-]+", line)]
     messages = re.findall(r"\[OPENCV:FFMPEG:(\d+)\] *(.*)", done.stdout + done.stderr)
     errors = [text for level, text in messages if int(level) <= 16]
-    sizes = [match[1] for _, text in messages if (match := re.search(r"Reinit context to (\d+x\d+)", text))]
-    return times, errors[0] if errors else "" if times else "not a video or damaged", list(dict.fromkeys(sizes))
+    opening, _, decoding = (done.stdout + done.stderr).partition("Statistics:")
+    changes = decoding.count("get_format()") > opening.count("get_format()")               # the decoder starts afresh
+    return times, errors[0] if errors else "" if times else "not a video or damaged", changes
 
 
 def _writable(rate: float) -> float:

@@ -1,51 +1,34 @@
-"""Folder layouts, reading, the check of a data set with planted faults, the order of training samples."""
+"""datasets.py, viz/data_check.py: planted faults, labels that look wrong, the order of training samples."""
 
 import contextlib
-import errno
 import itertools
 import multiprocessing
 import os
 import re
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
-import zlib
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from test_images import numbers, picture, png, save, written
 
 import datasets
 from config import Config, from_dict
 from datasets import BatchOrder, TrainSet, label_set, open_split, sample_warning, train_loader
 from engine import workers
 from errors import UserError
-from files import images
-from files.images import ORIENTATION, read_label, read_photo
+from files.images import ORIENTATION, read_photo
+from synthetic.draw import draw
 
 ROOT = Path(__file__).parents[1]
-SAMPLES = ROOT.parent / "shared/data/samples"
+CCP = ROOT.parent / "shared/data/ccp"
 CLASSES = ("background", "left hand", "right hand", "hat")
-
-
-def picture(seed, size=(40, 30)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
-
-
-def numbers(seed, size=(40, 30), classes=4):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, classes, (size[1], size[0]), np.uint8))
-
-
-def save(image, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
 
 
 def make_custom(root, train=6, val=2):
@@ -62,235 +45,8 @@ def custom(root, **more):
                       "crop_size": 32, "base_size": 32, "batch_size": 4, "workers": 0, **more}, "test")
 
 
-def chunk(kind, data, damage=0):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) ^ damage)
-
-
-def png(values, depth=8, before=b"", after=b""):
-    """A PNG of grey (h, w), colour (h, w, 3), with alpha (h, w, 2 or 4), of `depth` bits; Pillow writes few kinds."""
-    (h, w), kind = values.shape[:2], {1: 0, 3: 2, 2: 4, 4: 6}[1 if values.ndim == 2 else values.shape[2]]
-    values = values.reshape(h, -1)
-    if depth == 16:
-        rows = values.astype(">u2").view(np.uint8)
-    else:
-        bits = np.unpackbits(values.astype(np.uint8)[..., None], axis=-1)[..., 8 - depth:].reshape(h, -1)
-        rows = np.packbits(bits, axis=1)
-    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, depth, kind, 0, 0, 0)) + before
-            + chunk(b"IDAT", pixels) + after + chunk(b"IEND", b""))
-
-
-def bmp(rgb, alpha, header):
-    """A 32-bit BMP with a header of 40 (no alpha), 108 (V4, as the clipboard writes it) or 124 bytes (V5)."""
-    bgra = np.dstack([rgb[..., ::-1], alpha])[::-1].astype(np.uint8).tobytes()
-    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) if header > 40 else b""
-    info = struct.pack("<IiiHHII16x", header, rgb.shape[1], rgb.shape[0], 1, 32, 3 if masks else 0, len(bgra))
-    info = (info + masks).ljust(header, b"\0")
-    return b"BM" + struct.pack("<IHHI", 14 + len(info) + len(bgra), 0, 0, 14 + len(info)) + info + bgra
-
-
-def written(path, content):
-    path.write_bytes(content)
-    return path
-
-
 def run_check(cfg, tmp_path, capsys):
     return datasets.check_data(cfg, tmp_path / "sheets"), capsys.readouterr().out
-
-
-# ---- layouts ---------------------------------------------------------------------------------------------------------
-
-NEST, PART, TRAIN = "instance-level_human_parsing", "pascal_person_part", "TrainVal_images"
-NOTES, VOC = "TrainVal_parsing_annotations", "VOCdevkit/VOC2010"
-LAYOUTS = [                                                # (data set, photos, labels, list) of the train split
-    ("lip", "train_images", "train_segmentations", "train_id.txt"),
-    ("lip", f"{TRAIN}/train_images", f"{NOTES}/train_segmentations", f"{TRAIN}/train_id.txt"),
-    ("lip", f"{TRAIN}/{TRAIN}/train_images", f"{NOTES}/{NOTES}/train_segmentations", f"{TRAIN}/{TRAIN}/train_id.txt"),
-    ("lip", "data/train_images", f"{NOTES}/train_segmentations", "data/train_id.txt"),
-    ("lip", "images/train_images", "segmentations/train_segmentations", None),
-    ("lip", "Training/Images", "Training/Category_ids", None),
-    ("lip", "top/train_images", "top/train_segmentations", "top/train_id.txt"),            # below its own name again
-    ("cihp", f"{NEST}/Training/Images", f"{NEST}/Training/Category_ids", f"{NEST}/Training/train_id.txt"),
-    ("cihp", f"{NEST}/{NEST}/Training/Images", f"{NEST}/{NEST}/Training/Category_ids", f"{NEST}/{NEST}/train_id.txt"),
-    ("cihp", "Training/Images", "Training/Category_ids", "Training/train_id.txt"),
-    ("cihp", "train_images", "train_segmentations", "train_id.txt"),
-    ("cihp", "CIHP_4w/Images", "CIHP_4w/Category_ids", "CIHP_4w/lists/train_id.txt"),
-    ("ppp", "JPEGImages", f"{PART}_gt", f"{PART}_trainval_list/train_id.txt"),
-    ("ppp", "JPEGImages", f"{PART}/{PART}_gt", f"{PART}/{PART}_trainval_list/train_id.txt"),
-    ("ppp", f"{VOC}/JPEGImages", f"{PART}/{PART}/{PART}_gt", f"{PART}/{PART}/{PART}_trainval_list/train.txt"),
-    ("ppp", "pascal/JPEGImages", "pascal/SegmentationPart", "pascal/list/train_id.txt"),
-    ("ppp", "train_images", "train_segmentations", "train_id.txt")]
-
-
-@pytest.mark.parametrize("name, photos, labels, listing", LAYOUTS)
-def test_layouts(tmp_path, name, photos, labels, listing):
-    root = tmp_path / "top"
-    order = ["2008_000002", "2008_000003", "2008_000009"]
-    for n in order:
-        save(picture(int(n[-1])), root / photos / f"{n}.jpg")
-        save(numbers(int(n[-1]), classes=7), root / labels / f"{n}.png")
-    if listing:
-        order = ["2008_000009", "2008_000002"]
-        line = "/JPEGImages/{0}.jpg /pascal_person_part_gt/{0}.png" if listing.endswith("train.txt") else "{0}"
-        (root / listing).parent.mkdir(parents=True, exist_ok=True)
-        (root / listing).write_text("\r\n".join(line.format(n) for n in order) + "\n\n")
-    pairs = open_split(Config(dataset=name, data_root=str(root)), "train")
-    assert [pairs.name(i) for i in range(len(pairs))] == order
-    for i, n in enumerate(order):
-        image, label = pairs.read(i)
-        assert image.shape == (30, 40, 3) and np.array_equal(label, numbers(int(n[-1]), classes=7))
-
-
-@pytest.mark.skipif(not SAMPLES.is_dir(), reason="needs the real samples")
-@pytest.mark.parametrize("name, split, photo, values, shape", [
-    ("lip", "train", "77_471474", [0, 2, 5, 9, 14, 15, 18, 19], (120, 104)),
-    ("lip", "val", "36_453991", [0, 2, 5, 13, 14, 15], (466, 311)),
-    ("cihp", "train", "0005008", [0, 1, 2, 5, 7, *range(9, 19)], (313, 576)),
-    ("cihp", "val", "0002190", [0, 2, 5, 10, 13, 15], (200, 300)),
-    ("ppp", "train", "2008_002176", [0, 1, 2, 3, 4, 5], (294, 500)),
-    ("ppp", "val", "2008_007586", [0, 1, 2, 3, 4, 5], (375, 500))])
-def test_real_samples(name, split, photo, values, shape):
-    root = SAMPLES / name.upper()
-    pairs = open_split(Config(dataset=name, data_root=str(root)), split)
-    image, label = pairs.read([pairs.name(k) for k in range(len(pairs))].index(photo))
-    assert image.shape == (*shape, 3) and label.shape == shape and np.unique(label).tolist() == values
-    assert np.array_equal(label, np.array(Image.open(next(root.glob(f"**/{photo}.png")))))
-
-
-@pytest.mark.parametrize("name, missing, says", [
-    ("lip", "train_images", ["train photos", "TrainVal_images/TrainVal_images/train_images", "train_images"]),
-    ("cihp", "Training/Category_ids", ["train labels", f"{NEST}/Training/Category_ids", "Categories "]),
-    ("ppp", "pascal_person_part_trainval_list", ["train names", "list/train_id.txt"])])
-def test_a_missing_folder_is_reported_with_all_places(tmp_path, name, missing, says):
-    (tmp_path / "Training/Categories").mkdir(parents=True)               # CIHP's colour pictures beside the labels
-    for folder in {"lip": LAYOUTS[0], "cihp": LAYOUTS[9], "ppp": LAYOUTS[12]}[name][1:3]:
-        if folder != missing:
-            (tmp_path / folder).mkdir(parents=True)
-    with pytest.raises(UserError) as error:
-        open_split(Config(dataset=name, data_root=str(tmp_path)), "train")
-    assert all(text in str(error.value) for text in [str(tmp_path), *says]) and "\n" not in str(error.value)
-
-
-def test_lists_and_odd_names(tmp_path):
-    root = make_custom(tmp_path / "real")
-    (tmp_path / "link").symlink_to(root)
-    save(picture(9), root / "images/train/my photo.v2.JPEG")
-    save(numbers(9), root / "labels/train/my photo.v2.PNG")
-    save(picture(10), root / "images/train/._p1.jpg")      # macOS leaves such files
-    lines = "\ufeffp3.jpg", "my photo.v2", "", "images/train/p1.jpg labels/train/p1.png", f"{root}/images/train/p4.jpg"
-    written(root / "train.txt", "\r\n".join(lines).encode())
-    for data_root in (root, tmp_path / "link"):
-        pairs = open_split(custom(data_root, train_list="train.txt"), "train")
-        assert [pairs.name(i) for i in range(len(pairs))] == ["p3", "my photo.v2", "p1", "p4"]
-        assert np.array_equal(pairs.read(1)[1], numbers(9))
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("mode, suffix, tolerance", [
-    ("RGB", "png", 0), ("L", "png", 0), ("1", "png", 0), ("P", "png", 0), ("RGB", "bmp", 0), ("L", "bmp", 0),
-    ("RGB", "jpg", 9), ("L", "jpg", 9), ("CMYK", "jpg", 9), ("RGB", "webp", 12)])
-def test_photo_modes(tmp_path, mode, suffix, tolerance):
-    image = picture(5) if tolerance == 0 else picture(5, (3, 3)).resize((40, 30), Image.BICUBIC)
-    image = image.convert(mode)
-    image.save(tmp_path / f"x.{suffix}", **({"quality": 100} if tolerance else {}))
-    rgb = read_photo(tmp_path / f"x.{suffix}")
-    assert rgb.shape == (30, 40, 3) and rgb.dtype == np.uint8 and rgb.flags.writeable
-    assert np.abs(rgb.astype(int) - np.array(image.convert("RGB"))).max() <= tolerance
-    assert np.array_equal(read_photo((tmp_path / f"x.{suffix}").read_bytes()), rgb)
-
-
-@pytest.mark.parametrize("channels, depth", [(1, 1), (1, 2), (1, 4), *itertools.product((1, 2, 3, 4), (8, 16))])
-def test_png_of_every_depth_with_transparent_pixels_in_white(tmp_path, channels, depth):
-    values = np.random.default_rng(0).integers(0, 2**depth, (30, 40, channels))
-    colour = values[..., :-1 + channels % 2 or None]
-    as_8_bits = colour >> 8 if depth == 16 else colour * 255 // (2**depth - 1)
-    if channels % 2:                                       # no alpha: one colour is transparent
-        clear = (values == values[3, 3]).all(-1)
-        before = chunk(b"tRNS", values[3, 3].astype(">u2").tobytes())
-    else:
-        clear = np.arange(30 * 40).reshape(30, 40) % 3 == 0
-        values[..., -1] = np.where(clear, 0, 2**depth - 1)
-        before = b""
-    for chunks, white in ((before, clear), (b"", clear & (channels % 2 == 0))):
-        stored = written(tmp_path / "x.png", png(values.squeeze(), depth, chunks))
-        expected = np.where(white[..., None], 255, as_8_bits)
-        assert np.array_equal(read_photo(stored), np.broadcast_to(expected, (30, 40, 3)))
-    stored = written(tmp_path / "x.png", png(np.array([[0x1234, 0x1235, 0x1200]]), 16, chunk(b"tRNS", b"\x12\x34")))
-    assert read_photo(stored)[0, :, 0].tolist() == [255, 0x12, 0x12]     # one of 65,536 greys
-
-
-@pytest.mark.parametrize("header", [40, 108, 124])
-@pytest.mark.parametrize("alpha", ["unused", "full", "some"])
-def test_32_bit_bmp(tmp_path, header, alpha):
-    """Clipboard tools leave alpha at 0 throughout: that does not mean that all is transparent."""
-    rgb, some = np.array(picture(3)), np.arange(1200).reshape(30, 40) % 2 * 255
-    given = {"unused": 0 * some, "full": 0 * some + 255, "some": some}[alpha]
-    shown = np.where(given[..., None] > 0, rgb, 255) if alpha == "some" and header > 40 else rgb
-    assert np.array_equal(read_photo(written(tmp_path / "x.bmp", bmp(rgb, given, header))), shown)
-
-
-@pytest.mark.parametrize("kind, head", [(b"zTXt", b"workflow\0\0"), (b"iTXt", b"workflow\0\1\0\0\0")])
-@pytest.mark.parametrize("place", ["before", "after"])
-def test_png_with_megabytes_of_compressed_text(tmp_path, kind, head, place):
-    text, rgb = np.random.default_rng(0).integers(32, 127, 2_000_000, np.uint8).tobytes(), np.array(picture(3))
-    content = png(rgb, **{place: chunk(kind, head + zlib.compress(text))})
-    assert np.array_equal(read_photo(written(tmp_path / "x.png", content)), rgb)
-
-
-@pytest.mark.parametrize("read", [read_photo, lambda path: read_label(path, 4)], ids=["photo", "label"])
-def test_what_the_decoder_refuses_is_refused_with_its_reason(tmp_path, read):
-    """Phones take 200 megapixels, more than Pillow's own limit; nothing of such a size is decoded here."""
-    def claiming(side):
-        header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
-        return png(GREY)[:8] + header + chunk(b"IDAT", zlib.compress(bytes(99)))
-
-    for content, says in [
-            (png(GREY, before=chunk(b"pHYs", bytes(9), damage=1)), "bad header checksum in b'pHYs'"),
-            (png(GREY)[:40], "cut off"), (b"\x89PNG\r\n\x1a\n", "cut off"), (claiming(14_200), "cut off"),
-            (claiming(16_400), "too many pixels"),
-            (png(GREY, before=chunk(b"zTXt", b"bomb\0\0" + zlib.compress(bytes(70 << 20)))), "(?i)data too large")]:
-        with warnings.catch_warnings(record=True) as warned, pytest.raises(UserError, match=says) as error:
-            warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)     # as on import
-            read(written(tmp_path / "x.png", content))
-        assert not warned and str(error.value).startswith(f"{tmp_path}/x.png: ") and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("failures, delays", [(2, [1, 3]), (9, [1, 3, 10])])
-def test_errors_of_a_file_server_are_retried(tmp_path, monkeypatch, failures, delays):
-    waits, path = [], tmp_path / "x.png"
-    save(picture(1), path)
-    answers = [OSError(errno.ESTALE, "Stale file handle")] * failures + [open(path, "rb")]
-    monkeypatch.setattr(images, "_open", Mock(side_effect=answers))
-    monkeypatch.setattr(images.time, "sleep", waits.append)
-    with pytest.raises(UserError, match="x.png: .*Stale") if failures == 9 else contextlib.nullcontext():
-        assert np.array_equal(read_photo(path), picture(1))
-    assert waits == delays
-
-
-@pytest.mark.parametrize("way", range(9))
-def test_exif_orientation(tmp_path, capsys, way):
-    exif = Image.Exif()
-    exif[ORIENTATION] = way                                # some cameras write 0: none
-    root = make_custom(tmp_path)
-    picture(0).save(root / "images/train/p0.jpg", exif=exif)
-    stored = Image.open(root / "images/train/p0.jpg")
-    stored, shown = np.array(stored), np.array(ImageOps.exif_transpose(stored))
-    assert np.array_equal(read_photo(root / "images/train/p0.jpg"), shown)
-    for drawn_on in (shown, stored):                       # training follows the label's size
-        save(numbers(0, drawn_on.shape[1::-1]), root / "labels/train/p0.png")
-        image, label = open_split(custom(root), "train").read(0)
-        assert np.array_equal(image, drawn_on if stored.shape != shown.shape else stored)
-    code, text = run_check(custom(root), tmp_path, capsys)
-    assert code == 0 and bool(re.search(r"EXIF.*: 1\n  .*p0\.jpg", text)) == (way in (2, 3, 4))
-
-
-def test_palette_labels_are_read_as_numbers(tmp_path):
-    for bits in (2, 8):
-        image = numbers(0)
-        image.putpalette([200, 9, 9, 3, 200, 3, 0, 0, 255, 1, 2, 3])
-        image.save(tmp_path / "x.png", bits=bits)
-        assert np.array_equal(read_label(tmp_path / "x.png", 4), numbers(0))
 
 
 # ---- the check -------------------------------------------------------------------------------------------------------
@@ -346,6 +102,52 @@ def test_masks_of_0_and_255_are_faults_rare_classes_are_not(tmp_path, capsys, tr
         assert split not in faults or f"labels/{split}" in warning and " 255" in warning
 
 
+@pytest.mark.parametrize("way", range(9))
+def test_exif_orientation(tmp_path, capsys, way):
+    exif = Image.Exif()
+    exif[ORIENTATION] = way                                # some cameras write 0: none
+    root = make_custom(tmp_path)
+    picture(0).save(root / "images/train/p0.jpg", exif=exif)
+    stored = Image.open(root / "images/train/p0.jpg")
+    stored, shown = np.array(stored), np.array(ImageOps.exif_transpose(stored))
+    assert np.array_equal(read_photo(root / "images/train/p0.jpg"), shown)
+    for drawn_on in (shown, stored):                       # training follows the label's size
+        save(numbers(0, drawn_on.shape[1::-1]), root / "labels/train/p0.png")
+        image, label = open_split(custom(root), "train").read(0)
+        assert np.array_equal(image, drawn_on if stored.shape != shown.shape else stored)
+    code, text = run_check(custom(root), tmp_path, capsys)
+    assert code == 0 and bool(re.search(r"EXIF.*: 1\n  .*p0\.jpg", text)) == (way in (2, 3, 4))
+
+
+WRONG = {"": lambda label: label, "interpolation": lambda label: np.array(Image.fromarray(label).resize((96, 192), Image.BILINEAR)),
+         "Human_ids": lambda label: np.unique(label, return_inverse=True)[1].reshape(label.shape).astype(np.uint8),
+         "3 of 20": lambda label: np.choose(label % 3, np.array([0, 5, 9], np.uint8)),
+         "255": lambda label: np.uint8(255) * (label > 0)}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_labels_that_look_wrong_are_warned_of(tmp_path, capsys, words):
+    """In the check, and by a sample at the start of training and evaluation."""
+    for split, count in (("train", 12), ("val", 9)):
+        for n in range(count):
+            label = WRONG[words](draw(count, n, (128, 64))[1])
+            save(Image.fromarray(label), tmp_path / f"labels/{split}/{n}.png")
+            save(picture(n + 100 * count, label.shape[::-1]), tmp_path / f"images/{split}/{n}.png")
+    cfg = custom(tmp_path, classes=datasets.LABEL_SETS["lip"].classes)
+    warnings = [sample_warning(open_split(cfg, split), cfg.classes) for split in ("train", "val")]
+    assert all(words in text and bool(words) == bool(text) for text in warnings)
+    code, text = run_check(cfg, tmp_path, capsys)
+    kind = "faults" if words == "255" else "warnings"
+    assert code == (words == "255") and bool(words) == bool(re.search(f"{kind}: 2\n  .*labels/train: .*{words}", text))
+
+
+@pytest.mark.skipif(not CCP.is_dir(), reason="needs the real photos")
+def test_ccps_labels_are_right():
+    """255 is ignored there, and class 10 never occurs."""
+    cfg = custom(CCP, classes=(CCP / "classes.txt").read_text().split(), flip_pairs=())
+    assert sample_warning(open_split(cfg, "val"), cfg.classes) == sample_warning(open_split(cfg, "train"), cfg.classes) == ""
+
+
 PHOTO, LABEL = "images/train/p1.jpg", "labels/train/p1.png"
 RGB, GREY = picture(1), np.array(numbers(1))
 
@@ -368,29 +170,29 @@ FAULTS = {                                                 # what is planted, wo
     "size mismatch": (label_is(numbers(1, (41, 30))), PHOTO, "40 x 30", "41 x 30"),
     "value beyond the classes": (label_is(numbers(1, classes=5)), LABEL, "holds 4 on", "0 to 3"),
     "value 254": (label_is(Image.fromarray(np.where(GREY == 3, 254, GREY).astype(np.uint8))), LABEL, "holds 254"),
-    "RGB label": (label_is(RGB), LABEL, "colour (RGB)"),
-    "RGBA label": (label_is(RGB.convert("RGBA")), LABEL, "colour (RGBA)"),
-    "16-bit label": (label_is(Image.fromarray(GREY.astype(np.uint16))), LABEL, "16-bit"),
-    "4-bit grey label": (bytes_are(LABEL, lambda _: png(GREY, 4)), LABEL, "4-bit"),
-    "1-bit label": (label_is(RGB.convert("1")), LABEL, "1-bit"),
+    "RGB label": (label_is(RGB), LABEL, "RGB pixels"),
+    "RGBA label": (label_is(RGB.convert("RGBA")), LABEL, "RGBA pixels"),
+    "16-bit label": (label_is(Image.fromarray(GREY.astype(np.uint16))), LABEL, "I;16"),
+    "4-bit grey label": (bytes_are(LABEL, lambda _: png(GREY, 4)), LABEL, "L;4"),
+    "1-bit label": (label_is(RGB.convert("1")), LABEL, "has 1 pixels"),
     "JPEG named .png": (label_is(numbers(1), format="JPEG"), LABEL, "not an image in PNG"),
-    "label only as JPEG": (lambda r: (r / LABEL).rename(r / "labels/train/p1.jpg"), LABEL, "no such label", "p1.jpg"),
+    "label only as JPEG": (lambda r: (r / LABEL).rename(r / "labels/train/p1.jpg"), LABEL, "no such label"),
     "truncated JPEG": (bytes_are(PHOTO, lambda b: b[:len(b) // 2]), PHOTO, "damaged or cut off"),
     "truncated PNG": (bytes_are(LABEL, lambda b: b[:len(b) // 2]), LABEL, "damaged or cut off"),
     "flipped byte": (bytes_are(LABEL, lambda b: b[:60] + bytes([b[60] ^ 255]) + b[61:]), LABEL, "damaged"),
     "empty PNG": (bytes_are(LABEL, lambda _: b""), LABEL, "0 bytes"),
     "empty photo": (bytes_are(PHOTO, lambda _: b""), PHOTO, "0 bytes"),
     "text named .jpg": (bytes_are(PHOTO, lambda _: b"<html>404"), PHOTO, "not an image in JPEG"),
-    "folder named .jpg": (lambda r: ((r / PHOTO).unlink(), (r / PHOTO).mkdir()), PHOTO, "a folder"),
-    "broken link": (lambda r: ((r / PHOTO).unlink(), (r / PHOTO).symlink_to("nowhere")), PHOTO, "a link to nowhere"),
-    "unreadable photo": (lambda r: (r / PHOTO).chmod(0), PHOTO, "no permission"),
+    "folder named .jpg": (lambda r: ((r / PHOTO).unlink(), (r / PHOTO).mkdir()), PHOTO, "Is a directory"),
+    "broken link": (lambda r: ((r / PHOTO).unlink(), (r / PHOTO).symlink_to("nowhere")), PHOTO, "No such file"),
+    "unreadable photo": (lambda r: (r / PHOTO).chmod(0), PHOTO, "Permission denied"),
     "two photos of one name": (lambda r: save(RGB, r / "images/train/p1.png"), "images/train/p1.png", "same name"),
     "é in two Unicode forms": (
         lambda r: [save(RGB, r / f"images/train/{name}.jpg") for name in ("\u00e9", "e\u0301")],
         "images/train/\u00e9.jpg", "same name"),
     "photos and labels in one folder": (
         lambda r: [p.rename(r / "images/train" / p.name) for p in r.glob("labels/train/*")], "images/train", "folder"),
-    "empty split": (lambda r: [p.unlink() for p in r.glob("*/train/*")], "images/train", "empty"),
+    "empty split": (lambda r: [p.unlink() for p in r.glob("*/train/*")], "images/train", "no photos"),
     "missing folder": (lambda r: (r / "labels/train").rename(r / "labels/Train"), "train labels", "labels/train"),
     "unreadable folder": (lambda r: (r / "images/train").chmod(0), "images/train", "cannot be read"),
     "missing data root": (lambda r: r.rename(r.with_name("gone")), "data_root", "no such folder"),
@@ -399,8 +201,8 @@ FAULTS = {                                                 # what is planted, wo
     "list: empty": (listed("\n\n"), "t.txt", "empty"),
     "list: UTF-16": (listed("\udcff\udcfep"), "t.txt", "list of names"),
     "list: no such photo": (listed("p0\np9\n"), "line 2", "no photo p9"),
-    "list: other capitals": (listed("p0\nP1\n"), "line 2", "no photo P1", "p1.jpg"),
-    "list: other extension": (listed("p0\np1.png\n"), "line 2", "no photo p1.png", "p1.jpg"),
+    "list: other capitals": (listed("p0\nP1\n"), "line 2", "no photo P1"),
+    "list: other extension": (listed("p0\np1.png\n"), "line 2", "no photo p1.png"),
     "list: photo of another split": (listed("p0\nimages/val/p1.jpg\n"), "line 2", "images/val/p1.jpg", "images/train"),
     "list: no such label": (listed("images/train/p1.jpg labels/test/p1.png"), "line 1", "no label labels/test/p1.png"),
     "list: photo without label": (listed("p0\np1.jpg", lambda r: (r / LABEL).unlink()), "line 2", "no label p1.png"),
@@ -410,7 +212,7 @@ FAULTS = {                                                 # what is planted, wo
                                  "line 1", "q.png", "photo and label"),
     "list: class behind a name": (listed("p0\np1 1\n"), "line 2", "no photo p1 1"),
     "list: class behind a photo": (listed("p0.jpg 1\n", lambda r: save(numbers(1), r / "labels/train/1.png")),
-                                   "line 1", "1 names no label", ".png"),
+                                   "line 1", "no photo p0.jpg 1"),
     "list: duplicate": (listed("p0\np1\np0.jpg\n"), "line 3", "p0 ", "line 1"),
 }
 

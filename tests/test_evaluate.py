@@ -269,7 +269,7 @@ def test_results_are_of_the_checkpoint_and_the_split_that_were_scored(run, tmp_p
     evaluate.main(["--run", str(folder)])
     for name, split, flip in (("evaluation_tta_train", "train", True), ("evaluation", "val", False)):
         record = json.loads((folder / name / "results.json").read_text())
-        assert (record["sha256"], record["split"], record["flip"]) == (sha256(run / "best.pt"), split, flip)
+        assert (record["sha256"], record["split"], record["identity"]["flip"]) == (sha256(run / "best.pt"), split, flip)
 
 
 def test_a_full_disk_loses_no_scores(run, tmp_path, capsys, monkeypatch):

@@ -162,7 +162,7 @@ def test_a_video_whose_size_changes_is_refused(here: Path, code: str):
         Path(name).write_bytes(h264(size)) if code == "h264" else clip(name, 25, size, code)
         assert video.Reader(name).stored == size
     join("c.ts", "a.ts", "b.ts")
-    with pytest.raises(UserError, match="c.ts: .*64x48.*48x64"):
+    with pytest.raises(UserError, match="c.ts: .*64x48"):
         video.Reader("c.ts")
 
 

@@ -6,11 +6,9 @@ Leaves contact sheets: photos beside their labels, and samples as training sees 
 """
 
 import hashlib
-import signal
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -96,9 +94,8 @@ def report(cfg: Config, labels: LabelSet, found: list[tuple], augmented: Callabl
             print(f"\n{kind}: {len(lines)}\n  " + "\n  ".join(lines))
     for path in draw_sheets(labels, splits, augmented, out):
         print(f"\nlook at {path}", end="")
-    counted = [f"{len(lines) or 'no'} {kind}{'s' * (len(lines) != 1)}" for kind, lines in (("fault", faults), ("warning", warnings))
-               if lines or kind == "fault"]
-    print(f"\n{cfg.dataset}: {', '.join(counted)}")
+    count = f"{len(faults) or 'no'} fault{'s' * (len(faults) != 1)}"
+    print(f"\n{cfg.dataset}: {count}" + (f", {len(warnings)} warning{'s' * (len(warnings) != 1)}" if warnings else ""))
     return 1 if faults else 0
 
 
@@ -107,43 +104,23 @@ def report(cfg: Config, labels: LabelSet, found: list[tuple], augmented: Callabl
 
 def inspect(splits: list[Split], workers: int):
     """Fills in the pairs of all splits."""
-    tasks, owners = [], []
     for split in splits:
-        source, some = split.source, []
-        if source is not None and source.place is None:
-            some = [(inspect_drawn, source, i) for i in range(min(DRAWN, len(source)))]
-        elif source is not None:
-            some = [(inspect_files, *map(str, source.paths(i)), source.num_classes) for i in range(len(source))]
-        tasks += some
-        owners += [split] * len(some)
-    with tqdm(total=len(tasks), desc="reading", unit="pair", disable=None) as bar:    # None: no bar when not a terminal
-        for split, pair in zip(owners, _run(tasks, workers)):
-            split.pairs.append(pair)
-            bar.update()
+        source, work = split.source, inspect_files
+        if source is None:
+            continue
+        count = len(source)
+        if source.place is None:
+            work, count = inspect_drawn, min(DRAWN, len(source))
+        with ThreadPool(max(1, workers)) as pool:
+            results = pool.imap(lambda i: work(source, i), range(count))
+            split.pairs += tqdm(results, split.name, count, unit="pair", disable=None)     # None: no bar if not a terminal
 
 
-def _run(tasks: list[tuple], workers: int):
-    if workers == 0:
-        yield from map(_call, tasks)
-        return
-    ignore = (signal.SIGINT, signal.SIG_IGN)               # the main process alone handles Ctrl-C
-    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore) as pool:
-        try:
-            yield from pool.map(_call, tasks, chunksize=8)
-        except BrokenProcessPool:
-            raise MemoryError from None                    # the system killed a process: usually out of memory
-
-
-def _call(task: tuple) -> Pair:
-    function, *arguments = task
-    return function(*arguments)
-
-
-def inspect_files(photo: str, label_path: str, num_classes: int) -> Pair:
-    pair = Pair(photo)
-    label = rgb = None
+def inspect_files(source, i: int) -> Pair:
+    photo, label_path = map(str, source.paths(i))
+    pair, label = Pair(photo), None
     try:
-        label = read_label(label_path, num_classes)
+        label = read_label(label_path, source.num_classes)
     except UserError as error:
         pair.faults.append(str(error))
     try:
@@ -183,16 +160,12 @@ def count_faults(cfg: Config, split: Split) -> list[str]:
 
 def duplicates(splits: list[Split]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(photo of val, the same photo in train) and (photo, the same photo in its own split), by their pixels."""
-    shared, repeated, train = [], [], {}
+    shared, repeated, seen = [], [], {}
     for split in splits:
-        own = {}
         for pair in [split.pairs[i] for i in split.good()]:
-            if pair.content in own:
-                repeated.append((pair.photo, own[pair.content]))
-            elif pair.content in train:
-                shared.append((pair.photo, train[pair.content]))
-            own.setdefault(pair.content, pair.photo)
-        train = train or own
+            where, first = seen.setdefault(pair.content, (split, pair))
+            if first is not pair:
+                (repeated if where is split else shared).append((pair.photo, first.photo))
     return shared, repeated
 
 

@@ -1,0 +1,330 @@
+"""predict.py: which files its arguments mean, what is never replaced, results that are done; the Python API."""
+
+import io
+import os
+import re
+import shutil
+import sys
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from test_predict import MAPS, files, contents, parser, save  # noqa: F401
+from test_video import clip, opened, photo, read
+
+from errors import UserError
+from files.atomic import MARK
+from files.inputs import list_inputs
+from predict import Parser
+from viz import pictures
+
+
+# ---- inputs
+
+def found(*arguments: str) -> list[str]:
+    inputs = list_inputs([*arguments])
+    return [one.name for one in inputs.photos + inputs.videos] + inputs.missing
+
+
+def test_inputs_are_found_once_by_folder_pattern_and_name(here: Path):
+    for name in ("p/a.jpg", "p/deep/b.PNG", "p/clip.mp4", "q/c.jpg", "p/.git/d.jpg", "p/x.txt", "7", "we[i]rd.jpg"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(b"x")
+    assert found("p") == ["a", "deep/b", "clip"] and found("p", "q", "p/../p") == ["a", "deep/b", "c", "clip"]
+    assert found("p/a.jpg", "p/../p/a.jpg", "q/c.jpg") == ["a", "c"] and found("**/*.jpg") == ["a", "c", "we[i]rd"]
+    assert found("we[i]rd.jpg", "7") == ["we[i]rd", "7"]
+    assert [line.split(":")[0] for line in found("gone.jpg", "gone*")] == ["gone.jpg", "gone*"]
+
+
+@pytest.mark.parametrize("first, second, arguments", [
+    ("p/a.jpg", "q/a.jpg", ["p/a.jpg", "q/a.jpg"]), ("p/a.jpg", "q/a.jpg", ["p", "q"]),
+    ("p/a.jpg", "q/A.jpg", ["*/*.jpg"]), ("p/a.jpg", "p/a.png", ["p"]),
+    ("p/x/a.mp4", "q/x/a.avi", ["p", "q"]), ("p/x/a.jpg", "x/a.jpg", ["p", "."])])
+def test_two_files_that_would_get_one_name_are_refused(here: Path, first: str, second: str, arguments: list[str]):
+    for name in (first, second):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(b"x")
+    with pytest.raises(UserError) as error:
+        list_inputs(arguments)
+    assert first in str(error.value) and second in str(error.value)
+
+
+def test_what_is_not_parsed_is_counted(parse, here: Path, monkeypatch, capsys):
+    """Results of other calls, system folders, pipes, folders matched by a pattern, files that are not photos."""
+    for name in ("x.png", "@eaDir/x.png", "sub/$RECYCLE.BIN/y.png", "sub/y.png"):
+        save(name)
+    assert parse("x.png", "sub", "--masks") == 0 and files("predictions/labels") == ["x.png", "y.png"]
+    assert parse(".", "--tta", "--out", "sub/tta") == 0 and files("sub/tta/labels") == ["sub/y.png", "x.png"]
+    os.symlink("predictions", "link")
+    os.mkfifo("pipe.jpg")
+    os.symlink("nowhere", "gone.png")
+    os.symlink("/dev/null", "null.png")
+    Path("README").touch()
+    capsys.readouterr()
+    assert parse(".", "pipe.jpg", "sub/*", "predictions/labels/*", "--out", "all") == 1
+    printed = capsys.readouterr()
+    assert files("all/labels") == ["sub/y.png", "x.png"] and "gone.png: a link to nowhere" in printed.err
+    for words in (r"named pipe \(pipe.jpg\)", r"named pipe \(./pipe.jpg\)", "@eaDir: ", "predictions: results",
+                  "null.png", r"folder \(sub/tta\)", "2 results of", "1 without ext"):
+        assert re.search(f"ignored: .*{words}", printed.out), words
+    assert parse("predictions/labels/x.png", "--out", "again") == 1      # by its name, too
+
+
+def test_linked_folders_are_followed_once(here: Path, monkeypatch):
+    for name in ("album/a.jpg", "album/sub/b.jpg", "elsewhere/c.jpg", "elsewhere/deep/d.jpg", "closed/e.jpg"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(b"x")
+    for link, target in {"album/0 more": "../elsewhere", "elsewhere/deep/up": "../../album", "album/1 sub": "sub",
+                         "album/self": ".", "album/gone": "nowhere", "way": "album",
+                         "album/f.jpg": "../elsewhere/c.jpg"}.items():
+        Path(link).symlink_to(target)
+    for start in ("album", "way"):                         # f.jpg and 0 more/c.jpg are one file
+        assert found(start) == ["a", "f", "sub/b", "0 more/deep/d"]
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: scandir(path) if "closed" not in str(path) else raise_(
+        PermissionError(13, "Permission denied", str(path))))
+    assert found("closed") == ["closed: Permission denied"]
+
+
+def raise_(error: Exception):
+    raise error
+
+
+def test_many_files_take_few_bytes_each(tmp_path: Path):
+    for n in range(60):
+        (tmp_path / f"{n:04d}").mkdir(parents=True)
+        for k in range(20):
+            (tmp_path / f"{n:04d}/{k:02d}.jpg").touch()
+    tracemalloc.start()
+    photos = list_inputs([str(tmp_path)]).photos
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(photos) == 1200 and photos[21].name == "0001/01" and held / 1200 < 600 and most / 1200 < 1500
+
+
+# ---- results and their records
+
+def test_done_is_what_was_made_from_the_same_file_with_the_same_settings(parse, here: Path, capsys):
+    def parsed(*arguments) -> int:
+        capsys.readouterr()
+        assert parse(*arguments, "--out", "out", "--skip-existing") == 0
+        return int(re.search(r"(\d+) parsed in", capsys.readouterr().out)[1])
+
+    save("east/front.png", photo(20, 30))
+    save("west/front.png", photo(21, 30))
+    assert [parsed("east"), parsed("east"), parsed("west"), parsed("west/front.png")] == [1, 0, 1, 0]
+    assert read("out/labels/front.png").shape == (21, 30)
+    assert [parsed("west", *options) for options in (["--tta"], ["--size", "96"], ["precision=bf16"], [])] == [1] * 4
+    times = os.stat("west/front.png").st_mtime_ns
+    save("west/front.png", photo(22, 30))
+    os.utime("west/front.png", ns=(times, times))          # edited, but as old as before
+    assert parsed("west") == 1 and read("out/labels/front.png").shape == (22, 30)
+    os.utime("west/front.png", ns=(times, times + 1))
+    assert [parsed("west", *more) for more in ([], ["--masks"], ["--probs"], ["--masks", "--probs"])] == [1, 1, 1, 0]
+    for lost in ("overlays/front.jpg", "masks/front/07_Coat.png", "probs/front.npy"):
+        Path("out", lost).unlink()
+        assert parsed("west", "--masks", "--probs") == 1 and Path("out", lost).exists()
+    assert parsed("east") == 1 and files("out") == ["labels/front.png", "overlays/front.jpg"]           # none of west's
+    clip("v.avi", 3)
+    assert [parsed("v.avi"), parsed("v.avi"), parsed("v.avi", "--frames"), parsed("v.avi", "--frames")] == [1, 0, 1, 0]
+    Path("out/labels/v.avi/000002.png").unlink()
+    assert parsed("v.avi", "--frames") == 1 and len(files("out/labels/v.avi")) == 3
+    clip("v.avi", 3, (60, 70))                             # as many frames, of another video
+    assert [parsed("v.avi"), parsed("v.avi", "--frames")] == [1, 1]
+    assert read("out/labels/v.avi/000001.png").shape == (60, 70) and opened("out/overlays/v.mp4")[0] == 3
+    shutil.copy(MAPS / "coarse.yaml", "map.yaml")
+    for text in ("[255, 0, 0]", "[254, 0, 0]"):            # its content counts, not its name
+        Path("map.yaml").write_text(Path("map.yaml").read_text().replace("[255, 0, 0]", text))
+        assert [parsed("west", "--map", "map.yaml"), parsed("west", "--map", "map.yaml")] == [1, 0]
+
+
+@pytest.mark.parametrize("skip", [[], ["--skip-existing"]])
+@pytest.mark.parametrize("name", ["labels/x.png", "masks/x/05_Upper-clothes.png", "probs/x.npy", "overlays/x.jpg",
+                                  "overlays/v.mp4", "labels/v.avi/000001.png"])
+def test_what_was_not_written_here_is_never_replaced(parse, here: Path, capsys, name: str, skip: list[str]):
+    for photos in ("x.png", "y.png"):
+        save(photos)
+    clip("v.avi", 2)
+    assert parse("y.png", "--out", "out") == 0
+    Path("out", name).parent.mkdir(parents=True, exist_ok=True)
+    save("mine.png", np.full((20, 30), 5, np.uint8))
+    mine = Path("mine.png").read_bytes()
+    Path("out", name).write_bytes(mine)
+    assert parse("x.png", "v.avi", "y.png", "--out", "out", "--masks", "--probs", "--frames", *skip) == 1
+    assert Path("out", name).read_bytes() == mine and f"out/{name}: " in capsys.readouterr().err
+    assert len(list(Path("out").glob("masks/y/*"))) == 20
+
+
+@pytest.mark.parametrize("keeps_text", [False, True])
+def test_label_maps_edited_by_hand_are_never_replaced(parse, here: Path, capsys, keeps_text: bool):
+    save("x.png")
+    clip("v.avi", 2)
+    assert parse("x.png", "v.avi", "--out", "out", "--frames") == 0
+    for name in ("out/labels/x.png", "out/labels/v.avi/000002.png"):
+        with Image.open(name) as image:
+            text, edited = PngInfo(), image.copy()
+        for key, value in image.info.items():
+            if keeps_text and isinstance(value, str):
+                text.add_text(key, value)
+        edited.putpixel((3, 4), 19 - edited.getpixel((3, 4)))
+        edited.save(name, pnginfo=text)
+    before = contents("out")
+    for more in ([], ["--masks"], ["--tta"]):
+        assert parse("x.png", "v.avi", "--out", "out", "--frames", *more) == 1
+        assert contents("out") == before and capsys.readouterr().err.count("changed since") == 2
+
+
+def test_a_data_set_is_no_folder_for_results(parse, here: Path):
+    for split in ("train", "val"):
+        save(f"mine/images/{split}/p0.jpg")
+        save(f"mine/labels/{split}/p0.png", np.full((20, 30), 5, np.uint8))
+    before = contents(".")
+    for out in ("mine", "mine/labels", "mine/labels/val", "."):
+        for skip in ([], ["--skip-existing"]):
+            assert parse("mine/images", "--out", out, *skip) == 1
+    assert contents(".") == before and not list(Path(".").rglob(MARK))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no limit of a file's size")
+@pytest.mark.parametrize("options, limit, name", [
+    (["--probs"], 200_000, "probs/large.npy"), ([], 500, "labels/large.png"), ([], 20_000, "overlays/v.mp4")])
+def test_a_full_disk_is_reported_for_each_file(parse, here: Path, capsys, options: list[str], limit: int, name: str):
+    import resource
+    source = "v.avi" if "v.mp4" in name else "large.png"
+    save("large.png", photo(300, 200)) if source == "large.png" else clip("v.avi", 30)
+    Image.new("RGB", (1, 1)).save("small.png")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        assert parse(source, "small.png", "--out", "out", *options) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert re.search(f"{source}: out/{name} could not be written", capsys.readouterr().err)
+    assert Path("out/labels/small.png").exists() == (limit > 500) and not Path("out", name).exists()
+    assert not list(Path("out").rglob(".*part*"))
+
+
+def test_an_interrupt_leaves_complete_files(parse, here: Path, monkeypatch, capsys):
+    for n in range(5):
+        save(f"in/{n}.png", photo(20, 30, n))
+    work, calls = Parser._parse, []
+
+    def interrupted(*args):
+        calls.append(args)
+        return work(*args) if len(calls) < 3 else raise_(KeyboardInterrupt())
+
+    monkeypatch.setattr(Parser, "_parse", interrupted)
+    assert parse("in", "--out", "out", "--batch", "1") == 130
+    assert files("out") == ["labels/0.png", "labels/1.png", "overlays/0.jpg", "overlays/1.jpg"]
+    printed = capsys.readouterr()
+    assert "2 parsed" in printed.out and "Ctrl-C" in printed.err
+    clip("v.avi")
+    calls.clear()
+    assert parse("v.avi", "--out", "video", "--batch", "2") == 130 and files("video") == []
+
+
+@pytest.mark.parametrize("first, second, left", [
+    (["x.png", "--masks", "--map", MAPS / "coarse.yaml"], ["x.png"], 0), (["v.avi", "--frames"], ["v.avi", "--tta"], 0),
+    (["x.png", "--masks", "--map", MAPS / "coarse.yaml"], ["x.png", "--masks"], 20)])
+def test_no_results_of_other_settings_are_left(parse, here: Path, first: list, second: list, left: int):
+    save("x.png")
+    clip("v.avi", 3)
+    assert parse(*first, "--out", "out") == parse(*second, "--out", "out") == 0
+    assert len(files("out/masks/x") + files("out/labels/v.avi")) == left
+
+
+def test_a_photo_edited_while_it_is_parsed_is_not_done(parse, here: Path, monkeypatch, capsys):
+    save("x.png")
+    work = Parser._parse
+    monkeypatch.setattr(Parser, "_parse", lambda *args: (save("x.png", photo(25, 30)), work(*args))[1])
+    assert parse("x.png", "--out", "out") == 0
+    monkeypatch.setattr(Parser, "_parse", work)
+    assert parse("x.png", "--out", "out", "--skip-existing") == 0 and read("out/labels/x.png").shape == (25, 30)
+
+
+# ---- from Python
+
+def test_a_photo_may_be_a_path_bytes_a_file_an_image_or_an_array(parser: Parser, here: Path, monkeypatch):
+    rgb, expected = Image.fromarray(photo(50, 70)), parser.parse(photo(50, 70))
+    monkeypatch.setenv("HOME", str(here))
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    for name, image, more in (("x.png", rgb, {}), ("x.tga", rgb, {}),
+                              ("turned.png", rgb.transpose(Image.Transpose.ROTATE_270), {"exif": exif})):
+        image.save(name, **more)
+    content, turned = Path("x.png").read_bytes(), Image.open("turned.png")
+    for same in (here / "x.png", "x.tga", "~/x.png", Path("~/x.png"), content, bytearray(content), memoryview(content),
+                 open("x.png", "rb"), io.BytesIO(content), rgb, Image.open("x.png"), rgb.convert("RGBA"), turned,
+                 turned.convert("RGB"), photo(50, 70)[::-1][::-1]):
+        assert (parser.parse(same) == expected).all()
+    assert (parser.probabilities(turned).argmax(0) == expected).all()
+    assert (parser.read("turned.png") == photo(50, 70)).all() and (parser.read(turned) == photo(50, 70)).all()
+    clear = rgb.convert("RGBA")
+    clear.putalpha(Image.fromarray(np.uint8(255) * (np.arange(70) < 40)[None].repeat(50, 0)))
+    white = photo(50, 70)
+    white[:, 40:] = 255
+    assert (parser.parse(clear) == parser.parse(white)).all() and clear.mode == "RGBA"     # the caller's is unchanged
+    for wrong, words in ((photo(5, 5)[..., 0], "RGB.*5, 5"), (photo(5, 5) / 255, "float64"), ("no.png", "no such file"),
+                         (Image.new("F", (5, 5)), "'s F"), (3, "not int"), ({"x.png"}, "not set"), (b"x", "photo"),
+                         (np.zeros((0, 4, 3), np.uint8), "RGB")):
+        for take in (parser.parse, parser.probabilities):
+            with pytest.raises(UserError, match=words):
+                take(wrong)
+
+
+def test_lists_of_photos_of_mixed_sizes(small: Path, parser: Parser, here: Path):
+    sizes = (50, 70), (1, 1), (300, 20), (64, 64), (20, 90), (50, 70)
+    photos = [photo(*size, seed) for seed, size in enumerate(sizes)]
+    save("1.png", photos[1])
+    mixed, always = [photos[0], "1.png", Image.fromarray(photos[2]), *photos[3:]], Parser(small, tta=True)
+    for labels in (parser.parse(mixed), parser.parse(tuple(mixed)), always.parse(mixed, tta=False)):
+        assert [label.shape for label in labels] == [*sizes]
+        assert all((label == parser.parse(image)).mean() > 0.999 for label, image in zip(labels, photos))
+    plain, averaged = parser.probabilities(mixed), always.probabilities(tuple(mixed))
+    assert [len(shares) for shares in plain] == [20] * 6 and np.abs(plain[0] - averaged[0]).max() > 0.01
+    assert np.array_equal(parser.probabilities(photos[0], tta=True), averaged[0])
+    assert np.array_equal(always.probabilities(photos[0], tta=False), plain[0])
+    assert (parser.parse(photos[0], tta=True) == always.parse(photos[0])).all() and parser.parse([]) == []
+
+
+def test_threads_may_share_a_parser(parser: Parser, monkeypatch):
+    """One at a time goes through the network, and each gets what it would get alone."""
+    images = [photo(40 + n, 60, n) for n in range(24)]
+    expected = [parser.parse(image) for image in images]
+    inside, most, forward = [], [], parser.model.forward
+
+    def watched(image):
+        inside.append(0)
+        most.append(len(inside))
+        time.sleep(0.002)
+        return forward(image), inside.pop()
+
+    monkeypatch.setattr(parser.model, "forward", lambda image: watched(image)[0])
+    with ThreadPoolExecutor(8) as pool:
+        labels = list(pool.map(parser.parse, images))
+        shares = list(pool.map(parser.probabilities, images[:8]))
+    assert max(most) == 1 and len(most) == 32
+    labels += [probabilities.argmax(0) for probabilities in shares]
+    assert all((label == wanted).all() for label, wanted in zip(labels, expected + expected))
+
+
+def test_the_example_of_the_docstring_and_overlays(small: Path, parser: Parser, here: Path):
+    save("photo.jpg", photo(50, 70))
+    original, label = parser.read("photo.jpg"), parser.parse("photo.jpg")
+    lines = [line[8:] for line in Parser.__doc__.splitlines() if line.startswith(" " * 8)]
+    names = {"Parser": Parser, "np": np}
+    most = np.bincount(label.ravel()).argmax()
+    exec("\n".join(lines).replace("runs/lip", str(small)).replace("Dress", parser.classes[most]), names)
+    chosen = np.isin(label, [5, 7, most])
+    assert len(lines) == 5 and (names["label"] == label).all() and not chosen.all()
+    assert np.array_equal(names["photo"], np.where(chosen[..., None], 255, original))
+    drawn = pictures.overlay(original, label, parser.palette)
+    assert np.array_equal(parser.overlay("photo.jpg", label), pictures.with_legend(
+        drawn, parser.classes, parser.palette, pictures.present(label)))
+    with pytest.raises(UserError, match="70.*50"):
+        parser.overlay(original, label.T)
