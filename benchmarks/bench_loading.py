@@ -2,8 +2,8 @@
 
     python benchmarks/bench_loading.py [--rounds 3]        # writes 2 GB of random weights into a temporary folder
 
-Beside it: reading the same bytes, the SHA-256 of the two files, and the hash of their tensors by which a checkpoint knows
-them. Seconds of the processor, the least of the rounds; the hash of the tensors uses all cores.
+Beside it: reading the same bytes, the SHA-256 of the two files, and the hash of their tensors by which a checkpoint
+knows them. Seconds of the processor, the least of the rounds; the hash of the tensors uses all cores.
 """
 
 import tempfile
@@ -37,7 +37,8 @@ def seconds(work: Callable, rounds: int) -> str:
 
 def write_run(folder: Path) -> tuple[list[Path], torch.nn.Module]:
     """The two files, and a checkpoint that leaves their frozen tensors to them."""
-    cfg = lip_config(f"sam_weights={folder / 'sam.pth'}", f"clip_weights={folder / 'clip.pt'}", "clip_activation=quick_gelu")
+    cfg = lip_config(f"sam_weights={folder / 'sam.pth'}", f"clip_weights={folder / 'clip.pt'}",
+                     "clip_activation=quick_gelu")
     sam, clip = sam_vit.SAMViT(*sam_vit.SIZES[cfg.sam]), clip_vit.CLIP(*clip_vit.SIZES[cfg.clip])
     torch.save({f"image_encoder.{name}": tensor for name, tensor in sam.state_dict().items()}, cfg.sam_weights)
     torch.save(clip.state_dict(), cfg.clip_weights)

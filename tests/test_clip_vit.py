@@ -97,7 +97,8 @@ def open_clip_model(state, h, w):
 def test_image_tower_equals_open_clip(small, h, w):
     image = photo(h, w)
     out = open_clip_model(small.state_dict(), h, w).visual.forward_intermediates(
-        (image - MEAN) / STD, indices=[0, 1, 2, 3], intermediates_only=False, output_fmt="NLC", normalize_intermediates=False)
+        (image - MEAN) / STD, indices=[0, 1, 2, 3], intermediates_only=False, output_fmt="NLC",
+        normalize_intermediates=False)
     f_cls, taps = small.visual(image)
     assert error(f_cls, nn.functional.normalize(out["image_features"], dim=-1)) <= TOLERANCE
     assert len(taps) == 4

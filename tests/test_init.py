@@ -42,7 +42,8 @@ def test_every_weight_is_copied_and_the_rows_of_classes_by_name(trained):
     line = checkpoint.init_from(model, trained, NEW)
     assert f"{trained}/last.pt" in line and "2 of 4 classes" in line and line.endswith("hat, shoe") and "\n" not in line
     old, new, own = torch.load(f"{trained}/last.pt")["model"], model.state_dict(), untouched.state_dict()
-    by_class = {"head.conv_seg.weight", "head.conv_seg.bias", "aux.conv_seg.weight", "aux.conv_seg.bias", "srm.expand.weight"}
+    by_class = {"head.conv_seg.weight", "head.conv_seg.bias", "aux.conv_seg.weight", "aux.conv_seg.bias",
+                "srm.expand.weight"}
     assert {name for name in new if name != "f_txt" and new[name].shape != old[name].shape} == by_class
     for name, tensor in new.items():
         if name in ("f_txt", "sim_scale"):
@@ -55,7 +56,8 @@ def test_every_weight_is_copied_and_the_rows_of_classes_by_name(trained):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"ftm_tokens": 5}, "ftm.tokens"), ({"srm": False}, "srm."), ({"aux_weight": 0.0}, "aux."), ({"sam": "tests"}, "sam.")])
+    ({"ftm_tokens": 5}, "ftm.tokens"), ({"srm": False}, "srm."), ({"aux_weight": 0.0}, "aux."),
+    ({"sam": "tests"}, "sam.")])
 def test_another_architecture_is_refused_with_the_first_tensor(trained, changes, words):
     with pytest.raises(UserError, match=f"^init: {trained}/last.pt .*: {words}"):
         checkpoint.init_from(build(1, NEW, **changes), trained, NEW)

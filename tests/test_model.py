@@ -262,7 +262,8 @@ def test_sizes_that_contradict_the_weights_are_refused(files, changes, words):
 
 def test_clip_weights_need_the_vocabulary(files):
     with pytest.raises(UserError, match="^vocab: "):
-        build_model(Config(**SMALL | {"clip": "six", "clip_taps": (1, 2, 3, 5), "clip_activation": "gelu"} | files), CLASSES)
+        clip = {"clip": "six", "clip_taps": (1, 2, 3, 5), "clip_activation": "gelu"}
+        build_model(Config(**SMALL | clip | files), CLASSES)
 
 
 def test_full_size(monkeypatch):
