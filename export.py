@@ -156,7 +156,7 @@ def metadata(cfg, labels: LabelSet, source: Path, size: tuple[int, int]) -> dict
 
 @torch.inference_mode()
 def check(model: Deployed, path: Path, size: tuple[int, int]) -> tuple[float, float]:
-    """onnxruntime against PyTorch on a drawn figure, on noise, and on both at once."""
+    """onnxruntime against PyTorch on a drawn person, on noise, and on both at once."""
     noise = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     images = np.stack([draw(0, 0, size)[0], noise])
     run, difference, same = session(path).run, 0.0, []
