@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from files import foundations
+from files.weights import read_tensors
 from layers import resample_positions
 from tokenizer import CONTEXT, VOCAB_SIZE
 
@@ -173,18 +174,20 @@ class CLIP(nn.Module):
         return F.normalize(self.ln_final(x) @ self.text_projection, dim=-1)
 
 
-def load_clip(path: str | Path, taps: tuple[int, ...] = (3, 5, 7, 11), size: str = "vit_b16", activation: str = "") -> CLIP:
+def load_clip(path: str | Path, taps: tuple[int, ...] = (3, 5, 7, 11), size: str = "vit_b16",
+              activation: str = "") -> CLIP:
     """CLIP in fp32, from a file or folder in any format of files/foundations.py. Raises `UserError`.
 
-    `size`: a name in SIZES; the number of heads is not recorded in a file. `activation`: "quick_gelu" or "gelu"; "": as the
-    config beside the file or OpenAI's archive says.
+    `size`: a name in SIZES. `activation`: "quick_gelu" or "gelu"; "": read from the config beside the file; OpenAI's
+    archive is known to have "quick_gelu".
     """
-    activation = activation or foundations.clip_activation(path)
-    if not activation:
-        raise UserError(f"clip_activation: {path} does not say which it was trained with; set clip_activation=quick_gelu for "
-                        "OpenAI's weights, gelu for LAION's or DataComp's")
+    tensors = read_tensors(path)
+    activation = activation or foundations.clip_activation(path, tensors)
+    if activation not in ACTIVATIONS:
+        raise UserError(f"{path}: not known which activation this CLIP was trained with: set clip_activation=quick_gelu "
+                        "for OpenAI's weights, gelu for LAION's or DataComp's")
     with torch.device("meta"):                             # skips the random initialisation
         clip = CLIP(*SIZES[size], taps, activation)
-    foundations.load(clip, foundations.clip_tensors(path), path)
+    foundations.load(clip, foundations.clip_tensors(tensors), path, f"clip={size}")
     clip.visual.content = foundations.content_hash(clip.visual.state_dict())
     return clip

@@ -3,13 +3,13 @@
     cfg = load_config("configs/cihp.yaml", ["lr=3e-4", "batch_size=8"])
 
 A YAML file lists only what differs from the defaults below. The comment behind a field says where its value comes from:
-a section of the paper (§), a named source, or "ours". A field's type says what values it may have; an unknown key, a wrong
-type, a value out of range or values that contradict each other raise a `UserError`: one line that names the key.
+a section of the paper (§), a named source, or "ours". A field's type has its range; an unknown key, a wrong type, a value
+out of range or values that contradict each other raise a `UserError`: one line that names the key.
 """
 
+import contextlib
 import dataclasses
 import difflib
-import math
 import os
 import typing
 from dataclasses import dataclass
@@ -34,6 +34,8 @@ Share = Annotated[float, 0, 1]
 Dropout = Annotated[float, 0, 0.999]                       # survivors are scaled by 1 / (1 - p)
 Beta = Annotated[float, 0, 0.999_999]
 Weight = Annotated[float, 0, 1_000_000]
+Label = Annotated[int, 0, 254]
+Byte = Annotated[int, 0, 255]
 Place = Annotated[str, "path"]                             # ~ is expanded
 
 
@@ -49,8 +51,8 @@ class Config:
     train_list: Place = ""                                 # a text file of names, one per line; "": every photo of the folder
     val_list: Place = ""
     classes: tuple[str, ...] = ()                          # names, label 0 first
-    palette: tuple[tuple[int, int, int], ...] = ()         # RGB per class; (): distinct colours are chosen
-    flip_pairs: tuple[tuple[int, int], ...] = ()           # labels swapped by a horizontal flip
+    palette: tuple[tuple[Byte, Byte, Byte], ...] = ()      # RGB per class; (): distinct colours are chosen
+    flip_pairs: tuple[tuple[Label, Label], ...] = ()       # labels swapped by a horizontal flip
     synthetic_size: tuple[Width, Width] = (480, 480)       # synthetic only: height, width in pixels
     synthetic_train: Count = 100_000                       # synthetic only: images; generated on the fly, any number works
     synthetic_val: Count = 200
@@ -82,7 +84,7 @@ class Config:
     ftm_ratio: Scale = 0.25                                # Eq. 6's bottleneck; ours: as srm_ratio
     ftm_scale_logits: bool = False                         # Eq. 5 prints no 1/sqrt(C); Rein has it
     ftm_residual: Annotated[str, "f", "f'"] = "f'"         # Eq. 6: Rein's; "f": as printed; the tokens then barely train
-    ftm_init: Annotated[str, "zero", "torch"] = "zero"     # start of Eq. 6's MLPs: trunc-normal and a zero third, or nn.Linear's
+    ftm_init: Annotated[str, "zero", "torch"] = "zero"     # Eq. 6's MLPs: trunc-normal and a zero third, or nn.Linear's
     rho_init: Weight = 1e-3                                # Eq. 5: "begins from a very small value"; Rein
     prior_dim: Width = 64                                  # ViT-Adapter-L: spatial prior's first width
     deform_heads: Width = 16                               # ViT-Adapter-L
@@ -125,7 +127,21 @@ class Config:
     tta_scales: tuple[Scale, ...] = (0.75, 1.0, 1.25, 1.5)
 
     def __post_init__(self):
-        _check(self)
+        """Rejects combinations that would make a later step fail; ranges are checked where values are read."""
+        def need(ok, message):
+            if not ok:
+                raise UserError(message)
+
+        need(self.iters == 0 or self.iters > self.warmup_iters,
+             f"iters ({self.iters}) must be more than warmup_iters ({self.warmup_iters})")
+        need(not any(side % 32 for side in self.crop_size),
+             f"crop_size must be multiples of 32 (the adapter's pyramid), not {self.crop_size}")
+        need(self.scale_range[0] <= self.scale_range[1], f"scale_range must be rising, not {self.scale_range}")
+        need(self.tta_scales, "tta_scales must name at least one scale")
+        need(len(self.clip_taps) == 4 and sorted(set(self.clip_taps)) == list(self.clip_taps),
+             f"clip_taps must be four rising block numbers, not {self.clip_taps}")
+        need(self.backbone == "sam" or not self.srm, "srm needs backbone: sam (it adds CLIP's features to SAM's)")
+        need("{class}" in self.prompt, f"prompt must contain {{class}}, it is {self.prompt!r}")
 
 
 TYPES = typing.get_type_hints(Config, include_extras=True)
@@ -134,53 +150,12 @@ CUSTOM = ("train_images", "train_labels", "val_images", "val_labels", "train_lis
           "flip_pairs")                                    # known for the published data sets
 
 # Keys that may change on resume: paths, intervals, how the work is split.
-RESUMABLE = {"data_root", "sam_weights", "clip_weights", "clip_activation", "vocab", "init", "workers", "log_every", "eval_every", "save_every", "out",
-             "checkpointing", "tta_scales", "accum_steps"}
+RESUMABLE = {"data_root", "sam_weights", "clip_weights", "clip_activation", "vocab", "init", "workers", "log_every",
+             "eval_every", "save_every", "out", "checkpointing", "tta_scales", "accum_steps"}
 # Keys that may be overridden for a trained network: paths, data, computation. Its weights fix all others.
 OVERRIDABLE = {*CUSTOM, "dataset", "data_root", "synthetic_size", "synthetic_train", "synthetic_val", "crop_size",
-               "base_size", "workers", "sam_weights", "clip_weights", "clip_activation", "vocab", "ftm_residual", "ftm_scale_logits",
-               "srm_sites", "precision", "tta_scales"}
-
-
-def _check(cfg: Config):
-    """Ranges, and the combinations that would make a later step fail."""
-    def need(ok, message):
-        if not ok:
-            raise UserError(message)
-
-    for key, kind in TYPES.items():
-        _check_range(getattr(cfg, key), kind, key)
-    need(cfg.iters == 0 or cfg.iters > cfg.warmup_iters,
-         f"iters ({cfg.iters}) must be more than warmup_iters ({cfg.warmup_iters})")
-    for side in cfg.crop_size:
-        need(side % 32 == 0, f"crop_size must be multiples of 32 (the adapter's pyramid), not {cfg.crop_size}")
-    need(cfg.scale_range[0] <= cfg.scale_range[1], f"scale_range must be rising, not {cfg.scale_range}")
-    need(cfg.tta_scales, "tta_scales must name at least one scale")
-    need(len(cfg.clip_taps) == 4 and sorted(set(cfg.clip_taps)) == list(cfg.clip_taps),
-         f"clip_taps must be four rising block numbers, not {cfg.clip_taps}")
-    need(cfg.backbone == "sam" or not cfg.srm, "srm needs backbone: sam (it adds CLIP's features to SAM's)")
-    need("{class}" in cfg.prompt, f"prompt must contain {{class}}, it is {cfg.prompt!r}")
-
-
-def _check_range(value, kind, key: str):
-    """That `value`, and each element of a tuple, is within its type's range or among its words."""
-    kind, limits = _parts(kind)
-    if isinstance(value, tuple):
-        for n, element in enumerate(value):
-            _check_range(element, kind[0 if kind[-1] is Ellipsis else n], key)
-    elif limits and kind is str and limits != ("path",) and value not in limits:
-        raise UserError(f"{key} must be one of {', '.join(limits)}, not {value!r}")
-    elif limits and kind is not str and value is not None and not limits[0] <= value <= limits[1]:
-        raise UserError(f"{key} must be between {limits[0]:,} and {limits[1]:,}, not {value}")
-
-
-def _parts(kind) -> tuple:
-    """(type, limits) of a field's type: Annotated[int, 1, 9] -> (int, (1, 9)); of a tuple the types of its elements."""
-    if typing.get_origin(kind) is typing.Union:            # Weight | None
-        kind = typing.get_args(kind)[0]
-    if typing.get_origin(kind) is Annotated:
-        return typing.get_args(kind)[0], kind.__metadata__
-    return (typing.get_args(kind) if typing.get_origin(kind) is tuple else kind), ()
+               "base_size", "workers", "sam_weights", "clip_weights", "clip_activation", "vocab", "ftm_residual",
+               "ftm_scale_logits", "srm_sites", "precision", "tta_scales"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -196,7 +171,10 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
     values = {}
     if path is not None:
         path = user_path(path)
-        values = _typed(_read_config(path), str(path))
+        values = read_yaml(path, "config file", "configs") or {}
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: a config is a list of `key: value` lines")
+        values = _typed(values, str(path))
     values |= parse_overrides(overrides)
     if path is not None and not values.get("out"):
         values["out"] = f"runs/{path.stem}"
@@ -212,14 +190,12 @@ def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict:
     values = {}
     for item in overrides:
         key, equals, text = item.partition("=")
-        if not equals:
-            hint = "" if not os.path.exists(item) else ": a config file is given with --cfg" if item.endswith((".yaml", ".yml")) \
-                else ": a run is given with --run"
-            raise UserError(f"override {item!r} is not of the form key=value{hint}")
         try:
             value = yaml.safe_load(text) if text.strip() else ""
         except yaml.YAMLError:
-            raise UserError(f"override {item!r}: the value is not valid YAML") from None
+            equals = ""
+        if not equals:
+            raise UserError(f"{item!r} is not key=value with a YAML value (--cfg names a config file, --run a run)")
         values |= _typed({key.strip(): value}, f"override {item!r}")
     return values
 
@@ -230,7 +206,7 @@ def from_dict(values: dict, source: str) -> Config:
 
 
 def _typed(values: dict, source: str) -> dict:
-    """Plain values as the fields' types."""
+    """Plain values as the fields' types, within their ranges."""
     checked = {}
     for key, value in values.items():
         if key not in TYPES:
@@ -238,38 +214,39 @@ def _typed(values: dict, source: str) -> dict:
             raise UserError(f"{source}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
         if key in PAIRED and type(value) in (int, float):
             value = [value, value]
-        checked[key] = _coerce(value, TYPES[key], f"{source}: {key}")
-        if TYPES[key] == Place:
-            checked[key] = os.path.expanduser(checked[key])
+        checked[key] = _convert(value, TYPES[key], f"{source}: {key}")
     return checked
 
 
-def _coerce(value, kind, where: str):
+def _convert(value, kind, where: str):
     """`value` as the field's type. PyYAML reads `6e-4` as a string and `off` as False: the first is a float here."""
-    if value is None and typing.get_origin(kind) is typing.Union:
-        return None
-    kind, _ = _parts(kind)
-    if isinstance(kind, tuple):
-        return _coerce_tuple(value, kind, where)
-    if kind is float and type(value) in (int, str):
-        try:
-            value = float(value)
-        except (ValueError, OverflowError):
-            pass
-    if type(value) is not kind or kind is float and not math.isfinite(value):        # exact type: bool is not int
-        name = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}[kind.__name__]
-        raise UserError(f"{where} must be {name}, not {value!r}")
-    return value
-
-
-def _coerce_tuple(value, kinds: tuple, where: str):
-    if not isinstance(value, (list, tuple)):
-        raise UserError(f"{where} must be a list, not {value!r}")
-    if kinds[-1] is Ellipsis:
-        kinds = kinds[:1] * len(value)
-    if len(value) != len(kinds):
-        raise UserError(f"{where} must have {len(kinds)} values, not {len(value)}")
-    return tuple(_coerce(v, kind, f"{where}[{n}]") for n, (v, kind) in enumerate(zip(value, kinds)))
+    if typing.get_origin(kind) is typing.Union:            # Weight | None
+        if value is None:
+            return None
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        wanted = "a list" if kinds[-1] is Ellipsis else f"a list of {len(kinds)}"
+        if isinstance(value, (list, tuple)):
+            kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+            if len(kinds) == len(value):
+                return tuple(_convert(v, kind, f"{where}[{n}]") for n, (v, kind) in enumerate(zip(value, kinds)))
+    else:
+        kind, limits = (typing.get_args(kind)[0], kind.__metadata__) if typing.get_origin(kind) is Annotated else (kind, ())
+        if kind is float and type(value) in (int, str):
+            with contextlib.suppress(ValueError, OverflowError):
+                value = float(value)
+        fits = type(value) is kind                         # exact type: bool is not int
+        if kind in (int, float):
+            wanted = f"a {'whole ' * (kind is int)}number between {limits[0]:,} and {limits[1]:,}"
+            fits = fits and limits[0] <= value <= limits[1]              # nan is in no range
+        else:
+            words = limits if limits != ("path",) else ()
+            wanted = "one of " + ", ".join(words) if words else "true or false" if kind is bool else "text"
+            fits = fits and (not words or value in words)
+        if fits:
+            return os.path.expanduser(value) if limits == ("path",) else value
+    raise UserError(f"{where} must be {wanted}, not {value!r}")
 
 
 class Loader(yaml.SafeLoader):
@@ -288,27 +265,10 @@ def read_yaml(path: Path, what: str, ready: str):
     try:
         with reading(path, what, f" (the ready ones are in {ready}/)"):
             return yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except yaml.MarkedYAMLError as error:
-        raise UserError(f"{path}: not valid YAML, line {error.problem_mark.line + 1}: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML ({type(error).__name__})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
 
-
-def _read_config(path: Path) -> dict:
-    values = read_yaml(path, "config file", "configs")
-    if not isinstance(values, dict | None):
-        raise UserError(f"{path}: a config is a list of `key: value` lines")
-    return values or {}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# writing
 
 def to_yaml(cfg: Config) -> str:
     """The complete configuration as YAML, in the order of the dataclass; `load_config` reads it back."""
-    plain = {key: _plain(value) for key, value in dataclasses.asdict(cfg).items()}
-    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=120)
-
-
-def _plain(value):
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+    return yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False, default_flow_style=None, width=120)

@@ -5,19 +5,18 @@
     python download.py bpe_simple_vocab_16e6.txt.gz     # the vocabulary alone, 1.4 MB
     python download.py --dir /data/weights              # elsewhere
     python download.py --mirror https://example.org/w   # https://example.org/w/ViT-B-16.pt, ...
-    python download.py --from /media/stick              # copied from a folder, checked in the same way
 
 Each file has several addresses: the authors', then public copies of the same bytes, which the SHA-256 makes safe. HF_ENDPOINT
-replaces https://huggingface.co, proxies are taken from the environment. A broken download is resumed, by itself and by the
-next call; a file gets its name only when its size and its SHA-256 are the official ones.
+replaces https://huggingface.co, proxies are read from the environment. A broken download is resumed, by itself and by the
+next call; a file gets its name only when its size and its SHA-256 are the official ones, and files that are already there,
+copied from another machine for instance, are checked. The hub's own formats of the same weights can be used instead:
+clip_weights=FOLDER with openai/clip-vit-base-patch16, sam_weights=FOLDER with facebook/sam-vit-large.
 """
 
 import argparse
 import contextlib
-import errno
 import http.client
 import os
-import shutil
 import sys
 import time
 import urllib.error
@@ -81,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     for spec in (*FILES, *OTHER_FILES):
         if spec.name in (args.names or [spec.name for spec in FILES]):
             try:
-                print(f"{args.dir / spec.name}: {get(spec, args.dir, args.mirror, args.source)}", flush=True)
+                print(f"{args.dir / spec.name}: {get(spec, args.dir, args.mirror)}", flush=True)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
                 code = 1
@@ -94,41 +93,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="name", help=f"files to get (the first three): {', '.join(names)}")
     parser.add_argument("--dir", type=user_path, default=Path("weights"), help="folder to put them in (weights)")
     parser.add_argument("--mirror", metavar="URL", help="get URL/<name> instead of the known addresses")
-    parser.add_argument("--from", dest="source", type=user_path, metavar="DIR", help="copy DIR/<name>, use no network")
     args = parser.parse_args(argv)
     for name in args.names:
         if name not in names:
             parser.error(f"unknown file {name!r}, known are {', '.join(names)}")
-    if args.mirror and not args.mirror.startswith(("http://", "https://")):
-        parser.error("--mirror must begin with http:// or https://; for a folder use --from")
-    if args.mirror and args.source:
-        parser.error("--mirror and --from exclude each other")
     return args
 
 
-def get(spec: FileSpec, folder: Path, mirror: str | None = None, source: Path | None = None) -> str:
+def get(spec: FileSpec, folder: Path, mirror: str | None = None) -> str:
     """Puts the file into the folder unless it is there; returns a few words about what happened."""
-    target = folder / spec.name
+    target, part = folder / spec.name, folder / f"{spec.name}.part"
     try:
-        if target.is_dir():
-            raise UserError(f"{target}: is a folder, the file cannot take its place")
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder / f".{spec.name}.lock"):
-            part = folder / f"{spec.name}.part"
+        with lock(folder / f".{spec.name}.lock"):
             if target.exists():
                 fault = mismatch(target, spec)
                 if fault is None:
                     return "already there, SHA-256 checked"
                 print(f"{target}: is not the official file ({fault}); getting it again", flush=True)
-            if source is not None:
-                copy(source / spec.name, part, spec)
-            else:
-                download([f"{mirror.rstrip('/')}/{spec.name}"] if mirror else addresses(spec), part, spec)
+            download([f"{mirror.rstrip('/')}/{spec.name}"] if mirror else addresses(spec), part, spec)
             os.replace(part, target)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"{target}.part: the disk is full; {spec.what} needs {spec.bytes:,} bytes") from None
-        raise UserError(f"{error.filename or target}: {error.strerror or error}") from None
+        raise UserError(f"{error.filename or part}: {error.strerror or error}") from None
     return f"{spec.what}, {spec.bytes:,} bytes, SHA-256 checked"
 
 
@@ -138,16 +124,16 @@ def addresses(spec: FileSpec) -> list[str]:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Waits until no other download of this file is under way in this folder; the lock ends with its process."""
-    with open(path, "a") as lock:
+def lock(path: Path) -> Iterator[None]:
+    """Waits until no other process downloads this file; the system releases the lock when its process ends."""
+    with open(path, "a") as file:
         if sys.platform != "win32":
             import fcntl
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"{path.parent}: another download of this file is under way, waiting for it", file=sys.stderr, flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                print(f"{path}: another process downloads this file, waiting for it", file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:                                # a file system without locks
                 pass
         yield
@@ -155,77 +141,55 @@ def _alone(path: Path) -> Iterator[None]:
 
 def mismatch(path: Path, spec: FileSpec) -> str | None:
     """How a file differs from the official one; None if it does not."""
-    size = path.stat().st_size
-    if size != spec.bytes:
-        return f"{size:,} bytes instead of {spec.bytes:,}"
+    if size(path) != spec.bytes:
+        return f"{size(path):,} bytes instead of {spec.bytes:,}"
     digest = sha256(path)
     return None if digest == spec.sha256 else f"SHA-256 {digest} instead of {spec.sha256}"
 
 
-def copy(source: Path, part: Path, spec: FileSpec):
-    fault = mismatch(source, spec)
-    if fault is not None:                                  # what an interrupted download left stays
-        raise UserError(f"{source}: is not the official file ({fault})")
-    shutil.copyfile(source, part)
-    _sync(part)
-
-
 def download(urls: list[str], part: Path, spec: FileSpec):
-    """Fills `part` from the first address that serves the official file."""
-    failed = []
+    """Fills `part` from the first address that serves the official file; prints why an address was not used."""
     for url in urls:
         try:
-            _download(url, part, spec)
-            return _sync(part)
+            return fill(url, part, spec)
         except UserError as error:
-            failed.append(str(error))
-            print(f"{error}", file=sys.stderr, flush=True)
-    others = "" if spec.what not in HUB_COPIES else f"; {HUB_COPIES[spec.what]} has the same numbers in another format, which loads too"
-    raise UserError(f"{spec.name}: none of its {len(urls)} addresses served it; the same command resumes, --mirror and --from "
-                    f"are other ways{others}")
+            print(error, file=sys.stderr, flush=True)
+    raise UserError(f"{spec.name}: none of {len(urls)} addresses served it (above); run the same command to resume, or try "
+                    "--mirror or another format (--help)")
 
 
-HUB_COPIES = {"CLIP ViT-B/16": "openai/clip-vit-base-patch16 on the Hugging Face hub (clip_weights=FOLDER)",
-              "SAM ViT-L": "facebook/sam-vit-large on the Hugging Face hub (sam_weights=FOLDER)"}
-
-
-def _download(url: str, part: Path, spec: FileSpec):
-    """Fills `part` until it is the official file; what was there before is used if it is its beginning."""
-    resumed = _size(part) > 0
-    if _size(part) < spec.bytes:
-        _fill(url, part, spec)
-    fault = mismatch(part, spec)
-    if fault is not None and resumed:                      # an old beginning may be of something else
-        part.unlink()
-        _fill(url, part, spec)
-        fault = mismatch(part, spec)
-    if fault is not None:
-        part.unlink()
-        raise UserError(f"{url}: serves something else than the official {spec.name} ({fault})")
-
-
-def _fill(url: str, part: Path, spec: FileSpec):
-    failures = 0
-    while (before := _size(part)) < spec.bytes:
-        free = shutil.disk_usage(part.parent).free
-        if free < spec.bytes - before:
-            raise UserError(f"{part.parent}: {spec.name} needs {spec.bytes - before:,} bytes more, {free:,} are free")
+def fill(url: str, part: Path, spec: FileSpec):
+    """Downloads the rest of `part`. Where the result is not the official file, an old beginning is discarded once."""
+    resumed, failures = size(part) > 0, 0
+    while True:
+        before = size(part)
         try:
-            _receive(url, part, spec)
+            if before < spec.bytes:
+                receive(url, part, spec)
         except ConnectionFault as fault:
-            failures = 1 if _size(part) - before >= CHUNK else failures + 1
+            failures = 1 if size(part) - before >= CHUNK else failures + 1
             if failures == TRIES:
                 raise UserError(f"{url}: {fault} ({TRIES} tries)") from None
             print(f"{url}: {fault}; trying again in {2**failures} s", file=sys.stderr)
             time.sleep(2**failures)
+            continue
+        fault = mismatch(part, spec)
+        if fault is None:
+            return
+        part.unlink()
+        if not resumed:
+            raise UserError(f"{url}: serves another file than the official {spec.name} ({fault})")
+        resumed = False
 
 
-def _receive(url: str, part: Path, spec: FileSpec):
-    """One request for what is missing."""
-    start = _size(part)
-    with _open(url, start) as response:
-        complete = response.status != 206
-        if complete:
+def receive(url: str, part: Path, spec: FileSpec):
+    """One request for the rest of the file."""
+    start = size(part)
+    headers = {"User-Agent": "schnet-download", "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    with connect(urllib.request.Request(url, headers=headers)) as response:
+        if response.status != 206:
             start = 0                                      # the server ignores ranges: from the beginning
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             part.unlink()
@@ -233,51 +197,35 @@ def _receive(url: str, part: Path, spec: FileSpec):
         length = response.headers.get("Content-Length", "")
         if length.isdigit() and start + int(length) != spec.bytes:
             raise UserError(f"{url}: serves {start + int(length):,} bytes, the official {spec.name} has {spec.bytes:,}")
-        with open(part, "wb" if complete else "ab") as file, \
+        with open(part, "ab" if start else "wb") as file, \
                 tqdm(total=spec.bytes, initial=start, unit="B", unit_scale=True, desc=spec.name, disable=None) as bar:
-            while file.tell() < spec.bytes and (chunk := _read(response, spec.bytes - file.tell())):
+            while file.tell() < spec.bytes and (chunk := read(response, spec.bytes - file.tell())):
                 file.write(chunk)
                 bar.update(len(chunk))
-    if _size(part) < spec.bytes:
+    if size(part) < spec.bytes:
         raise ConnectionFault("the connection was cut")
 
 
-def _open(url: str, start: int) -> http.client.HTTPResponse:
-    headers = {"User-Agent": "schnet-download", "Accept-Encoding": "identity"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    proxy = urllib.request.getproxies().get(url.partition(":")[0], "")
-    through = f" through the proxy {proxy}" if proxy else ""
+def connect(request: urllib.request.Request) -> http.client.HTTPResponse:
     try:
-        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+        return urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416:
-            raise UserError(f"{url}: serves {start:,} bytes or less, which is not the complete file") from None
         if error.code in (408, 429) or error.code >= 500:
-            raise ConnectionFault(f"HTTP {error.code} {error.reason}{through}") from None
-        raise UserError(f"{url}: HTTP {error.code} {' '.join(str(error.reason).split())}{through}") from None
-    except urllib.error.URLError as error:
-        raise ConnectionFault(f"no connection{through} ({error.reason})") from None
+            raise ConnectionFault(f"HTTP {error.code} {error.reason}") from None
+        raise UserError(f"{request.full_url}: HTTP {error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException) as error:
-        raise ConnectionFault(f"no connection{through} ({error})") from None
-    except ValueError as error:
-        raise UserError(f"{url}: {error}") from None
+        raise ConnectionFault(f"no connection ({getattr(error, 'reason', error)})") from None
 
 
-def _read(response: http.client.HTTPResponse, most: int) -> bytes:
+def read(response: http.client.HTTPResponse, most: int) -> bytes:
     try:
-        return response.read1(min(CHUNK, most))            # what is there, so that a stop loses nothing
+        return response.read1(min(CHUNK, most))            # what has arrived, so that a stop loses nothing
     except (OSError, http.client.HTTPException) as error:
         raise ConnectionFault(f"the connection broke ({error or type(error).__name__})") from None
 
 
-def _size(path: Path) -> int:
+def size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _sync(path: Path):
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ GPU_FAULTS = ("busy or unavailable", "no kernel image", "ECC error", "no CUDA-ca
 
 
 class UserError(Exception):
-    """An error the user can fix: one line that names the file or key at fault and says what to do.
+    """An error the user can fix: one line that names the file or key at fault and what to do.
 
     `everywhere`: raised on every process of a run, so that only the main process prints it.
     """
@@ -71,7 +71,7 @@ def in_one_line(error: BaseException, less_memory: str) -> str:
     if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         return f"out of memory: try {less_memory}"
     if isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error):
-        return f"torch.distributed: {error}"               # the whole message, which can have several lines
+        return f"torch.distributed: {error}"               # the complete message, which can have several lines
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror or error}"
     return ""

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from config import OVERRIDABLE, Config, from_dict, parse_overrides, user_path
 from datasets import DrawnSet, LabelSet, PairSet, fingerprint, label_set, open_split, sample_warning
 from engine import checkpoint
-from engine.processes import World, device_name, parse_args, run_together
+from engine.processes import World, device_name, run_together
 from engine.workers import read_ahead
 from errors import UserError
 from files import weights
@@ -113,7 +113,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", choices=("val", "train"), default="val")
     parser.add_argument("--out", type=user_path, help="folder of the results; evaluation... in the run's if not given")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run's config")
-    return parse_args(parser, argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def open_labelled(model: SCHNet, labels: LabelSet, path: Path, split: str) -> PairSet | DrawnSet:

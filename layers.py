@@ -64,9 +64,9 @@ def autocast(device: torch.device, precision: str):
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32, also under autocast: bf16 logits would have steps of 0.125 from 16 on."""
+    """a @ b in the dtype of b, also under autocast: bf16 logits have steps of 0.125 from 16 on."""
     with torch.autocast(a.device.type, enabled=False):
-        return a.float() @ b.float()
+        return a.to(b.dtype) @ b
 
 
 def cast_frozen(model: nn.Module, precision: str):

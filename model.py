@@ -222,10 +222,7 @@ def _build_model(cfg: Config, classes: list[str] | tuple[str, ...], state: dict[
             raise UserError(f"{key} must be one of {', '.join(sizes)}, not {getattr(cfg, key)!r}")
     sam = clip = f_txt = scale = None
     if cfg.backbone == "sam":
-        sam = load_sam(cfg.sam_weights) if cfg.sam_weights else SAMViT(*sam_vit.SIZES[cfg.sam])
-        if sam.size != sam_vit.SIZES[cfg.sam]:
-            name = next((name for name, size in sam_vit.SIZES.items() if size == sam.size), "of another size")
-            raise UserError(f"{cfg.sam_weights} is {name}, the config asks for sam: {cfg.sam}")
+        sam = load_sam(cfg.sam_weights, cfg.sam) if cfg.sam_weights else SAMViT(*sam_vit.SIZES[cfg.sam])
     if cfg.backbone == "clip" or cfg.srm:
         size = clip_vit.SIZES[cfg.clip]
         if cfg.clip_taps[-1] != size[1] - 1:

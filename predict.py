@@ -38,7 +38,7 @@ import fast
 import inference
 from config import user_path
 from engine.parsing import LESS_MEMORY, Job, Report, printable
-from engine.processes import World, parse_args, run_together
+from engine.processes import World, run_together
 from errors import UserError
 from files.atomic import results_folder
 from files.images import ALL_FORMATS, as_shown, read_photo
@@ -186,7 +186,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--masks", action="store_true", help="photos: also a black and white picture for each class")
     parser.add_argument("--probs", action="store_true", help="photos: also the probabilities, as .npy")
     parser.add_argument("--frames", action="store_true", help="videos: also the label map of each frame")
-    args = parse_args(parser, argv)
+    args = parser.parse_intermixed_args(argv)
     args.overrides = [text for text in args.inputs
                       if re.match("[a-z_]+=", text) and not glob.glob(text) and not os.path.lexists(text)]
     args.inputs = [text for text in args.inputs if text not in args.overrides]

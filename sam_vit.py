@@ -7,14 +7,16 @@ Module and parameter names are the official checkpoint's, so that loading it is 
 In the comments: B images of h x w tokens of width C; n heads of width d; w' windows.
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 import fast
-from errors import UserError
 from files import foundations
+from files.weights import read_tensors
 from layers import init_linears, relative_positions, resample_positions
 
 MEAN = (123.675, 116.28, 103.53)                           # SAM's preprocessing: ImageNet's, for values from 0 to 255
@@ -114,7 +116,8 @@ class SAMViT(nn.Module):
 
     def __init__(self, dim: int = 1024, depth: int = 24, heads: int = 16, window: int = 14, grid: int = 64):
         super().__init__()
-        self.dim, self.depth, self.size, self.content = dim, depth, (dim, depth, heads, window, grid), ""
+        self.dim, self.depth = dim, depth
+        self.content = ""                                  # hash of the file's tensors, see files/foundations.py
         self.patch_embed = PatchEmbed(dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dim))
         self.blocks = nn.ModuleList()
@@ -151,19 +154,11 @@ class SAMViT(nn.Module):
         return outs
 
 
-def load_sam(path: str) -> SAMViT:
-    """SAM's image encoder in fp32, from a file or folder in any format of files/foundations.py; its size is read from the
-    file. Raises `UserError`."""
-    tensors = foundations.sam_tensors(path)
-    tables = [len(tensor) for name, tensor in tensors.items() if name.endswith("attn.rel_pos_h")]
-    depth = foundations.count_blocks(tensors, "blocks.")
-    if "pos_embed" not in tensors or depth % 4:
-        raise UserError(f"{path}: this is {foundations.describe(tensors)}, SAM's image encoder is needed")
-    _, grid, _, dim = tensors["pos_embed"].shape
-    head = tensors["blocks.0.attn.rel_pos_h"].shape[1]
-    window = (min(tables) + 1) // 2                                             # tables of global layers are longer
+def load_sam(path: str | Path, size: str = "vit_l") -> SAMViT:
+    """SAM's image encoder in fp32, from a file or folder in any format of files/foundations.py. `size`: a name in SIZES.
+    Raises `UserError`."""
     with torch.device("meta"):                                                  # skips the random initialisation
-        model = SAMViT(dim, depth, dim // head, window, grid)
-    foundations.load(model, tensors, path)
-    model.content = foundations.content_hash(model.state_dict())
-    return model
+        sam = SAMViT(*SIZES[size])
+    foundations.load(sam, foundations.sam_tensors(read_tensors(path)), path, f"sam={size}")
+    sam.content = foundations.content_hash(sam.state_dict())
+    return sam

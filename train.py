@@ -6,18 +6,18 @@
     python train.py --cfg configs/cihp.yaml --resume                    resume exactly from runs/cihp/last.pt, if it is there
     python train.py --cfg configs/cihp.yaml iters=0                     a dry run: data, weights, memory, time per step
 
-One process or many, one machine or many, CPU or GPU: the same file. What it leaves in runs/<config>/: see engine/run.py.
+One process or many, one machine or many, CPU or GPU: the same file. For the files in runs/<config>/ see engine/run.py.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import os
 import sys
 import textwrap
 import time
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,10 +25,10 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from config import Config, load_config, parse_overrides, user_path
+from config import Config, load_config
 from datasets import DrawnSet, LabelSet, PairSet, fingerprint, label_set, open_split, train_loader
 from engine import checkpoint
-from engine.processes import StopSignal, World, device_name, memory, parse_args, run_together
+from engine.processes import StopSignal, World, device_name, memory, run_together
 from engine.run import Run
 from errors import UserError
 from evaluate import evaluate_split, scores
@@ -46,7 +46,7 @@ NOT_DECAYED = ("tokens", "level_embed", "pos_embed", "positional_embedding", "re
 def get_lr(it: int, cfg: Config) -> float:
     """The learning rate of iteration `it` (0-based): polynomial to 0 from the start (ViT-Adapter), times §4.3's linear
     warm-up. So the largest is below cfg.lr: 5.85e-4 on LIP."""
-    rate = cfg.lr * (1 - it / max(1, cfg.iters)) ** cfg.poly_power
+    rate = cfg.lr * (1 - it / cfg.iters) ** cfg.poly_power
     if it < cfg.warmup_iters:
         rate *= 1 - (1 - it / cfg.warmup_iters) * (1 - cfg.warmup_ratio)
     return rate
@@ -200,7 +200,7 @@ def train(cfg: Config, world: World, resume: bool):
             micro_batches = run.next_batches(batches, stop, learner)
             losses, taken = learner.step(micro_batches, it)
             names = [name for _, _, names in micro_batches for name in names]
-            run.count(losses, taken, names, get_lr(it, cfg), learner)
+            run.count(losses, taken, names, get_lr(it, cfg))
 
             # every log_every iterations: the mean losses since the last entry
             if run.due(cfg.log_every):
@@ -233,36 +233,27 @@ def validate(learner: Learner, pairs: PairSet | DrawnSet, run: Run, stop: StopSi
 
 
 def dry_run(cfg: Config, world: World, steps: int = 4):
-    """Data, weights, memory and a few real steps, without leaving a file; reports what the complete run will take."""
+    """Data, weights, memory and a few real steps, without leaving a file."""
+    cfg = dataclasses.replace(cfg, iters=cfg.warmup_iters + steps)
     labels, train_pairs, val_pairs = open_data(cfg, world)
     with world.all_or_none():
         model = build_model(cfg, labels.classes)
     learner = Learner(model, cfg, world)
     world.print0(first_screen(model, cfg, world, (len(train_pairs), len(val_pairs))))
-    batches, times = train_loader(cfg, train_pairs, world.rank, world.size), []
+    batches = train_loader(cfg, train_pairs, world.rank, world.size)
     for it in range(steps):
         start = time.monotonic()
         with world.all_or_none():
             micro_batches = [next(batches) for _ in range(cfg.accum_steps)]
-        losses, taken = learner.step(micro_batches, it)
-        times.append(time.monotonic() - start)
-        values = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-        world.print0(f"step {it + 1}: {times[-1]:.2f} s, {values}" + ("" if taken else " (skipped: not finite)"))
-    start = time.monotonic()
-    chosen = range(min(4, len(val_pairs)))
-    predict_labels(model.eval(), [val_pairs.read(i)[0] for i in chosen])
-    each = (time.monotonic() - start) / len(chosen)
-    validation = each * len(val_pairs) / world.size * math.ceil(cfg.iters / cfg.eval_every)
-    training = sorted(times[1:])[len(times[1:]) // 2] * cfg.iters        # the first step also starts the loader
-    trained = sum(t.nbytes for t in checkpoint.model_state(model).values())
-    moments = sum(t.nbytes for state in learner.optimizer.state.values() for t in state.values())
-    world.print0(f"dry run ok; {memory(world.device):.1f} GiB per process; {cfg.iters} iterations take about "
-                 f"{training / 3600:.1f} hours and validation {validation / 3600:.1f}; "
-                 f"checkpoints take {(4 * trained + 3 * moments) / 2 ** 30:.1f} GiB of disk")
+        losses, _ = learner.step(micro_batches, it)
+        seconds = time.monotonic() - start
+        world.print0(f"step {it + 1}: {seconds:.2f} s, " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+    world.print0(f"dry run ok; {memory(world.device):.1f} GiB per process; 10,000 iterations take about "
+                 f"{10_000 * seconds / 3600:.1f} hours")     # the last step: the first also starts the loader
 
 
 def first_screen(model: SCHNet, cfg: Config, world: World, counts: tuple[int, int]) -> str:
-    """What is about to be trained, and on what, in a few lines; config.yaml has the rest."""
+    """The network, the data and the machine in a few lines; config.yaml has all settings."""
     def encoder(key: str) -> str:
         weights = getattr(cfg, f"{key}_weights")
         return f"{key.upper()} {getattr(cfg, key)} ({os.path.basename(weights.rstrip('/')) or 'random'})"
@@ -276,9 +267,8 @@ def first_screen(model: SCHNet, cfg: Config, world: World, counts: tuple[int, in
     lines = [f"run      {cfg.out or 'runs/demo'}",
              f"data     {cfg.dataset}: {counts[0]:,} training images, {counts[1]:,} validation images",
              f"network  {', '.join(parts)}: {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen",
-             f"batch    {cfg.batch_size} images = {world.size} process{'es' * (world.size > 1)} x {cfg.accum_steps} "
-             f"step{'s' * (cfg.accum_steps > 1)} x {each}, {cfg.iters:,} iterations, {cfg.precision} on "
-             f"{device_name(world.device)}",
+             f"batch    {cfg.batch_size} images = {world.size} processes x {cfg.accum_steps} steps x {each}, "
+             f"{cfg.iters:,} iterations, {cfg.precision} on {device_name(world.device)}",
              "changed  " + textwrap.shorten(", ".join(changed) or "nothing", 111, placeholder=" ... (config.yaml)")]
     if each % cfg.loss_group:
         lines.append(f"note     loss_group={cfg.loss_group} needs a multiple of {cfg.loss_group} images per process and step: "
@@ -288,14 +278,6 @@ def first_screen(model: SCHNet, cfg: Config, world: World, counts: tuple[int, in
 
 # --------------------------------------------------------------------------------------------------------- the program
 
-def check_place(cfg: Config, args: argparse.Namespace):
-    """Rejects the config of a run's folder that was copied or moved: resuming from it would change the other run."""
-    beside = user_path(args.cfg).resolve().parent
-    given = parse_overrides(args.overrides)
-    if "out" not in given and (beside / checkpoint.LAST).exists() and beside != Path(cfg.out).resolve():
-        raise UserError(f"{args.cfg} is in the folder of a run, but names {cfg.out} as its own: pass out=FOLDER")
-
-
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description="Train SCHNet.",
                                      epilog="key=value: overrides of the config, see config.py")
@@ -303,22 +285,16 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--resume", action="store_true",
                         help="continue from the run's last checkpoint, or start if there is none")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parse_args(parser, argv)
+    args = parser.parse_intermixed_args(argv)
 
     def work(world: World):
         with world.all_or_none():
             cfg = load_config(args.cfg, args.overrides)
             check_batch(cfg, world)
-            check_place(cfg, args)
         if cfg.iters:
-            return train(cfg, world, args.resume)
-        others = [item for item in args.overrides if "iters" not in parse_overrides([item])]
-        with world.all_or_none():
-            cfg = load_config(args.cfg, others)
-            if not cfg.iters:
-                raise UserError(f"{args.cfg}: iters is 0; a dry run needs the real number there, and iters=0 on the command "
-                                "line")
-        dry_run(cfg, world)
+            train(cfg, world, args.resume)
+        else:
+            dry_run(cfg, world)
 
     run_together(work, less_memory="checkpointing=true (recomputes the encoder layers in the backward pass), "
                                    "accum_steps=2 (the same batch in two halves), or fewer workers")

@@ -30,9 +30,9 @@ from clip_vit import CLIP
 from errors import run_program
 from layers import cast_frozen
 from losses import lovasz_softmax
-from sam_vit import SAMViT
+from sam_vit import SIZES, SAMViT
 from test_clip_vit import random_state as clip_state
-from test_sam_vit import LARGE, build, random_state as sam_state
+from test_sam_vit import build, random_state as sam_state
 from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
 from uperhead import UPerHead
 
@@ -64,7 +64,7 @@ def make_encoder(encoder: str, name: str, size: int, mode: str, device: str) -> 
         with torch.device("meta"):
             empty = SAMViT()
         state = sam_state(empty)
-        model, run = (build(state, **LARGE),) * 2 if name == OURS else peers.sam(name, state, size)
+        model, run = (build(state, SIZES["vit_l"]),) * 2 if name == OURS else peers.sam(name, state, size)
     else:
         clip = CLIP().eval().requires_grad_(False)
         clip.load_state_dict(clip_state(clip))

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import conftest  # noqa: F401                              torchvision beside a CPU-only torch
 from layers import relative_positions
+from sam_vit import SIZES
 from test_clip_vit import MEAN as CLIP_MEAN, STD as CLIP_STD, hugging_face_names, resized
-from test_sam_vit import LARGE, MEAN, STD, hugging_face, official
+from test_sam_vit import MEAN, STD, hugging_face, official
 
 TAPS = (3, 5, 7, 11)
 NORMS = {"SAM": (MEAN, STD), "CLIP": (CLIP_MEAN, CLIP_STD)}
@@ -33,14 +34,14 @@ def normalized(image: Tensor, encoder: str) -> Tensor:
     return (image - mean) / std
 
 
-def sam(name: str, state: dict[str, Tensor], size: int, sizes: dict = LARGE) -> tuple[nn.Module, Callable]:
+def sam(name: str, state: dict[str, Tensor], size: int, sizes: tuple = SIZES["vit_l"]) -> tuple[nn.Module, Callable]:
     """One of SAMS without its neck; returns the outputs of each quarter of the layers, (B, h, w, C) each."""
-    grid, fitted = size // 16, dict(state)
+    grid, fitted, (*shape, window, _) = size // 16, dict(state), sizes
     for key, table in state.items():                       # row i, column 0 of the expanded table is distance i, ...
-        if "rel_pos" in key and len(table) != 2 * sizes["window"] - 1:
+        if "rel_pos" in key and len(table) != 2 * window - 1:
             full = relative_positions(table, grid)
             fitted[key] = torch.cat([full[0].flip(0), full[1:, 0]])
-    model, blocks = SAMS[name](fitted, grid, grid, **{**sizes, "grid": grid})
+    model, blocks = SAMS[name](fitted, grid, grid, *shape, window, grid)
     model.requires_grad_(False)
     outs, quarter = [], len(blocks) // 4
     for block in list(blocks)[quarter - 1::quarter]:

@@ -27,6 +27,8 @@ from files.walk import walk
 
 FORMAT = 3
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+BY_CLASS = {"head.conv_seg.weight": 0, "head.conv_seg.bias": 0, "aux.conv_seg.weight": 0, "aux.conv_seg.bias": 0,
+            "srm.expand.weight": 1}                        # tensors with a row or column per class, and that dimension
 
 
 class DamagedCheckpoint(UserError):
@@ -49,8 +51,8 @@ def official_names(model: nn.Module) -> list[str]:
 
 
 def official_files(model: nn.Module) -> dict[str, dict[str, str]]:
-    """{config key: file, content} of the official files that the tensors left out come from. The content is a hash of the
-    tensors, so that the same numbers in another format will do."""
+    """{config key: file, content[, activation]} of the official files that the tensors left out come from. The content is a
+    hash of the tensors, so that a file of another format with the same numbers can take its place."""
     found = {}
     for key in sorted({name.partition(".")[0] for name in official_names(model)}):
         encoder = getattr(model, key)
@@ -64,11 +66,10 @@ def check_official(model: nn.Module, saved: dict[str, dict[str, str]], path: Pat
     mine = official_files(model)
     for key in sorted({*saved, *mine}):
         was, now = saved.get(key, {}), mine.get(key, {})
-        for part in ("content", "activation"):
-            if was.get(part) != now.get(part):
-                raise UserError(f"{key}: {path} was trained with another {was.get('file') or 'random network'} than "
-                                f"{now.get('file') or 'a random one'} ({part} {(was.get(part) or 'none')[:12]}, not "
-                                f"{(now.get(part) or 'none')[:12]})")
+        if was | {"file": ""} != now | {"file": ""}:
+            text = [", ".join([values.get("file", "random weights"), values.get("content", "")[:12],
+                               values.get("activation", "")]).strip(", ") for values in (was, now)]
+            raise UserError(f"{key}: {path} was trained with ({text[0]}), not with ({text[1]})")
 
 
 def pack(model: nn.Module, labels, official: dict, training: dict) -> dict:
@@ -83,15 +84,8 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return {names[n]: state for n, state in optimizer.state_dict()["state"].items()}
 
 
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, dict[str, Tensor]], path: Path):
-    """`saved` into the optimizer. UserError where the parameters have other names or shapes."""
-    names, shapes = _optimizer_names(model, optimizer), {name: p.shape for name, p in model.named_parameters()}
-    wrong = sorted(saved.keys() ^ set(names)) if saved else []
-    wrong += [f"{name} {key}" for name, state in saved.items() for key, value in state.items()
-              if not wrong and value.ndim and value.shape != shapes[name]]
-    if wrong:
-        raise UserError(f"{path}: the optimizer's state does not fit the network ({wrong[0]})")
-    state = {n: saved[name] for n, name in enumerate(names) if name in saved}
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, dict[str, Tensor]]):
+    state = {n: saved[name] for n, name in enumerate(_optimizer_names(model, optimizer)) if name in saved}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -108,29 +102,23 @@ def write(path: Path, content: dict, keep: Path | None = None):
             torch.save(content, file)
 
 
-def write_last(folder: Path, content: dict):
-    """last.pt, the one before it kept as previous.pt: at any moment one of the two is complete."""
-    write(folder / LAST, content, keep=folder / PREVIOUS)
-
-
 def read(path: Path) -> dict:
     """A checkpoint, on the CPU. UserError if it is missing, damaged or not a checkpoint of SCHNet."""
     try:
         with reading(path, "checkpoint"):
-            with zipfile.ZipFile(path) as archive:                       # torch.load ignores the checksums
+            with zipfile.ZipFile(path) as archive:         # torch.load ignores the checksums
                 damaged = archive.testzip()
-            content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
+            if damaged:
+                raise ValueError(f"the checksum of {damaged} is wrong")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if content["format"] != FORMAT:
+                raise ValueError(f"format {content['format']}")
+            return content
     except Exception as error:                             # damaged files raise BadZipFile, zlib.error, UnpicklingError, ...
-        if in_one_line(error, "").startswith("out of memory"):
-            raise MemoryError(f"{path}: not enough memory to read it") from None
-        raise DamagedCheckpoint(f"{path}: damaged or not a checkpoint ({type(error).__name__})") from None
-    if content is None:
-        raise DamagedCheckpoint(f"{path}: damaged (the checksum of {damaged} is wrong)")
-    if not isinstance(content, dict) or content.get("format") != FORMAT or "model" not in content:
-        raise DamagedCheckpoint(f"{path}: not a checkpoint of this program (format {FORMAT})")
-    return content
+        if in_one_line(error, ""):                         # UserError, out of memory
+            raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise DamagedCheckpoint(f"{path}: damaged or not a checkpoint of format {FORMAT} ({reason})") from None
 
 
 def read_last(folder: Path) -> tuple[dict, Path, list[tuple[Path, str]]]:
@@ -146,69 +134,54 @@ def read_last(folder: Path) -> tuple[dict, Path, list[tuple[Path, str]]]:
                     "folder with out=FOLDER")
 
 
-def newest_run(root: Path = Path("runs")) -> Path:
-    """The folder below `root` whose checkpoint is the newest."""
-    found = [Path(folder) / name for folder, _, names in walk(root) for name in names if name in (LAST, BEST)]
-    if not found:
-        raise UserError(f"{root}/ holds no run yet: train one (`python train.py`) or name one with --run")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
-
-
 def find(run: str | Path | None) -> Path:
-    """The checkpoint file of `--run`: a file, or a folder (its best.pt, else last.pt); None: the newest run."""
-    path = user_path(run) if run is not None else newest_run()
-    if not path.exists():
-        raise UserError(f"{path}: no such run or checkpoint")
+    """The checkpoint file of `--run`: a file, or a folder (its best.pt, else last.pt); None: the newest run below runs/."""
+    path = user_path(run) if run is not None else Path("runs")
+    if run is None:
+        found = [Path(folder) / name for folder, _, names in walk(path) for name in names if name in (LAST, BEST)]
+        path = max(found, key=lambda file: file.stat().st_mtime).parent if found else path
     if path.is_file():
         return path
     for name in (BEST, LAST, PREVIOUS):
         if (path / name).exists():
             return path / name
-    raise UserError(f"{path}: holds no checkpoint ({BEST} or {LAST})")
+    raise UserError(f"{path}: no checkpoint ({BEST} or {LAST}); train a run (`python train.py`), or name one with --run")
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: Path):
-    """`state` into `model`, which may be on the meta device; every tensor must be there but the frozen ones of the official
-    files."""
+    """`state` into `model`, which may be on the meta device. UserError unless it has all tensors but the frozen ones of the
+    official files."""
     own = model.state_dict()
     wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
     wrong += sorted(own.keys() - state.keys() - set(official_names(model)))
     if wrong:
         raise UserError(f"{path} does not fit its network: {len(wrong)} tensors are unknown, missing or of another shape "
                         f"({wrong[0]}, ...)")
-    for name, tensor in state.items():
-        if own[name].is_meta:
-            state = state | {name: tensor.to(own[name].dtype)}
+    state = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
     model.load_state_dict(state, strict=False, assign=any(tensor.is_meta for tensor in own.values()))
 
 
 def init_from(model: nn.Module, run: str, classes: Sequence[str]) -> str:
-    """Starts a new run from a trained one: takes every tensor of its checkpoint; those that depend on the class list are
-    taken for the classes that both have. Returns a line that says what was taken. UserError for another architecture."""
+    """Starts a new run from a trained one: copies every tensor of its checkpoint; of those with a row or column per class,
+    only the classes that both have. Returns a line about it. UserError for another architecture."""
     path = find(run)
     content = read(path)
     check_official(model, content["official"], path)
-    own, old, theirs = model.state_dict(), content["model"], content["labels"]["classes"]
-    pairs = [(k, theirs.index(name)) for k, name in enumerate(classes) if name in theirs]
-    mine, other = (torch.tensor([pair[n] for pair in pairs], dtype=torch.long) for n in (0, 1))
+    left_out = {"f_txt", "sim_scale", *official_names(model)}            # computed for the new class names; in the files
+    own = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+    old, theirs = content["model"], content["labels"]["classes"]
+    for name in [*own, *(old.keys() - own.keys() - left_out)]:
+        shapes = [[size for dim, size in enumerate(tensors[name].shape) if dim != BY_CLASS.get(name)] if name in tensors
+                  else None for tensors in (old, own)]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"init: {path} has another architecture: {name} has shape {shapes[0]} there, {shapes[1]} here")
+    both = [name for name in classes if name in theirs]
     for name, tensor in own.items():
-        if name in ("f_txt", "sim_scale") or name in official_names(model):
-            continue                                       # computed for the new names; from the official file
-        if name not in old:
-            if name.startswith("aux."):                    # the trained run had no auxiliary head
-                continue
-            raise UserError(f"init: {path} has another architecture: it lacks {name}")
-        by_class = {"head.conv_seg": 0, "aux.conv_seg": 0, "srm.expand": 1}.get(name.rpartition(".")[0])
-        if by_class is None or name == "srm.expand.bias":
-            if old[name].shape != tensor.shape:
-                raise UserError(f"init: {path} has another architecture: {name} is {tuple(old[name].shape)}, not "
-                                f"{tuple(tensor.shape)}")
-            tensor.copy_(old[name])
+        if name in BY_CLASS:
+            for each in both:
+                to, of = classes.index(each), theirs.index(each)
+                tensor.select(BY_CLASS[name], to).copy_(old[name].select(BY_CLASS[name], of))
         else:
-            tensor.index_copy_(by_class, mine, old[name].to(tensor.dtype).index_select(by_class, other))
-    unknown = sorted(name for name in old.keys() - own.keys() if not name.startswith("aux.") and name != "f_txt")
-    if unknown:
-        raise UserError(f"init: {path} has another architecture: this network has no {unknown[0]}")
+            tensor.copy_(old[name])
     new = [name for name in classes if name not in theirs]
-    return (f"init from {path}: all tensors; of the classes {len(pairs)} of {len(classes)}"
-            + (f" (new: {', '.join(new)})" if new else ""))
+    return f"init from {path}: all weights; {len(both)} of {len(classes)} classes" + f", new are {', '.join(new)}" * bool(new)

@@ -5,7 +5,6 @@ MASTER_ADDR, MASTER_PORT): gloo on CPUs, NCCL on GPUs. Restarts, time-outs and l
 torch.distributed's business, and their messages are shown as they are.
 """
 
-import argparse
 import contextlib
 import os
 import platform
@@ -28,7 +27,7 @@ GRACE = 5.0                                                # seconds in which re
 
 
 def run_together(work: Callable[["World"], None], device: str = "", less_memory: str = "", timeout: timedelta = TIMEOUT):
-    """Runs `work` in every process of a program. A process that fails says why and exits; torchrun ends the others.
+    """Runs `work` in every process of a program. A process that fails prints why and exits; torchrun ends the others.
 
     `device`: see `pick_device`; `less_memory`: see `errors.in_one_line`; `timeout`: of every collective.
     """
@@ -74,24 +73,15 @@ def device_name(device: torch.device) -> str:
 def pick_device(name: str = "") -> torch.device:
     """The device called `name`; "cuda": this process's GPU; "": the same, or the CPU where there is none."""
     if name in ("", "cuda") and torch.cuda.is_available():
-        index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):        # a scheduler gave each process one of its own
-            index = 0
-        if index >= count:
-            raise UserError(f"local rank {index} has no GPU: this machine has {count}, --nproc_per_node must not be more")
+        index = int(os.environ.get("LOCAL_RANK", 0))
+        if torch.cuda.device_count() == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
+            index = 0                                      # a scheduler gave each process a GPU of its own
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False        # fp32 means fp32
         return torch.device("cuda", index)
     try:
         return torch.empty(0, device=name or "cpu").device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}", everywhere=True) from None
-
-
-def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Options and key=value overrides in any order, of a program that torchrun may start."""
-    if any(text.startswith(("--local-rank", "--local_rank")) for text in (sys.argv[1:] if argv is None else argv)):
-        parser.error("start several processes with torchrun, not with torch.distributed.launch")
-    return parser.parse_intermixed_args(argv)
 
 
 class World:
@@ -104,9 +94,6 @@ class World:
         self.device = pick_device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_NTASKS") or 1) > 1:
-            print(f"warning: SLURM_NTASKS is {os.environ['SLURM_NTASKS']}, but this process works alone: start several with "
-                  "`srun torchrun ...` (docs/training.md)", file=sys.stderr, flush=True)
         if self.size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=timeout)
 
@@ -165,7 +152,7 @@ class Stop(Exception):
 
 
 class StopSignal:
-    """Asks for a stop with a save on SIGTERM, SIGINT, SIGHUP or SIGUSR1: after the current step, or while waiting.
+    """Requests a stop with a save on SIGTERM, SIGINT, SIGHUP or SIGUSR1: after the current step, or while waiting.
 
     A second signal ends the process at once; a repeated one within GRACE seconds does not count, as a launcher, a
     terminal and a scheduler may all send their own. A signal that was ignored at the start (nohup) stays ignored.

@@ -33,7 +33,6 @@ from errors import UserError
 from files.atomic import LEFTOVERS, MARK, write_text
 from viz import pictures, training
 
-MEASURED = 20                                              # iterations until the time to go is printed
 MAX_SKIPPED = 20                                           # consecutive steps with a non-finite loss or gradient
 
 
@@ -79,14 +78,11 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / MARK).touch()
-            self._lock()                                   # of two concurrent starts, the second must see the first's files
+            self._lock()                                   # first: of two concurrent starts, one must see the other's files
         except OSError as error:
             raise UserError(f"out: {self.folder} cannot be used ({error.strerror})") from None
-        names = checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST
-        held = [name for name in names if os.path.lexists(self.folder / name)]       # also a link to a disk that is away
-        if held == [checkpoint.BEST]:
-            raise UserError(f"{self.folder} holds {checkpoint.BEST} but no {checkpoint.LAST}, which training needs to "
-                            "resume: choose another folder with out=FOLDER")
+        held = any(os.path.lexists(self.folder / name)                   # also a link to a disk that is not mounted
+                   for name in (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST))
         if held and not resume:
             raise UserError(f"{self.folder} already contains a run: continue it with --resume, or choose another folder "
                             "with out=FOLDER")
@@ -111,7 +107,7 @@ class Run:
 
     def _resume(self) -> dict:
         content, path, damaged = checkpoint.read_last(self.folder)
-        for file, why in damaged:                          # renamed, so that the next save does not rotate it over the good one
+        for file, why in damaged:                          # renamed, so that the next save does not rotate it over the other
             with contextlib.suppress(OSError):
                 file.rename(file.with_suffix(".damaged"))
             self.world.print0(f"warning: {why}; {path} is used")
@@ -123,21 +119,17 @@ class Run:
                             f"--cfg {self.folder / 'config.yaml'} --resume, or start a new run with out=FOLDER")
         progress = content["progress"]
         lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
-        try:
-            entries = [json.loads(line) for line in lines if line.strip()]
-            self.entries = [entry for entry in entries
-                            if entry["iter"] <= progress["validated" if "miou" in entry else "iteration"]]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.log_path}: corrupt; fix it, or move it away to resume without it") from None
+        self.entries = [entry for entry in map(json.loads, filter(str.strip, lines))
+                        if entry["iter"] <= progress["validated" if "miou" in entry else "iteration"]]
         self.world.print0(f"resuming from {path}, iteration {progress['iteration']}"
                           + (f"; changed: {', '.join(changed.values())}" if changed else ""))
         return content
 
     def start(self, learner, content: dict | None, train: PairSet | DrawnSet, val: PairSet | DrawnSet):
         """Restores the learner from the checkpoint and claims the folder: config.yaml, log.jsonl."""
-        self.official, last = checkpoint.official_files(learner.model), self.folder / checkpoint.LAST
+        self.official = checkpoint.official_files(learner.model)
         if content:
-            checkpoint.load_optimizer(learner.model, learner.optimizer, content["optimizer"], last)
+            checkpoint.load_optimizer(learner.model, learner.optimizer, content["optimizer"])
             learner.scaler.load_state_dict(content["scaler"])
             self.progress = Progress(**content["progress"])
         self._note_data(fingerprint(train), fingerprint(val))
@@ -149,7 +141,7 @@ class Run:
             for warning in (sample_warning(pairs, self.labels.classes) for pairs in (train, val)):
                 if warning:
                     self.world.print0(f"warning: {warning}")
-        self.begun = self.first_step = time.monotonic()
+        self.begun = time.monotonic()
         self.started = self.begun - self.progress.seconds
         self.first = self.progress.iteration
         self.bar = tqdm(total=self.cfg.iters, initial=self.first, unit="it", dynamic_ncols=True, mininterval=0.5,
@@ -192,7 +184,7 @@ class Run:
             raise UserError(f"{error}; {self.last_checkpoint()}", everywhere=True)
         return micro_batches
 
-    def count(self, losses: dict[str, float], taken: bool, names: list[str], lr: float, learner):
+    def count(self, losses: dict[str, float], taken: bool, names: list[str], lr: float):
         """Counts a step, taken or skipped; ends the run after too many skipped ones in a row."""
         progress = self.progress
         progress.iteration += 1
@@ -203,27 +195,19 @@ class Run:
             progress.skipped, progress.in_a_row = progress.skipped + 1, progress.in_a_row + 1
             what = "gradient" if math.isfinite(losses["loss"]) else "loss"
             self.record(iter=progress.iteration, skipped=what, batch=sum(self.world.gather(names), []))
-            scale = learner.scaler.get_scale()             # 1 where there is no scaler
-            if progress.in_a_row >= MAX_SKIPPED or scale < 1:
+            if progress.in_a_row >= MAX_SKIPPED:
                 self._try_write(self._write_log)
-                why = (f"{progress.in_a_row} steps in a row were skipped" if scale >= 1 else
-                       "the scale of fp16 has fallen below 1")
                 values = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
-                raise UserError(f"iteration {progress.iteration}: {why}, the {what} is not finite ({values}); the batches "
-                                f"are in {self.log_path}; {self.last_checkpoint()}", everywhere=True)
+                raise UserError(f"iteration {progress.iteration}: {progress.in_a_row} steps in a row were skipped, the {what} is "
+                                f"not finite ({values}); the batches are in {self.log_path}; {self.last_checkpoint()}",
+                                everywhere=True)
         self.bar.set_postfix_str(self._state(losses, lr), refresh=False)
         self.bar.update()
-        if progress.iteration == min(self.first + MEASURED, self.cfg.iters):
-            each = (time.monotonic() - self.first_step) / max(1, progress.iteration - self.first - 1)
-            left = each * (self.cfg.iters - progress.iteration)
-            self.world.print0(f"time     {_duration(left)} to go without validation, at {each:.2f} s per iteration")
-        elif progress.iteration == self.first + 1:         # the first step also starts the loader
-            self.first_step = time.monotonic()
 
     def _state(self, losses: dict[str, float], lr: float) -> str:
-        shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        shown = "".join(f"{name} {value:.3f} " for name, value in losses.items())
         skipped = f" {self.progress.skipped} skipped" if self.progress.skipped else ""
-        return f"{shown} lr {lr:.1e} {memory(self.world.device):.1f} GiB{skipped}"
+        return f"{shown}lr {lr:.1e} {memory(self.world.device):.1f} GiB{skipped}"
 
     def log_means(self, lr: float):
         """A log entry with the mean losses since the last one."""
@@ -235,7 +219,8 @@ class Run:
         self._try_write(self._write_log)
         if self.bar.disable:
             left = (now - self.begun) / (progress.iteration - self.first) * (self.cfg.iters - progress.iteration)
-            self.world.print0(f"iteration {progress.iteration}/{self.cfg.iters}: {self._state(means, lr)}, {_duration(left)} to go")
+            self.world.print0(f"iteration {progress.iteration}/{self.cfg.iters}: {self._state(means, lr)}, "
+                              f"{_duration(left)} to go")
 
     def validated(self, result: dict, images: int, learner):
         """A validation's scores: into the log, and best.pt where they are the best so far."""
@@ -281,9 +266,9 @@ class Run:
 
     def _save(self, learner):
         self._write_log()                                  # first, so that the log is never behind the checkpoint
-        checkpoint.write_last(self.folder, self._content(learner) | {
+        checkpoint.write(self.folder / checkpoint.LAST, self._content(learner) | {
             "optimizer": checkpoint.optimizer_state(learner.model, learner.optimizer),
-            "scaler": learner.scaler.state_dict()})
+            "scaler": learner.scaler.state_dict()}, keep=self.folder / checkpoint.PREVIOUS)
         self.saved = self.progress.iteration
 
     def _save_best(self, learner) -> bool:

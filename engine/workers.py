@@ -47,10 +47,13 @@ def watched(loader: DataLoader, expected: Iterator[list[str]]) -> Iterator:
                 raise batch
             yield batch
     except (RuntimeError, OSError, EOFError) as error:
-        line = _in_one_line(error, names) if loader.num_workers else ""
-        if not line:
+        text = " ".join(f"{type(error).__name__} {error}".split())
+        if not loader.num_workers or "Caught" in text:     # an error inside a worker keeps its traceback
             raise
-        raise UserError(line) from None
+        if "timed out" in text:
+            text = f"no training sample for {STALLED} s, waiting for {', '.join(names[:4])}"
+        raise UserError(f"loader processes failed: {text}; try fewer workers, which need less memory, shared memory (docker run "
+                        "--shm-size=1g) and open files (ulimit -n)") from None
     finally:
         kill(workers)
 
@@ -64,21 +67,6 @@ def _next(batches: Iterator):
         except RuntimeError as error:
             if not str(error).startswith("DataLoader timed out") or time.monotonic() > end:
                 raise
-
-
-def _in_one_line(error: Exception, names: list[str]) -> str:
-    """What happened to the loader processes; "" for a bug in one of them, which keeps its traceback."""
-    text = " ".join(f"{type(error).__name__} {error}".split())
-    if "timed out" in text:
-        return f"no training sample for {STALLED} s, waiting for {', '.join(names[:4])}: is a file server away?"
-    if "open files" in text:
-        return f"too many open files: raise the limit (ulimit -n) or use fewer workers ({text})"
-    if isinstance(error, (EOFError, ConnectionError, FileNotFoundError)) or "DataLoader worker (" in text:
-        return f"a loader process was killed by the system, usually out of memory: try fewer workers ({text})"
-    if isinstance(error, OSError):
-        return (f"loader processes cannot start ({text}): give the container more shared memory (docker run --shm-size=1g, "
-                "or --ipc=host), or set workers=0")
-    return ""
 
 
 def kill(workers: set[multiprocessing.Process]):

@@ -14,6 +14,7 @@ sam.json. Finished files are kept: a second call trains nothing.
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -50,9 +51,9 @@ clip_vit.SIZES["miniature"] = (96, 4,    2,    4,   64,            64,  2,    1)
 DATA = ["sam=miniature", "clip=miniature", "clip_taps=[0, 1, 2, 3]", "clip_activation=quick_gelu", "dataset=synthetic",
         "synthetic_size=[128, 64]", "crop_size=[128, 64]", "base_size=128", "synthetic_val=200", "workers=0",
         "precision=fp32"]
-CLIP_RUN = ["iters=6000", "batch_size=256", "lr=1e-3", "warmup_iters=50", "crop_size=[32, 32]",
-            "scale_range=[0.75, 1.5]", "synthetic_train=16000"]
-SAM_RUN = ["iters=2500", "batch_size=8", "lr=1e-3", "warmup_iters=50", "scale_range=[1.0, 1.5]", "synthetic_train=4000"]
+CLIP_RUN = ["iters=2000", "batch_size=256", "lr=1e-3", "warmup_iters=50", "crop_size=[32, 32]",
+            "scale_range=[0.75, 1.5]", "synthetic_train=8000"]
+SAM_RUN = ["iters=1500", "batch_size=8", "lr=1e-3", "warmup_iters=50", "scale_range=[1.0, 1.5]", "synthetic_train=4000"]
 QUICK = ["iters=5", "warmup_iters=1", "synthetic_train=64"]
 CLIP_FILE, SAM_FILE = "clip.pt", "sam.pth"
 SEED = 1_000_000                                           # of drawings that no training of SCHNet sees
@@ -78,7 +79,9 @@ def fit(module: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], cfg: Con
     decays = {decay: [p for p in module.parameters() if (p.ndim > 1) == decay] for decay in (True, False)}
     optimizer = torch.optim.AdamW([{"params": part, "weight_decay": cfg.weight_decay * decay}
                                    for decay, part in decays.items()], betas=(0.9, 0.98), fused=True)
-    batches = train_loader(cfg, open_split(cfg, "train"))
+    pairs = open_split(cfg, "train")
+    pairs.read = functools.cache(pairs.read)               # drawing an image takes longer than a training step on it
+    batches = train_loader(cfg, pairs)
     for it in tqdm(range(cfg.iters), desc=name, unit="it", mininterval=0.5 if sys.stderr.isatty() else 30):
         for group in optimizer.param_groups:
             group["lr"] = get_lr(it, cfg)
@@ -268,7 +271,7 @@ def probe(folder: Path) -> dict[str, float]:
     """`explained` for both foundations, for the same encoders with random weights, and for places and pixels."""
     cfg = load_config(None, [*DATA, "vocab=", "sam_weights=", "clip_weights="])
     torch.manual_seed(0)
-    sams = {"SAM": load_sam(str(folder / SAM_FILE)), "SAM, random": SAMViT(*sam_vit.SIZES[cfg.sam])}
+    sams = {"SAM": load_sam(folder / SAM_FILE, cfg.sam), "SAM, random": SAMViT(*sam_vit.SIZES[cfg.sam])}
     clips = {"CLIP": load_clip(folder / CLIP_FILE, cfg.clip_taps, cfg.clip, cfg.clip_activation),
              "CLIP, random": CLIP(*clip_vit.SIZES[cfg.clip], cfg.clip_taps)}
     features = {name: lambda image, sam=sam: sam(image)[-1] for name, sam in sams.items()}

@@ -1,7 +1,7 @@
 """Runs the jobs of an experiment and reports on them: one training run per job, one JSON file per finished job.
 
-PROCESSES jobs are trained at a time, each in a process of its own with one thread. A job is scored at some looks,
-evenly spread over its run. Its clock is its process's own CPU time, batches included and scoring not, so that it does
+PROCESSES jobs are trained at a time, each in a process of its own with one thread. A job is scored at its end, or
+at some looks evenly spread over its run. Its clock is its process's own CPU time, batches included and scoring not, so that it does
 not depend on what else the machine does. A finished job is kept: the same command continues with the missing ones, and
 a file that was made with other settings is an error.
 
@@ -54,15 +54,21 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
 # ----------------------------------------------------------------------------------------------------------------------
 # one job
 
+def split_scores(learner: Learner, pairs, num_classes: int) -> dict:
+    """The scores of a complete split."""
+    return scores(evaluate_split(learner.model, pairs, num_classes, learner.world)[0])
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A training run. Its functions must be module-level, because the job is sent to another process."""
     name: str                                              # of the row that it belongs to
     cfg: Config                                            # with the job's seed
     seconds: float = math.inf                              # budget of CPU time; inf: cfg.iters steps
-    looks: int = 5
+    looks: int = 1
     build: Callable[[Config, Sequence[str]], nn.Module] = build_model
     change: Callable[[Learner, object], None] | None = None              # of the learner, given the training split
+    score: Callable[[Learner, object, int], dict] = split_scores         # of the validation split
 
     def path(self, folder: Path) -> Path:
         return folder / f"{self.name}_seed{self.cfg.seed}.json"
@@ -107,7 +113,7 @@ def train(job: Job, folder: Path):
         losses += [values["loss"]] * taken
         share = seconds / job.seconds if timed else steps / cfg.iters
         if share >= (len(looks) + 1) / job.looks:
-            found = scores(evaluate_split(learner.model, val_pairs, len(labels.classes), world)[0])
+            found = job.score(learner, val_pairs, len(labels.classes))
             looks.append({"seconds": seconds, "steps": steps, "loss": float(np.mean(losses or math.nan))} | found)
             losses = []
             print(f"{job.name}, seed {cfg.seed}: {steps} steps, {seconds:.0f} s, loss {looks[-1]['loss']:.3f}, "

@@ -28,8 +28,23 @@ def pytest_configure():                                    # the benchmarks, whi
 
 @pytest.fixture(params=("fast", "plain"))
 def both_forms(request, monkeypatch):
-    """The test with the faster forms of fast.py, and with the plain ones."""
+    """Runs a test with the fast versions of fast.py and with the plain ones."""
     monkeypatch.setattr(fast, "ENABLED", request.param == "fast")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)                               # sums must not depend on how busy the machine is
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of a config with a small network and data for it."""
+    from tiny import make_config
+    return make_config(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ def count(module):
 
 
 def problem(shapes=SHAPES, b=2, q=4, m=3, p=2, d=5, dtype=torch.float64, reach=0.5):
-    """Random values, and locations of which many lie outside the maps."""
+    """Random values; many of the locations are outside the maps."""
     torch.manual_seed(0)
     value = torch.randn(b, sum(h * w for h, w in shapes), m, d, dtype=dtype)
     locations = torch.rand(b, q, m, len(shapes), p, 2, dtype=dtype) * (1 + 2 * reach) - reach
@@ -40,7 +40,7 @@ def problem(shapes=SHAPES, b=2, q=4, m=3, p=2, d=5, dtype=torch.float64, reach=0
 
 
 def loops(value, shapes, locations, weights):
-    """Sample by sample: the four cells around it, weighted by nearness; those outside count nothing."""
+    """Sums the four cells around each sample, weighted by nearness; cells outside the map are zero."""
     b, _, m, d = value.shape
     _, q, _, _, points, _ = locations.shape
     rows = []
@@ -104,13 +104,13 @@ def test_one_input_may_be_constant(both_forms):
         close(torch.autograd.grad(out.sum(), inputs[n])[0], full[n])
 
 
-def test_far_outside_counts_nothing():
+def test_samples_outside_the_maps_are_zero():
     value, shapes, locations, weights = problem(dtype=torch.float32)
     for far in (-1e9, -2.0, 3.0, 1e9):
         out = ms_deform_attn(value, shapes, torch.full_like(locations, far), weights)
         assert (out == 0).all() and torch.autograd.grad(out.sum(), value)[0].abs().sum() == 0
     broken = ms_deform_attn(value, shapes, torch.full_like(locations, math.nan), weights)
-    assert broken.isnan().all()                            # no read outside the memory
+    assert broken.isnan().all()                            # no memory was read out of bounds
 
 
 def test_half_precision_is_sampled_in_single(both_forms):
@@ -121,7 +121,7 @@ def test_half_precision_is_sampled_in_single(both_forms):
 
 
 def deformable_detr(levels, dim=32, heads=8, points=4):
-    """transformers' module, and ours with its weights."""
+    """transformers' module, and this repository's with its weights."""
     config = DeformableDetrConfig(d_model=dim, num_feature_levels=levels)
     theirs = DeformableDetrMultiscaleDeformableAttention(config, heads, points)
     ours = MSDeformAttn(dim, levels, heads, points, 1.0)
@@ -144,7 +144,7 @@ def test_module_against_deformable_detr(shapes, both_forms):
     close(ours(query, reference, keys, shapes), expected)
 
 
-def test_module_starts_on_a_star():
+def test_initial_offsets_form_a_star():
     attn = MSDeformAttn(32, 2, 8, 3, 0.5)
     for linear in (attn.sampling_offsets, attn.attention_weights):
         torch.nn.init.normal_(linear.weight)
@@ -164,14 +164,14 @@ def test_module_starts_on_a_star():
 def test_heads_must_divide_the_width(dim, heads, ratio, width):
     with pytest.raises(UserError, match=rf"deform_ratio \({ratio}\) .* {width}, .* deform_heads \({heads}\)"):
         MSDeformAttn(dim, 1, heads, 4, ratio)
-    assert Extractor(16, 2, 2, 0.5, 0.05, 0.0).ffn.fc1.out_features == 1             # never none
+    assert Extractor(16, 2, 2, 0.5, 0.05, 0.0).ffn.fc1.out_features == 1             # at least one channel
 
 
-# ----------------------------------------------------------------------------------------- the parts, restated naively
+# ----------------------------------------------------------------------------------------- each part, written naively
 
 
 def shake(module):
-    """Random values everywhere, so that nothing hides behind a zero or a one."""
+    """Random values everywhere: zeros and ones would hide errors."""
     torch.manual_seed(2)
     for name, p in module.named_parameters():
         torch.nn.init.normal_(p, std=0.2)
@@ -227,7 +227,7 @@ def test_injector():
     update = naive_attention(injector.attn, layer_norm(x, injector.query_norm).view(2, 8, 8), centres([(2, 4)]),
                              layer_norm(c, injector.feat_norm), shapes)
     close(injector(x, c, shapes), x + injector.gamma * update.view(2, 2, 4, 8))
-    assert torch.equal(Injector(8, 2, 2, 0.5).double()(x, c, shapes), x)             # before any training
+    assert torch.equal(Injector(8, 2, 2, 0.5).double()(x, c, shapes), x)             # at initialisation
 
 
 def naive_ffn(ffn, c, shapes):
@@ -257,7 +257,7 @@ def test_extractor():
         close(extractor(x, c, shapes), expected)
 
 
-def test_drop_path_drops_the_ffn_of_samples():
+def test_drop_path_drops_the_ffn_per_sample():
     extractor = shake(Extractor(8, 2, 2, 0.5, 0.5, 0.25)).train()
     x, c, shapes = tokens(2, 2)
     x, c = x[:1].expand(4000, -1, -1, -1), c[:1].expand(4000, -1, -1)
@@ -344,7 +344,7 @@ def test_fusion():
         close(f, batch_norm(m + x, norm))
 
 
-# ------------------------------------------------------------------------------------------------------------ the whole
+# ------------------------------------------------------------------------------------------------------------ the complete adapter
 
 
 def run(net, image):
@@ -381,7 +381,7 @@ def test_initialisation():
 
 @pytest.mark.parametrize("size", [(160, 128), (32, 64), (32, 32)])
 def test_sizes_and_gradient(size):
-    net = shake(small(96, 16, 8, 4, drop_path=0.0)).train()          # initial zeros would stop some gradients
+    net = shake(small(96, 16, 8, 4, drop_path=0.0)).train()          # zero initialisation would stop some gradients
     features = run(net, torch.randn(2, 3, *size).double())
     assert [f.shape for f in features] == [(2, 96, size[0] // s, size[1] // s) for s in (4, 8, 16, 32)]
     sum((f * torch.randn_like(f)).sum() for f in features).backward()

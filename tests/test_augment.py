@@ -1,4 +1,4 @@
-"""Augmentation against naive loops, real mirrored labels and the distributions it states."""
+"""Augmentation against naive loops, CIHP's mirrored labels and the stated distributions."""
 
 import colorsys
 from pathlib import Path
@@ -17,7 +17,7 @@ LEFT_RIGHT = ((14, 15), (16, 17), (18, 19))
 
 
 class Script:
-    """A generator that returns given values, one after the other."""
+    """A generator that returns the given values in order."""
 
     def __init__(self, *values):
         self.values = list(values)
@@ -45,7 +45,7 @@ def photo(rng, h, w):
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="needs the real samples")
 @pytest.mark.parametrize("split, name", [("Training", "0005008"), ("Training", "0012008"), ("Validation", "0002190"),
                                          ("Validation", "0026375")])
-def test_flip_gives_the_label_cihp_itself_provides(split, name):
+def test_flip_equals_cihps_own_mirrored_labels(split, name):
     folder = SAMPLES / "CIHP/instance-level_human_parsing" / split / "Category_ids"
     label = np.array(Image.open(folder / f"{name}.png"))
     theirs = np.array(Image.open(SAMPLES / f"flip/cihp_{name}_flipped_swapped.png"))
@@ -113,7 +113,7 @@ def test_scaled_size_keeps_the_aspect(shape, long_side, size):
     assert augment.scaled_size(shape, long_side) == size
 
 
-def test_crop_is_drawn_again_while_one_class_fills_it():
+def test_crop_is_repeated_while_one_class_fills_it():
     label = np.zeros((128, 256), np.uint8)
     label[:, 128:160] = 1                                  # few crops of 64 contain enough of it
     shares, firsts = [], []
@@ -145,7 +145,7 @@ def test_crop_retries_end_and_ignore_does_not_count():
 
 # ---- photometric distortion ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("order", [0.0, 1.0])              # the coin: contrast before or after the colours
+@pytest.mark.parametrize("order", [0.0, 1.0])              # contrast before or after the colours
 @pytest.mark.parametrize("shift, contrast", [(20, 1.37), (-32, 0.5), (32, 1.5), (-9, 1.01)])
 def test_brightness_and_contrast_step_by_step_in_bytes(order, shift, contrast):
     image = photo(np.random.default_rng(4), 33, 47)
@@ -222,7 +222,7 @@ def test_place_of_the_crop_is_uniform():
     cfg = Config(base_size=96, scale_range=(2.0, 2.0), crop_size=(96, 96), photometric=False, flip_prob=0.0)
     y, x = np.mgrid[:192, :192]
     image = np.stack([y, x, 0 * x], axis=-1).astype(np.uint8)
-    label = np.random.default_rng(0).integers(0, 5, (192, 192)).astype(np.uint8)          # never one class: no retries
+    label = np.random.default_rng(0).integers(0, 5, (192, 192)).astype(np.uint8)          # no class fills a crop: no retries
     corners = [augment.augment(image, label, cfg, (), random_numbers("augment", 0, 1, slot))[0][0, 0, :2]
                for slot in range(N)]
     top, left = np.array(corners, float).T
@@ -232,7 +232,7 @@ def test_place_of_the_crop_is_uniform():
 
 
 def test_colours_of_2000_draws():
-    """Brightness, contrast, saturation and hue, measured on what they do to two greys and one colour."""
+    """Brightness, contrast, saturation and hue, measured by their effect on two greys and one colour."""
     image = np.array([[(40, 40, 40), (130, 130, 130), (130, 90, 90)]], np.uint8)
     shifts, contrasts, saturations, hues = [], [], [], []
     for slot in range(N):
@@ -259,7 +259,7 @@ def test_colours_of_2000_draws():
     assert not_uniform(stronger, 0.48, 1.52) < 1.2 and 0.47 < stronger.min() < 0.53 and 1.47 < stronger.max() < 1.53
     turned = hues[np.abs(hues) > 1.5]
     assert rate_is(len(turned) / N, 0.5 * 33 / 36) and -19.5 < hues.min() < -15 and 14 < hues.max() < 18.5
-    assert not_uniform(turned, -18.5, 17.5) < 1.6                        # hues of so few levels are coarse
+    assert not_uniform(turned, -18.5, 17.5) < 1.6                        # 8-bit hues are coarse
 
 
 def test_same_key_same_sample_other_key_other_sample():

@@ -1,4 +1,4 @@
-"""CLIP's towers against open_clip and transformers with random weights, and the official file format."""
+"""CLIP's towers beside open_clip with random weights; full size, transformers and files: test_formats.py."""
 
 import copy
 
@@ -7,14 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from clip_vit import CLIP, SIZES, load_clip
-from errors import UserError
-from files import weights
+from clip_vit import CLIP
 from layers import resample_positions
 
 TOLERANCE = 1e-5
-SIZES["small clip"] = (32, 4, 4, 4, 16, 24, 2, 3)
-SMALL = (*SIZES["small clip"], (0, 1, 2, 3))
+SMALL = (32, 4, 4, 4, 16, 24, 2, 3, (0, 1, 2, 3))
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
@@ -78,46 +75,6 @@ def resized(state, h, w):
     return {**state, "visual.positional_embedding": torch.cat([table[:1], patches])}
 
 
-def hugging_face_names(state):
-    """OpenAI's tensors under the names of transformers."""
-    renamed = {"logit_scale": state["logit_scale"]}
-    for ours, theirs in (("text_projection", "text_projection"), ("visual.proj", "visual_projection")):
-        renamed[f"{theirs}.weight"] = state[ours].T
-    fixed = {"visual.class_embedding": "vision_model.embeddings.class_embedding",
-             "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-             "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-             "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-             "positional_embedding": "text_model.embeddings.position_embedding.weight"}
-    for kind in ("weight", "bias"):
-        fixed |= {f"visual.ln_pre.{kind}": f"vision_model.pre_layrnorm.{kind}",
-                  f"visual.ln_post.{kind}": f"vision_model.post_layernorm.{kind}",
-                  f"ln_final.{kind}": f"text_model.final_layer_norm.{kind}"}
-    parts = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
-             "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-    for name, tensor in state.items():
-        if name in fixed:
-            renamed[fixed[name]] = tensor
-        elif "resblocks" in name:
-            tower, rest = name.split("transformer.resblocks.")
-            number, part = rest.split(".", 1)
-            layer = f"{'vision' if tower else 'text'}_model.encoder.layers.{number}."
-            if "in_proj" in part:
-                for letter, block in zip("qkv", tensor.chunk(3)):
-                    renamed[f"{layer}self_attn.{letter}_proj.{part.split('_')[-1]}"] = block
-            else:
-                module, kind = part.rsplit(".", 1)
-                renamed[f"{layer}{parts[module]}.{kind}"] = tensor
-    return renamed
-
-
-@pytest.fixture(scope="module")
-def full():
-    clip = CLIP().eval().requires_grad_(False)
-    state = random_state(clip)
-    clip.load_state_dict(state, assign=True)
-    return clip, state
-
-
 @pytest.fixture(scope="module")
 def small():
     torch.manual_seed(0)
@@ -126,58 +83,35 @@ def small():
     return clip.requires_grad_(False)
 
 
-@pytest.mark.parametrize("h, w", [(224, 224), (480, 320)])
+def open_clip_model(state, h, w):
+    """open_clip's model of the same sizes for images of h x w, whose position table is resampled here."""
+    model = pytest.importorskip("open_clip.model").CLIP(
+        16, {"image_size": (h, w), "layers": 4, "width": 32, "head_width": 8, "patch_size": 16},
+        {"context_length": 77, "vocab_size": 49408, "width": 24, "heads": 3, "layers": 2}, quick_gelu=True).eval()
+    assert not model.load_state_dict(resized(state, h // 16, w // 16), strict=False).missing_keys
+    return model
+
+
+@pytest.mark.parametrize("h, w", [(64, 64), (480, 320), (32, 80)])
 @torch.no_grad()
-def test_image_tower_equals_open_clip(full, h, w):
-    open_clip = pytest.importorskip("open_clip")
-    clip, state = full
-    peer = open_clip.create_model("ViT-B-16-quickgelu", force_image_size=(h, w)).eval()
-    table = state if (h, w) == (224, 224) else resized(state, h // 16, w // 16)
-    assert not peer.load_state_dict(table, assign=True, strict=False).missing_keys
+def test_image_tower_equals_open_clip(small, h, w):
     image = photo(h, w)
-    out = peer.visual.forward_intermediates((image - MEAN) / STD, indices=[3, 5, 7, 11], intermediates_only=False,
-                                            output_fmt="NLC", normalize_intermediates=False)
-    f_cls, taps = clip.encode_image(image)
+    out = open_clip_model(small.state_dict(), h, w).visual.forward_intermediates(
+        (image - MEAN) / STD, indices=[0, 1, 2, 3], intermediates_only=False, output_fmt="NLC", normalize_intermediates=False)
+    f_cls, taps = small.encode_image(image)
     assert error(f_cls, nn.functional.normalize(out["image_features"], dim=-1)) <= TOLERANCE
     assert len(taps) == 4
     for tap, reference in zip(taps, out["image_intermediates"]):
-        assert tap.shape == (1, h // 16, w // 16, 768)
+        assert tap.shape == (1, h // 16, w // 16, 32)
         assert error(tap.flatten(1, 2), reference) <= TOLERANCE
 
 
 @torch.no_grad()
-def test_text_tower_equals_open_clip(full):
-    open_clip = pytest.importorskip("open_clip")
-    clip, state = full
-    peer = open_clip.create_model("ViT-B-16-quickgelu").eval()
-    assert not peer.load_state_dict(state, assign=True, strict=False).missing_keys
+def test_text_tower_equals_open_clip(small):
     tokens = token_rows([77, 3, 8, 12])
-    reference = peer.encode_text(tokens, normalize=True)
-    assert error(clip.encode_text(tokens), reference) <= TOLERANCE
-    assert error(clip.encode_text(tokens[1:]), reference[1:]) <= TOLERANCE      # all short: the tower cuts the rows
-
-
-@torch.no_grad()
-def test_both_towers_equal_transformers(full):
-    transformers = pytest.importorskip("transformers")
-    clip, state = full
-    config = transformers.CLIPConfig(
-        projection_dim=512, vision_config=dict(patch_size=16, hidden_act="quick_gelu", attn_implementation="eager"),
-        text_config=dict(eos_token_id=49407, hidden_act="quick_gelu"))
-    peer = transformers.CLIPModel(config).eval()
-    assert not peer.load_state_dict(hugging_face_names(state), assign=True, strict=False).missing_keys
-    for h, w in ((224, 224), (320, 480)):
-        image = photo(h, w, seed=1)
-        out = peer.vision_model((image - MEAN) / STD, output_hidden_states=True, interpolate_pos_encoding=h != 224)
-        f_cls, taps = clip.encode_image(image)
-        reference = nn.functional.normalize(peer.visual_projection(out.pooler_output), dim=-1)
-        assert error(f_cls, reference) <= TOLERANCE
-        assert error(clip.visual.embed(image).flatten(1, 2), out.hidden_states[0][:, 1:]) <= TOLERANCE
-        for tap, block in zip(taps, (3, 5, 7, 11)):
-            assert error(tap.flatten(1, 2), out.hidden_states[block + 1][:, 1:]) <= TOLERANCE
-    tokens = token_rows([5, 77, 20], seed=1)
-    reference = peer.text_projection(peer.text_model(tokens).pooler_output)
-    assert error(clip.encode_text(tokens), nn.functional.normalize(reference, dim=-1)) <= TOLERANCE
+    reference = open_clip_model(small.state_dict(), 64, 64).encode_text(tokens, normalize=True)
+    assert error(small.encode_text(tokens), reference) <= TOLERANCE
+    assert error(small.encode_text(tokens[1:]), reference[1:]) <= TOLERANCE      # all short: the tower cuts the rows
 
 
 @torch.no_grad()
@@ -246,95 +180,3 @@ def test_compiled_and_exported(small):
         assert error(run(image)[0], expected) <= TOLERANCE
     visual.positional_embedding.mul_(2)
     assert error(compiled(image)[0], visual(image)[0]) <= TOLERANCE < error(compiled(image)[0], expected)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The official file
-
-
-def openai_archive(state, path):
-    """A TorchScript archive with the names and types of OpenAI's: half precision except for norms and embeddings."""
-    def stored(name, tensor):
-        single = "embedding" in name or ".ln_" in name or name.startswith("ln_") or name == "logit_scale"
-        return tensor if single else tensor.half()
-
-    class Node(nn.Module):
-        def forward(self, x):
-            return x + 1
-
-    root = Node()
-    entries = {name: nn.Parameter(stored(name, tensor)) for name, tensor in state.items()}
-    entries |= {"input_resolution": torch.tensor(224), "context_length": torch.tensor(77),
-                "vocab_size": torch.tensor(49408)}
-    for name, tensor in entries.items():
-        node = root
-        *parents, last = name.split(".")
-        for parent in parents:
-            if parent not in dict(node.named_children()):
-                node.add_module(parent, Node())
-            node = node.get_submodule(parent)
-        if isinstance(tensor, nn.Parameter):
-            node.register_parameter(last, tensor)
-        else:
-            node.register_buffer(last, tensor)
-    torch.jit.save(torch.jit.trace(root, torch.ones(1)), path)
-    return root.state_dict()
-
-
-@torch.no_grad()
-def test_official_archive_round_trip(full, tmp_path):
-    clip, state = full
-    stored = openai_archive(state, tmp_path / "ViT-B-16.pt")
-    tensors = weights.read_tensors(tmp_path / "ViT-B-16.pt")
-    assert len(tensors) == 305 and set(tensors) == set(stored)
-    kinds = [tensor.dtype for tensor in tensors.values()]
-    assert [kinds.count(t) for t in (torch.float16, torch.float32, torch.int64)] == [195, 107, 3]
-    assert sum(t.numel() for t in tensors.values() if t.is_floating_point()) == 149_620_737
-    assert all(torch.equal(tensors[name], stored[name]) for name in stored)
-    loaded = load_clip(tmp_path / "ViT-B-16.pt")
-    assert all(t.dtype == torch.float32 and torch.equal(t, tensors[name]) for name, t in loaded.state_dict().items())
-    f_cls, taps = loaded.encode_image(photo(64, 96))
-    expected, expected_taps = clip.encode_image(photo(64, 96))
-    assert error(f_cls, expected) < 5e-3 and error(taps[3], expected_taps[3]) < 5e-3     # half precision was stored
-    (tmp_path / "ViT-B-16.pt").unlink()
-
-
-def test_other_file_formats_load_the_same(small, tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    state = small.state_dict()
-    openai_archive(state, tmp_path / "a.pt")
-    torch.save(state, tmp_path / "b.pth")
-    torch.save({"epoch": 3, "state_dict": {k: v.half() for k, v in state.items()}}, tmp_path / "c.pth")
-    torch.save({"model": state}, tmp_path / "d.pth", _use_new_zipfile_serialization=False)
-    safetensors.save_file(state, tmp_path / "e.safetensors", metadata={"format": "pt"})
-    for name in ("a.pt", "b.pth", "c.pth", "d.pth", "e.safetensors"):
-        clip = load_clip(tmp_path / name, SMALL[-1], "small clip")
-        exact = name not in ("a.pt", "c.pth")              # the others have half precision
-        for key, tensor in clip.state_dict().items():
-            assert tensor.dtype == torch.float32
-            assert torch.equal(tensor, state[key]) if exact else error(tensor, state[key]) < 1e-3
-    f_cls, taps = clip.encode_image(photo(64, 96))         # number of heads and taps are in no file
-    assert torch.equal(f_cls, small.encode_image(photo(64, 96))[0]) and len(taps) == 4
-
-
-def test_other_tensors_are_named(small, tmp_path):
-    state, one = small.state_dict(), torch.zeros(1)
-    path = tmp_path / "given.pth"
-    for tensors, words in (
-        (hugging_face_names(state), "Hugging Face"),
-        ({k: v for k, v in state.items() if not k.startswith("visual.")}, "text tower alone"),
-        ({k: v for k, v in state.items() if k.startswith("visual.")}, "image tower alone"),
-        ({"visual.layer1.0.conv1.weight": one}, "ResNet"),
-        ({"image_encoder.patch_embed.proj.weight": torch.zeros(1280, 3, 1, 1),
-          "image_encoder.blocks.0.attn.rel_pos_h": one}, "SAM ViT-H"),
-        ({**state, "visual.conv1.weight": torch.zeros(1024, 3, 14, 14)}, "CLIP ViT-L/14"),
-        ({"a": one}, "unknown kind"),
-        ({k: v for k, v in state.items() if k != "ln_final.bias"}, "1 missing (ln_final.bias)"),
-        ({**state, "extra": one, "more": one}, "2 left over (extra, more)"),
-        ({**state, "text_projection": torch.zeros(3, 4)}, "text_projection (3, 4) instead of (24, 16)"),
-        ({**state, "text_projection": state["text_projection"].to(torch.int8)}, "torch.int8"),
-    ):
-        torch.save(tensors, path)
-        with pytest.raises(UserError) as caught:
-            load_clip(path, SMALL[-1], "small clip")
-        assert words in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)

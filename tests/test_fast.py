@@ -1,4 +1,4 @@
-"""fast.py: each faster form beside its plain one, values and gradients, small and at the real size."""
+"""fast.py: each fast version against its plain one, values and gradients, at small and real sizes."""
 
 import math
 import runpy
@@ -18,7 +18,7 @@ SLOPES = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 6e-2}      
 
 
 def sam(h, w, window, grid, dim, heads, pair=Attention.forward):
-    """A block's attention in windows (over the whole grid: window 0) of h x w tokens."""
+    """A block's attention in windows (over the complete grid: window 0) of h x w tokens."""
     def make(random, dtype):
         module = Attention(dim, heads, window, window or grid)
         for p in module.parameters():
@@ -30,7 +30,7 @@ def sam(h, w, window, grid, dim, heads, pair=Attention.forward):
 
 
 def deformable(shapes, queries, heads, points, width):
-    """Locations at least a hundredth of a cell from the cells' centres, where the gradient has a step."""
+    """Locations at least a hundredth of a cell from the cells' centres, where the gradient jumps."""
     def make(random, dtype):
         value = random((2, sum(h * w for h, w in shapes), heads, width)).to(dtype).requires_grad_()
         cells = torch.tensor([[w, h] for h, w in shapes], dtype=torch.float64).unsqueeze(1)
@@ -54,16 +54,16 @@ def fusion(sizes, dim, b=2):
 PAIRS = {
     "SAM, windows": sam(8, 13, 5, 12, 48, 3),
     "SAM, a grid smaller than a window": sam(2, 3, 5, 12, 48, 3),
-    "SAM, whole grid": sam(8, 13, 0, 12, 48, 3),
+    "SAM, complete grid": sam(8, 13, 0, 12, 48, 3),
     "SAM, fused": sam(5, 7, 0, 12, 48, 3, Attention.attend),
     "SAM, windows, ViT-L at 480 px": sam(30, 30, 14, 64, 1024, 16),
-    "SAM, whole grid, ViT-L at 480 px": sam(30, 30, 0, 64, 1024, 16),
+    "SAM, complete grid, ViT-L at 480 px": sam(30, 30, 0, 64, 1024, 16),
     "SAM, fused, ViT-L at 480 px": sam(30, 30, 0, 64, 1024, 16, Attention.attend),
     "deformable attention": deformable([(3, 5), (4, 2), (1, 1)], 4, 3, 2, 5),
     "deformable attention, injector at 480 px": deformable([(60, 60), (30, 30), (15, 15)], 900, 16, 4, 32),
     "deformable attention, extractor at 480 px": deformable([(30, 30)], 4725, 16, 4, 32),
     "convolution of resized maps": fusion([(7, 9), (5, 4), (3, 3), (1, 1)], 6),
-    "convolution of resized maps, larger ones too": fusion([(4, 4), (9, 8)], 6),
+    "convolution of resized maps, enlarged and reduced": fusion([(4, 4), (9, 8)], 6),
     "convolution of resized maps, UperNet at 480 px": fusion([(120, 120), (60, 60), (30, 30), (15, 15)], 512, b=1),
 }
 
@@ -78,10 +78,10 @@ CASES = [(name, dtype) for name in PAIRS for dtype in BOUNDS if "480" not in nam
 
 
 @pytest.mark.parametrize("name, dtype", CASES, ids=[f"{name}, {dtype}" for name, dtype in CASES])
-def test_a_pair_is_one_function(monkeypatch, name, dtype):
+def test_pairs_are_equal(monkeypatch, name, dtype):
     pair, make = PAIRS[name]
     if "480" not in name:
-        monkeypatch.setattr(fast, "PIECE", 4096)           # so that small sizes are cut into pieces, too
+        monkeypatch.setattr(fast, "PIECE", 4096)           # so that small sizes are split, too
     generator = torch.Generator().manual_seed(0)
     arguments, inputs = make(lambda shape: torch.randn(shape, generator=generator), dtype)
     plain, quick = pair.plain(*arguments), pair.fast(*arguments)
@@ -97,7 +97,7 @@ def test_a_pair_is_one_function(monkeypatch, name, dtype):
 @pytest.mark.parametrize("merge", (None, ((3, 0), (1,), (), (2, 4))))
 @pytest.mark.parametrize("size, views", (((1, 1), [(2, 3)]), ((61, 83), [(24, 32), (32, 43), (61, 83), (100, 40)]),
                                          ((960, 1280), [(270, 360), (360, 480)])))
-def test_probabilities_in_strips_are_one_function(monkeypatch, size, views, merge):
+def test_probabilities_in_strips_are_equal(monkeypatch, size, views, merge):
     generator = torch.Generator().manual_seed(0)
     logits = [3 * torch.randn(5, *view, generator=generator) for view in views]
     plain, label = probabilities.plain(logits, size, merge), label_map.plain(logits, size, merge)
@@ -114,8 +114,8 @@ def test_probabilities_in_strips_are_one_function(monkeypatch, size, views, merg
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 @pytest.mark.parametrize("count", (9, 4 * 480 * 480))
-def test_the_weights_of_errors_are_one_function(count, dtype):
-    """Where errors differ; equal ones are sorted in another order by each form."""
+def test_weights_of_errors_are_equal(count, dtype):
+    """Only where errors differ: each version sorts equal errors in another order."""
     generator = torch.Generator().manual_seed(0)
     errors = torch.rand(3, count, dtype=dtype, generator=generator)
     truth = torch.rand(3, count, generator=generator) < 0.3
@@ -127,8 +127,8 @@ def test_the_weights_of_errors_are_one_function(count, dtype):
 
 
 @pytest.mark.parametrize("size, dtype", (((2, 5, 12, 9), torch.float64), ((2, 20, 480, 480), torch.float32)), ids=str)
-def test_the_loss_class_by_class_is_one_function(size, dtype):
-    """Ties apart: the same errors in the same order."""
+def test_losses_are_equal(size, dtype):
+    """Except for ties: the same errors in the same order."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(size, dtype=dtype, generator=generator).requires_grad_()
     labels = torch.randint(size[1] - 1, (size[0], *size[2:]), generator=generator)       # the last class is absent

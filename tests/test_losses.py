@@ -1,4 +1,4 @@
-"""losses.py against the formula in plain loops, the set function it extends, and torch's cross-entropy."""
+"""losses.py against the formula in plain loops, the Jaccard loss of sets, and torch's cross-entropy."""
 
 import itertools
 
@@ -18,7 +18,7 @@ def problem(b=2, k=5, h=4, w=3, classes=None, seed=0, void=0.2):
 
 
 def naive_lovasz(logits, labels, ignore=255):
-    """The formula class by class and pixel by pixel, summed by Python."""
+    """The formula in Python loops over classes and pixels."""
     k = logits.shape[1]
     pixels = [(i, y, x) for i, y, x in itertools.product(*map(range, labels.shape)) if labels[i, y, x] != ignore]
     exps = logits.exp()
@@ -88,7 +88,7 @@ def test_lovasz_of_ties(both_forms):
     loss = lovasz_softmax(logits, labels)
     torch.testing.assert_close(loss, naive_lovasz(logits, labels))
     slope, = torch.autograd.grad(loss, logits)
-    step = torch.randn_like(logits)                        # any slope at a kink is below the rise of a convex function
+    step = torch.randn_like(logits)                        # a subgradient is a lower bound of a convex function's rise
     for size in (1e-3, 1e-2):
         assert lovasz_softmax(logits + size * step, labels) >= loss + size * (slope * step).sum() - 5 * size ** 2
 
@@ -127,7 +127,7 @@ def test_ignored_pixels_beside_perfect_ones_do_not_matter(both_forms):
     assert (slope == 0).all()
 
 
-def test_nothing_labelled(both_forms):
+def test_no_labelled_pixel(both_forms):
     logits, labels = problem(b=5)
     labels[:] = 255
     loss, parts = parsing_loss(logits, labels)
@@ -150,16 +150,16 @@ def test_parts_add_up():
     torch.testing.assert_close(parts["ce"], F.cross_entropy(logits, labels, ignore_index=255).detach())
 
 
-def test_spread_over_processes_or_steps_is_the_same():
-    """1 x 8, 2 x 4 and 4 x 2 images, averaged over processes, as with groups of the smallest."""
+def test_the_split_over_processes_or_steps_does_not_matter():
+    """1 x 8, 2 x 4 and 4 x 2 images, averaged over processes, with groups of the smallest size."""
     logits, labels = problem(b=8)
-    whole, _ = parsing_loss(logits, labels, group=2)
+    full, _ = parsing_loss(logits, labels, group=2)
     for share in (4, 2):
         parts = [parsing_loss(x, y, group=2)[0] for x, y in zip(logits.split(share), labels.split(share), strict=True)]
-        torch.testing.assert_close(torch.stack(parts).mean(), whole)
+        torch.testing.assert_close(torch.stack(parts).mean(), full)
         torch.testing.assert_close(torch.autograd.grad(torch.stack(parts).mean(), logits, retain_graph=True),
-                                   torch.autograd.grad(whole, logits, retain_graph=True))
-    assert abs(parsing_loss(logits, labels, group=4)[0] - whole) > 1e-4          # groups do matter
+                                   torch.autograd.grad(full, logits, retain_graph=True))
+    assert abs(parsing_loss(logits, labels, group=4)[0] - full) > 1e-4          # the size of the groups matters
 
 
 def test_single_and_half_precision(both_forms):

@@ -33,14 +33,10 @@ ENDLESS = ("iters=3000", "save_every=2", "eval_every=3000", "log_every=3000")   
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> str:
-    return make_config(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def trained(config) -> Path:
-    train.main(["--cfg", config, "iters=2", "sam=demo", "clip=demo"])    # sizes that programs know without tiny.py
-    return Path(load_config(config).out)
+def trained(config, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"    # sizes that programs know without tiny.py
+    train.main(["--cfg", config, "iters=2", "sam=demo", "clip=demo", f"out={folder}"])
+    return folder
 
 
 def begun(folder: Path):
@@ -283,9 +279,6 @@ def test_every_process_has_its_own_gpu(monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         assert pick_device("") == pick_device("cuda") == torch.device("cuda", rank)
     assert pick_device("cpu") == torch.device("cpu")
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match="local rank 2 .* 2, --nproc_per_node"):
-        pick_device("cuda")
     monkeypatch.undo()
     for name in ("cuda", "cuda:1", "gpu"):                 # without a GPU
         with pytest.raises(UserError, match=f"device '{name}' "):

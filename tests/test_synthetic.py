@@ -23,7 +23,7 @@ def digest(seed: int, index: int, size: tuple[int, int]) -> str:
 
 @pytest.fixture(scope="module")
 def drawn() -> list:
-    return [draw(11, i, SIZE) for i in range(400)]
+    return [draw(11, i, SIZE) for i in range(250)]
 
 
 @pytest.fixture(scope="module")
@@ -127,5 +127,5 @@ def test_faces_predict_the_side(drawn):
         shoes = [np.nonzero(label == cls)[1] for cls in (18, 19)]
         if min(map(len, shoes)) > 40 and (face > 60 and face > hair / 2 or face == 0 and hair > 60):
             right_first[bool(face)].append(shoes[1].mean() < shoes[0].mean())
-    assert min(map(len, right_first.values())) > 30
+    assert min(map(len, right_first.values())) > 15
     assert np.mean(right_first[True]) > 0.8 and np.mean(right_first[False]) < 0.2

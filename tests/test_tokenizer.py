@@ -1,4 +1,4 @@
-"""The tokenizer against open_clip's (which ships the vocabulary file) and against ids of the official one."""
+"""The tokenizer against open_clip's (which ships the vocabulary file) and ids of the official one."""
 
 import gzip
 import random
@@ -51,7 +51,7 @@ def test_official_ids():
 
 
 @needs_vocab
-def test_whole_vocabulary(peer):
+def test_complete_vocabulary(peer):
     _, ids = _vocabulary(VOCAB)
     assert len(ids) == 49406 == START and all(peer.encoder[symbol] == n for symbol, n in ids.items())
     assert END == 49407
@@ -69,33 +69,33 @@ def test_prompts_of_all_label_sets(peer):
 
 @needs_vocab
 def test_generated_ascii(peer):
-    """5,000 lines of letters, digits, punctuation, contractions, HTML entities and runs of blanks."""
+    """2,000 lines of letters, digits, punctuation, contractions, HTML entities and runs of blanks."""
     rng = random.Random(0)
     pieces = ["don't", "we'll", "I'VE", "'s", "'S ", "'RE", "''", " ", "   ", "\t", "person", "HAT", "Left-Arm", "...",
               "__", "3.14", "2024", "&amp;", "&lt;", "&gt;", "&quot;", "&#39;", "&#x41;", "&amp;amp;",
               "&amp;amp;amp;lt;", "&eacute;", "&nbsp;", "&copy", "&notit;", "<b>", "</b>", "&", ";", "-"]
     compared = 0
-    for _ in range(5_000):
+    for _ in range(2_000):
         text = "".join(rng.choice(pieces) if rng.random() < 0.4 else rng.choice(string.printable[:95])
                        for _ in range(rng.randint(0, 25)))
         ids = peer.encode(text)
         if len(ids) <= 75:
             compared += 1
             assert words(tokenize([text], VOCAB)[0]) == ids, repr(text)
-    assert compared > 4_875
+    assert compared > 1_900
 
 
 @needs_vocab
 def test_other_alphabets(peer):
     same = ["café", "cafe\u0301", "naïve Ärmel", "рука", "手 腕", "يد", "😀👍", "χέρι!", "हाथ", "٣٤"]
-    other = ["½arm", "ⅧⅧ", "cafÃ©", "“hat”", "ﬁt", "ｈａｔ", "&EACUTE;", "a\x00b"]      # as the file's head says
+    other = ["½arm", "ⅧⅧ", "cafÃ©", "“hat”", "ﬁt", "ｈａｔ", "&EACUTE;", "a\x00b"]      # the exceptions in the docstring of tokenizer.py
     assert all(words(tokenize([text], VOCAB)[0]) == peer.encode(text) for text in same)
     assert all(words(tokenize([text], VOCAB)[0]) != peer.encode(text) for text in other)
 
 
 def test_without_vocabulary_each_byte_is_a_token():
     ids = words(tokenize(["Hat é"], "")[0])
-    first, last = "é".encode()                             # 0xC3 0xA9; ids count the bytes that stand for themselves
+    first, last = "é".encode()                             # 0xC3 0xA9; ids count the bytes that are their own symbol
     assert ids[:3] == [ord("h") - 33, ord("a") - 33, ord("t") - 33 + 256]
     assert ids[3:] == [94 + 12 + first - 174, 94 + last - 161 + 256]
     assert tokenize([], "").shape == (0, 77) and words(tokenize([""], "")[0]) == []

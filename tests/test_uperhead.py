@@ -24,7 +24,7 @@ def features(dim=8, b=3, sizes=SIZES, dtype=torch.float64):
 
 
 def shake(module):
-    """Random values everywhere: a zero or a one would hide an error."""
+    """Random values everywhere: zeros and ones would hide errors."""
     torch.manual_seed(1)
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.2)
@@ -39,7 +39,7 @@ def transformers_names(state):
 
 
 def heads(in_dim=8, dim=6, num_classes=5):
-    """(ours, transformers') of both kinds with the same random weights, in double precision, no dropout."""
+    """(this repository's, transformers') heads of both kinds with the same random weights, in double precision, no dropout."""
     config = UperNetConfig(hidden_size=dim, auxiliary_channels=dim, auxiliary_num_convs=1, num_labels=num_classes,
                            auxiliary_in_channels=in_dim)
     pairs = []
@@ -98,7 +98,7 @@ def test_initialisation():
     assert abs(head.conv_seg.weight.std() / 0.01 - 1) < 0.1 and (head.conv_seg.bias == 0).all()
 
 
-def test_dropout_drops_whole_channels():
+def test_dropout_drops_channels():
     for head in (UPerHead(8, 60, 5, 0.5), FCNHead(8, 60, 5, 0.5)):
         seen = []
         head.conv_seg.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

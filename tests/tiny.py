@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -123,6 +124,56 @@ def worst(a: dict, b: dict) -> float:
     return max(((a[name] - b[name]).norm() / b[name].norm()).item() for name in a if b[name].any())
 
 
+# ---- runs that end early
+
+GRADIENT = train.Learner.gradient
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL: the files are those that a kill leaves."""
+
+
+def throw(error: BaseException):
+    raise error
+
+
+def before_step(it: int, action):
+    """`Learner.gradient` that first calls `action` in iteration `it`."""
+    gradient = train.Learner.gradient                      # may have faults already
+
+    def changed(self, micro_batches, now):
+        if now == it:
+            action()
+        return gradient(self, micro_batches, now)
+    return changed
+
+
+def kill_and_resume(argv: list[str], folder: Path, at: int, *overrides: str):
+    """Trains, is killed in the step `at`, and trains to the end with these overrides."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Learner, "gradient", before_step(at, lambda: throw(Killed())))
+        with pytest.raises(Killed):
+            train.main([*argv, f"out={folder}"])
+    train.main([*argv, f"out={folder}", "--resume", *overrides])
+
+
+def ends(code: int, *argv: str):
+    with pytest.raises(SystemExit) as end:
+        train.main(list(argv))
+    assert end.value.code == code
+
+
+def fails(capsys, *argv: str) -> str:
+    """The line of a training's error."""
+    ends(1, *argv)
+    line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    return line
+
+
+def progress(folder: Path, name: str = "last.pt") -> dict:
+    return torch.load(folder / name, weights_only=True)["progress"]
+
+
 # ---- comparing runs
 
 def logged(folder: Path) -> list[dict]:
@@ -157,7 +208,7 @@ def assert_same_run(a: Path, b: Path):
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["tiny"])
-os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)       # the server imports `tiny` before it is told sys.path
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)       # the server imports `tiny` before it gets sys.path
 
 
 def _child(action, args, output: Path, environment: dict[str, str], tests: int):
@@ -180,7 +231,7 @@ def _end_with(tests: int):
     """Ends the process group when the tests themselves have been killed."""
     with contextlib.suppress(ProcessLookupError):
         while True:
-            os.kill(tests, 0)                              # raises if there is no such process
+            os.kill(tests, 0)                              # raises if the process has ended
             time.sleep(1)
     os.killpg(0, signal.SIGKILL)
 
@@ -192,7 +243,7 @@ def free_port() -> int:
 
 
 class Processes:
-    """`count` processes that run `action(*args)` in torchrun's environment, but nothing ends the others if one dies."""
+    """`count` processes that run `action(*args)` in torchrun's environment, but without its agent, which ends all when one dies."""
 
     def __init__(self, folder: Path, action, *args, count: int = 1, **environment: str):
         port = free_port()
@@ -223,7 +274,7 @@ class Processes:
         return [process.exitcode for process in self.all]
 
     def said(self, rank: int = 0) -> str:
-        """What it printed, without gloo's lines about its connections (torch 2.8)."""
+        """Its output, without gloo's lines about connections (torch 2.8)."""
         text = self.outputs[rank].read_text() if self.outputs[rank].exists() else ""
         return re.sub(r"\[Gloo\] Rank \d+ is connected to .*\n", "", text)
 

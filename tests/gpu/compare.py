@@ -1,4 +1,4 @@
-"""What the tests of a device compare, as functions, so that each can be shown to fail for a planted fault."""
+"""The comparisons of the GPU tests, as functions, so that each can be shown to fail for a planted fault."""
 
 import dataclasses
 import os

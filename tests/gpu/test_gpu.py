@@ -1,4 +1,4 @@
-"""A GPU beside the CPU: numbers, kernels, memory, synchronisation, programs. `make test-gpu`, about three minutes."""
+"""The GPU against the CPU: numbers, kernels, memory, synchronisation, programs. `make test-gpu`, about three minutes."""
 
 import contextlib
 import json
@@ -49,7 +49,7 @@ def wanted():
 @pytest.mark.parametrize("precision, of_logits, of_loss, of_gradient", [
     ("fp32", 1e-4, 1e-4, 1e-4), ("bf16", 0.03, 0.02, 0.2),
     pytest.param("fp16", 0.01, 0.01, 0.1, marks=pytest.mark.skipif(SMALL, reason="fp16 is for GPUs"))])
-def test_a_step_is_the_cpus(wanted, precision, of_logits, of_loss, of_gradient):
+def test_a_step_equals_the_cpus(wanted, precision, of_logits, of_loss, of_gradient):
     cfg = configuration(f"precision={precision}")
     model = network(cfg)
     cast_frozen(model, precision)
@@ -77,7 +77,7 @@ def test_checkpointing_gives_the_same_gradients():
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", [name for name in PAIRS if ("480" in name) != SMALL])
-def test_fast_forms_are_the_plain_ones(name, dtype):
+def test_fast_versions_equal_the_plain_ones(name, dtype):
     pair, make = PAIRS[name]
     if DEVICE.type not in pair.on:
         pytest.skip(f"the plain form is used on {DEVICE.type}")
@@ -101,7 +101,7 @@ def test_fast_forms_are_the_plain_ones(name, dtype):
         assert relative(ours, theirs) < SLOPES[dtype]
 
 
-def test_the_lovasz_loss_is_the_cpus():
+def test_the_lovasz_loss_equals_the_cpus():
     g = torch.Generator().manual_seed(0)
     shape = (2, 20, 64, 64) if SMALL else (4, 20, 480, 480)
     values, labels = torch.randn(shape, generator=g), torch.randint(0, 19, (shape[0], *shape[2:]), generator=g)
@@ -179,7 +179,7 @@ def test_ddp_of_one_process_has_the_same_gradients():
 
 @needs_cuda
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one card")
-def test_many_cards_train_like_one(tmp_path):
+def test_several_gpus_train_like_one(tmp_path):
     cards, logs = torch.cuda.device_count(), []
     overrides = [f"batch_size={2 * cards}", "loss_group=2", "iters=6", "log_every=1", "precision=fp32", "drop_path=0",
                  "head_dropout=0", "sam=demo", "clip=demo"]              # sizes that train.py knows
@@ -195,10 +195,10 @@ def test_many_cards_train_like_one(tmp_path):
 
 
 class Killed(BaseException):
-    """No program catches this."""
+    """An exception that no program catches."""
 
 
-def test_killed_and_resumed_is_uninterrupted(tmp_path, monkeypatch):
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     """To the last bit if every operator has a deterministic form; otherwise the others are printed, and it is close."""
     config, real = make_config(tmp_path), train.Learner.gradient
     common = ["--cfg", config, "iters=8", "save_every=2", "eval_every=8"]
