@@ -40,7 +40,7 @@ demo: $(VENV)/run
 	$(BIN)/python evaluate.py --run runs/demo
 	$(BIN)/python evaluate.py --run runs/demo --tta
 	@echo "Done: a small SCHNet, trained on drawn people and scored on others, without (first table) and with TTA (second)."
-	@echo "Its encoders are small, random and trained along: neither SAM nor CLIP. It shows that the code works."
+	@echo "Its encoders are small, randomly initialised and trained with the rest: neither SAM nor CLIP."
 	@echo "Look at runs/demo/: curves.png, validation.png, parsed/overlays/, evaluation_tta/. Next: docs/data.md"
 
 test: $(VENV)/dev
