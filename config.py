@@ -2,8 +2,8 @@
 
     cfg = load_config("configs/cihp.yaml", ["lr=3e-4", "batch_size=8"])
 
-A YAML file lists only what differs from the defaults below. The comment behind a field says where its value comes from:
-a section of the paper (§), a named source, or "ours". A field's type has its range; an unknown key, a wrong type, a value
+A YAML file lists only what differs from the defaults below. The comment behind a field gives the source of its value: a
+section of the paper (§), a named source, or "ours". A field's type has its range; an unknown key, a wrong type, a value
 out of range or values that contradict each other raise a `UserError`: one line that names the key.
 """
 
@@ -48,18 +48,18 @@ class Config:
     train_labels: Place = "labels/train"
     val_images: Place = "images/val"
     val_labels: Place = "labels/val"
-    train_list: Place = ""                                 # a text file of names, one per line; "": every photo of the folder
+    train_list: Place = ""                                 # a text file of names, one per line; "": all photos
     val_list: Place = ""
     classes: tuple[str, ...] = ()                          # names, label 0 first
     palette: tuple[tuple[Byte, Byte, Byte], ...] = ()      # RGB per class; (): distinct colours are chosen
     flip_pairs: tuple[tuple[Label, Label], ...] = ()       # labels swapped by a horizontal flip
     synthetic_size: tuple[Width, Width] = (480, 480)       # synthetic only: height, width in pixels
-    synthetic_train: Count = 100_000                       # synthetic only: images; generated on the fly, any number works
+    synthetic_train: Count = 100_000                       # synthetic only: images; drawn on the fly, any number works
     synthetic_val: Count = 200
     crop_size: tuple[Pixels, Pixels] = (480, 480)          # §4.2: height, width of a training sample
-    base_size: Width = 480                                 # ours: long side of a photo at scale 1, in training and testing
+    base_size: Width = 480                                 # ours: long side of a photo at scale 1
     scale_range: tuple[Scale, Scale] = (0.5, 2.0)          # §4.2
-    max_class_share: Share = 0.75                          # mmsegmentation: crop again while one class fills more than this
+    max_class_share: Share = 0.75                          # mmsegmentation: crop again while one class fills more
     photometric: bool = True                               # §4.2: photometric distortion
     flip_prob: Share = 0.5                                 # §4.2: random left-right flipping
     workers: Block = 4                                     # loader processes per training process
@@ -83,7 +83,7 @@ class Config:
     ftm_tokens: Width = 100                                # m of Eq. 5; Rein
     ftm_ratio: Scale = 0.25                                # Eq. 6's bottleneck; ours: as srm_ratio
     ftm_scale_logits: bool = False                         # Eq. 5 prints no 1/sqrt(C); Rein has it
-    ftm_residual: Annotated[str, "f", "f'"] = "f'"         # Eq. 6: Rein's; "f": as printed; the tokens then barely train
+    ftm_residual: Annotated[str, "f", "f'"] = "f'"         # Eq. 6: Rein's; "f": as printed; tokens then barely train
     ftm_init: Annotated[str, "zero", "torch"] = "zero"     # Eq. 6's MLPs: trunc-normal and a zero third, or nn.Linear's
     rho_init: Weight = 1e-3                                # Eq. 5: "begins from a very small value"; Rein
     prior_dim: Width = 64                                  # ViT-Adapter-L: spatial prior's first width
@@ -100,8 +100,8 @@ class Config:
     iters: Iterations = 60_000                             # §4.3: LIP 60k, PPP 30k, CIHP 80k; 0: a dry run
     batch_size: Images = 16                                # §4.3: the total over all processes and accumulation steps
     accum_steps: Images = 1                                # micro-batches per step, for fewer or smaller GPUs
-    loss_group: Images = 4                                 # images per loss: the authors' 16 on 4 GPUs; the loss is the
-    #                                                        same however the batch is split, in multiples of this number
+    loss_group: Images = 4                                 # images per loss: the authors' 16 on 4 GPUs; the loss is
+    #                                                        the same for every split of the batch into multiples of it
     lr: Annotated[float, 1e-12, 1_000_000] = 6e-4          # §4.3
     patch_embed_lr_mult: Weight = 1.0                      # ours: the paper names one rate
     warmup_iters: Iterations = 1500                        # §4.3
@@ -112,7 +112,7 @@ class Config:
     lovasz_weight: Weight = 1.0                            # §4.5 "mIoU loss"; weight: CDGNet, by the same first author
     aux_weight: Weight = 0.4                               # UperNet's auxiliary loss; 0: no auxiliary head
     precision: Annotated[str, "bf16", "fp16", "fp32"] = "bf16"
-    checkpointing: bool = False                            # recompute the encoder layers in the backward pass: less memory
+    checkpointing: bool = False                            # recompute the layers in the backward pass: less memory
     sync_bn: bool = True                                   # ViT-Adapter: BatchNorm over all GPUs (no effect on a CPU)
     seed: Annotated[int, 0, 2**31 - 3] = 0                 # the next two seeds draw validation and demo images
 
@@ -232,7 +232,8 @@ def _convert(value, kind, where: str):
             if len(kinds) == len(value):
                 return tuple(_convert(v, kind, f"{where}[{n}]") for n, (v, kind) in enumerate(zip(value, kinds)))
     else:
-        kind, limits = (typing.get_args(kind)[0], kind.__metadata__) if typing.get_origin(kind) is Annotated else (kind, ())
+        limits = kind.__metadata__ if typing.get_origin(kind) is Annotated else ()
+        kind = typing.get_args(kind)[0] if limits else kind
         if kind is float and type(value) in (int, str):
             with contextlib.suppress(ValueError, OverflowError):
                 value = float(value)

@@ -6,11 +6,12 @@
     python download.py --dir /data/weights              # elsewhere
     python download.py --mirror https://example.org/w   # https://example.org/w/ViT-B-16.pt, ...
 
-Each file has several addresses: the authors', then public copies of the same bytes, which the SHA-256 makes safe. HF_ENDPOINT
-replaces https://huggingface.co, proxies are read from the environment. A broken download is resumed, by itself and by the
-next call; a file gets its name only when its size and its SHA-256 are the official ones, and files that are already there,
-copied from another machine for instance, are checked. The hub's own formats of the same weights can be used instead:
-clip_weights=FOLDER with openai/clip-vit-base-patch16, sam_weights=FOLDER with facebook/sam-vit-large.
+Each file has several addresses: the authors', then public copies of the same bytes, which the SHA-256 makes safe.
+HF_ENDPOINT replaces https://huggingface.co, proxies are read from the environment. A broken download is resumed, by
+itself and by the next call; a file gets its name only when its size and its SHA-256 are the official ones, and files
+that are already there, copied from another machine for instance, are checked. The hub's own formats of the same weights
+can be used instead: clip_weights=FOLDER with openai/clip-vit-base-patch16, sam_weights=FOLDER with
+facebook/sam-vit-large.
 """
 
 import argparse
@@ -62,10 +63,11 @@ FILES = (                                                  # what the paper's ne
          "SAM ViT-L"),
     FileSpec("bpe_simple_vocab_16e6.txt.gz",
              ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
-              "https://raw.githubusercontent.com/mlfoundations/open_clip/main/src/open_clip/bpe_simple_vocab_16e6.txt.gz"),
+              "https://github.com/mlfoundations/open_clip/raw/main/src/open_clip/bpe_simple_vocab_16e6.txt.gz"),
              1_356_917, "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a", "CLIP's vocabulary"))
 OTHER_FILES = (                                            # available by name
-    _sam("sam_vit_b_01ec64.pth", 375_042_383, "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912", "SAM ViT-B"),
+    _sam("sam_vit_b_01ec64.pth", 375_042_383, "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+         "SAM ViT-B"),
     _sam("sam_vit_h_4b8939.pth", 2_564_550_879, "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
          "SAM ViT-H"))
 
@@ -154,8 +156,8 @@ def download(urls: list[str], part: Path, spec: FileSpec):
             return fill(url, part, spec)
         except UserError as error:
             print(error, file=sys.stderr, flush=True)
-    raise UserError(f"{spec.name}: none of {len(urls)} addresses served it (above); run the same command to resume, or try "
-                    "--mirror or another format (--help)")
+    raise UserError(f"{spec.name}: none of {len(urls)} addresses served it (see above); run the same command to "
+                    "resume, or try --mirror or another format (--help)")
 
 
 def fill(url: str, part: Path, spec: FileSpec):

@@ -64,7 +64,7 @@ def autocast(device: torch.device, precision: str):
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in the dtype of b, also under autocast: bf16 logits have steps of 0.125 from 16 on."""
+    """a @ b in the precision of b: under autocast, logits would have steps of 0.125 from 16 on."""
     with torch.autocast(a.device.type, enabled=False):
         return a.to(b.dtype) @ b
 

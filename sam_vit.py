@@ -1,8 +1,8 @@
-"""SAM's ViT image encoder (§4.2) at any size, with four outputs: after each quarter of the layers (ViT-L: 6 12 18 24).
+"""SAM's ViT image encoder (§4.2), with four outputs: after each quarter of the layers.
 
-Source: "Segment Anything", Kirillov et al. 2023, https://github.com/facebookresearch/segment-anything (Apache-2.0).
-Module and parameter names are the official checkpoint's, so that loading it is one strict call. It is the same function
-(the tests compare), without the neck, and on any grid, not only square ones.
+Source: "Segment Anything", Kirillov et al. 2023, github.com/facebookresearch/segment-anything
+(Apache-2.0). Modules have the names of the official checkpoint. It is the same function (the tests
+compare), without the neck, and on any grid, not only square grids.
 
 In the comments: B images of h x w tokens of width C; n heads of width d; w' windows.
 """
@@ -19,11 +19,11 @@ from files import foundations
 from files.weights import read_tensors
 from layers import init_linears, relative_positions, resample_positions
 
-MEAN = (123.675, 116.28, 103.53)                           # SAM's preprocessing: ImageNet's, for values from 0 to 255
+MEAN = (123.675, 116.28, 103.53)  # SAM's preprocessing: ImageNet's, for values from 0 to 255
 STD = (58.395, 57.12, 57.375)
 SIZES = {
     #         dim   depth heads window grid
-    "vit_b": (768,  12,   12,   14,    64),                 # grid: side of the position table; 64 is a 1024 px image
+    "vit_b": (768,  12,   12,   14,    64),  # grid: side of the position table; 64: 1024 px images
     "vit_l": (1024, 24,   16,   14,    64),
     "vit_h": (1280, 32,   16,   14,    64),
     "small": (96,   4,    4,    8,     16),                 # configs/custom.yaml
@@ -32,21 +32,22 @@ SIZES = {
 
 
 def window_partition(x: Tensor, size: int) -> Tensor:
-    """(B, h, w, C) -> windows (B w', size, size, C); zeros fill those that stick out at the bottom and on the right."""
+    """(B, h, w, C) -> windows (B w', size, size, C); zero-padded at the bottom and right."""
     x = F.pad(x, (0, 0, 0, -x.shape[2] % size, 0, -x.shape[1] % size))
-    x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))                     # (B, rows, size, columns, size, C)
+    x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))  # (B, rows, size, columns, size, C)
     return x.transpose(2, 3).flatten(0, 2)
 
 
 def window_unpartition(x: Tensor, h: int, w: int) -> Tensor:
-    """Windows (B w', size, size, C) back to (B, h, w, C); what was filled in is cut off."""
+    """Windows (B w', size, size, C) back to (B, h, w, C); drops the padding."""
     size = x.shape[1]
-    x = x.unflatten(0, (-1, -(-h // size), -(-w // size))).transpose(2, 3)      # (B, rows, size, columns, size, C)
+    x = x.unflatten(0, (-1, -(-h // size), -(-w // size)))
+    x = x.transpose(2, 3)                                        # (B, rows, size, columns, size, C)
     return x.flatten(3, 4).flatten(1, 2)[:, :h, :w]
 
 
 class Attention(nn.Module):
-    """Self-attention with decomposed relative positions, over the whole grid (window 0) or in windows."""
+    """Self-attention with decomposed relative positions, over the grid (window 0) or in windows."""
 
     def __init__(self, dim: int, heads: int, window: int, size: int):
         super().__init__()
@@ -59,17 +60,18 @@ class Attention(nn.Module):
 
     @fast.replaced_by(fast.sam_attention, on=("cpu",))
     def forward(self, x: Tensor) -> Tensor:                         # (B, h, w, C)
-        # SAM does not mask the zeros that fill up a window: `qkv` makes its bias of them, so that the bias is the key
-        # and the value of a padded position, which takes part in the softmax. The weights were trained that way.
+        # SAM does not mask the padding of a window: `qkv` turns zeros into its bias, so the bias is
+        # key and value of a padded position in the softmax. The weights were trained that way.
         if self.window:
             return window_unpartition(self.attend(window_partition(x, self.window)), *x.shape[1:3])
         return self.attend(x)
 
     @fast.replaced_by(fast.sam_attend)
     def attend(self, x: Tensor) -> Tensor:
-        """softmax(q.k / sqrt(d) + q.Rh[y - y'] + q.Rw[x - x']) v for tokens (B, h, w, C), every one with every one."""
+        """softmax(q.k / sqrt(d) + q.Rh[y - y'] + q.Rw[x - x']) v for all pairs of (B, h, w, C)."""
         B, h, w, C = x.shape
-        q, k, v = self.qkv(x).view(B, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)     # (B, n, h w, d)
+        qkv = self.qkv(x).view(B, h * w, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, n, h w, d)
         at = q.unflatten(2, (h, w))
         by_row = torch.einsum("bnhwd,hkd->bnhwk", at, relative_positions(self.rel_pos_h, h))
         by_column = torch.einsum("bnhwd,wkd->bnhwk", at, relative_positions(self.rel_pos_w, w))
@@ -108,32 +110,34 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, 16, stride=16)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.proj(image).permute(0, 2, 3, 1).contiguous()                # (B, h, w, C), also in memory
+        return self.proj(image).permute(0, 2, 3, 1).contiguous()  # (B, h, w, C), also in memory
 
 
 class SAMViT(nn.Module):
-    """The image encoder without its neck; the defaults are ViT-L's at 1024 x 1024. `depth` is a multiple of 4."""
+    """The image encoder without its neck; the defaults are ViT-L's. `depth` is a multiple of 4."""
 
-    def __init__(self, dim: int = 1024, depth: int = 24, heads: int = 16, window: int = 14, grid: int = 64):
+    def __init__(self, dim: int = 1024, depth: int = 24, heads: int = 16, window: int = 14,
+                 grid: int = 64):
         super().__init__()
         self.dim, self.depth = dim, depth
-        self.content = ""                                  # hash of the file's tensors, see files/foundations.py
+        self.content = ""  # hash of the file's tensors, see files/foundations.py
         self.patch_embed = PatchEmbed(dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dim))
         self.blocks = nn.ModuleList()
         for i in range(depth):
-            wide = (i + 1) % (depth // 4) == 0                                  # the last of each quarter sees it all
+            wide = (i + 1) % (depth // 4) == 0  # the last of a quarter is global
             self.blocks.append(Block(dim, heads, 0 if wide else window, grid if wide else window))
-        for name, values in (("mean", MEAN), ("std", STD)):                     # in no file: real even beside "meta"
-            self.register_buffer(name, torch.tensor(values, device="cpu").view(3, 1, 1) / 255, persistent=False)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)                         # relative positions start at zero
+        for name, values in (("mean", MEAN), ("std", STD)):  # not in the file, so never "meta"
+            value = torch.tensor(values, device="cpu").view(3, 1, 1) / 255
+            self.register_buffer(name, value, persistent=False)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)  # relative positions start at zero
         init_linears(self)
 
     def normalize(self, image: Tensor) -> Tensor:
         return (image - self.mean) / self.std
 
     def embed(self, image: Tensor) -> Tensor:
-        """RGB in [0, 1], (B, 3, H, W) -> patch tokens with their absolute positions, (B, h, w, C)."""
+        """RGB in [0, 1], (B, 3, H, W) -> patch tokens with absolute positions, (B, h, w, C)."""
         x = self.patch_embed(self.normalize(image))
         return x + resample_positions(self.pos_embed[0], *x.shape[1:3])
 
@@ -142,9 +146,9 @@ class SAMViT(nn.Module):
         return self.blocks[i](x)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """RGB in [0, 1], (B, 3, H, W) -> the output of each quarter of the blocks, 4 x (B, h, w, C).
+        """RGB in [0, 1], (B, 3, H, W) -> the output of each quarter of the layers: 4 (B, h, w, C).
 
-        SCHNet runs the layers itself, `SCHNet.forward_features`; this is the encoder alone, as the peers have it.
+        For tests and benchmarks: `SCHNet.forward_features` runs the layers itself.
         """
         x, outs = self.embed(image), []
         for i in range(self.depth):
@@ -155,9 +159,9 @@ class SAMViT(nn.Module):
 
 
 def load_sam(path: str | Path, size: str = "vit_l") -> SAMViT:
-    """SAM's image encoder in fp32, from a file or folder in any format of files/foundations.py. `size`: a name in SIZES.
-    Raises `UserError`."""
-    with torch.device("meta"):                                                  # skips the random initialisation
+    """SAM's image encoder in fp32, from a file or folder in any format of files/foundations.py.
+    `size`: a name in SIZES. Raises `UserError`."""
+    with torch.device("meta"):  # skips the random initialisation
         sam = SAMViT(*SIZES[size])
     foundations.load(sam, foundations.sam_tensors(read_tensors(path)), path, f"sam={size}")
     sam.content = foundations.content_hash(sam.state_dict())

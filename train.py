@@ -3,7 +3,7 @@
     python train.py                                                     the demo: drawn people, a small network, a CPU
     torchrun --nproc_per_node 4 train.py --cfg configs/cihp.yaml        the paper's setting: 16 images on 4 GPUs
     python train.py --cfg configs/cihp.yaml accum_steps=4               one GPU, the same 16 images per step
-    python train.py --cfg configs/cihp.yaml --resume                    resume exactly from runs/cihp/last.pt, if it is there
+    python train.py --cfg configs/cihp.yaml --resume                    resumes exactly from runs/cihp/last.pt, if there
     python train.py --cfg configs/cihp.yaml iters=0                     a dry run: data, weights, memory, time per step
 
 One process or many, one machine or many, CPU or GPU: the same file. For the files in runs/<config>/ see engine/run.py.
@@ -37,7 +37,7 @@ from layers import autocast, cast_frozen
 from losses import parsing_loss
 from model import SCHNet, build_model
 
-UNLISTED = ("dataset", "data_root", "out", "iters", "batch_size", "precision", "classes", "palette")    # of the first screen
+SHOWN = ("dataset", "data_root", "out", "iters", "batch_size", "precision", "classes", "palette")    # in other lines
 NOT_DECAYED = ("tokens", "level_embed", "pos_embed", "positional_embedding", "rel_pos_h", "rel_pos_w")
 
 
@@ -53,8 +53,8 @@ def get_lr(it: int, cfg: Config) -> float:
 
 
 def param_groups(model: SCHNet) -> list[dict]:
-    """AdamW's groups: (decay, no decay) x (patch embedding, the rest). No weight decay on biases, norms and other vectors,
-    FTM's tokens and rho, the injectors' gamma, level embedding, position tables."""
+    """AdamW's groups: (decay, no decay) x (patch embedding, the rest). No weight decay on biases, norms and other
+    vectors, FTM's tokens and rho, the injectors' gamma, level embedding, position tables."""
     patch = {id(p) for p in model.encoder.patch_embed.parameters()}
     groups = {}
     for name, p in model.named_parameters():
@@ -79,7 +79,8 @@ def uses_sync_bn(cfg: Config, world: World) -> bool:
 
 
 def check_batch(cfg: Config, world: World):
-    """Rejects an uneven batch, and one image per process: BatchNorm over UperNet's 1x1 pool would see a single value."""
+    """Rejects an uneven batch, and one image per process: BatchNorm over UperNet's 1x1 pool would see a single
+    value."""
     each, left = divmod(cfg.batch_size, world.size * cfg.accum_steps)
     if left:
         raise UserError(f"batch_size ({cfg.batch_size}) must be a multiple of processes x accum_steps "
@@ -98,7 +99,7 @@ class Learner:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         cast_frozen(model, cfg.precision)
         self.model = model.to(world.device).train()
-        self.network: nn.Module = model                                  # what training calls: the model, or DDP around it
+        self.network: nn.Module = model                               # what training calls: the model, or DDP around it
         if world.size > 1:
             # DDP's warning is about dimensions of size 1, whose strides mean nothing
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -106,7 +107,7 @@ class Learner:
             self.network.broadcast_buffers = False                       # `share_buffers` does, before a validation
         self.optimizer = torch.optim.AdamW(param_groups(model), lr=cfg.lr, betas=cfg.betas, fused=True)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.precision == "fp16")
-        self.buffers = list(model.buffers())                             # BatchNorm's statistics; f_txt, which never changes
+        self.buffers = list(model.buffers())                        # BatchNorm's statistics; f_txt, which never changes
         self.before = [buffer.clone() for buffer in self.buffers]
         torch.backends.cudnn.benchmark = True                            # the crop never changes
 
@@ -131,7 +132,7 @@ class Learner:
         count, totals = len(micro_batches), {}
         for n, (image, label, _) in enumerate(micro_batches):
             seed_step(self.cfg.seed, it, self.world.rank * self.cfg.accum_steps + n)
-            wait = self.world.size > 1 and n < count - 1                 # gradients are all-reduced once, with the last one
+            wait = self.world.size > 1 and n < count - 1             # gradients are all-reduced once, with the last one
             with self.network.no_sync() if wait else contextlib.nullcontext():
                 losses = self.losses(image, label)
                 self.scaler.scale(losses["loss"] / count).backward()
@@ -146,8 +147,8 @@ class Learner:
         return dict(zip(totals, (values / self.world.size).tolist()))    # the step's only GPU sync
 
     def step(self, micro_batches: list[tuple], it: int) -> tuple[dict[str, float], bool]:
-        """One optimizer step. Returns the losses, averaged over the processes, and whether the step was taken: where a loss
-        or gradient is not finite, all processes skip it, its effects are undone and fp16's scale is halved."""
+        """One optimizer step. Returns the losses, averaged over the processes, and whether the step was taken: where a
+        loss or gradient is not finite, all processes skip it, its effects are undone and fp16's scale is halved."""
         torch._foreach_copy_(self.before, self.buffers)
         losses = self.gradient(micro_batches, it)
         finite = all(map(math.isfinite, losses.values()))
@@ -217,7 +218,7 @@ def train(cfg: Config, world: World, resume: bool):
 
 
 def validate(learner: Learner, pairs: PairSet | DrawnSet, run: Run, stop: StopSignal):
-    """Single-scale scores on the whole validation set, sharded over the processes."""
+    """Single-scale scores on the complete validation set, sharded over the processes."""
     model, world = learner.model, learner.world
     learner.share_buffers()
     matrix, _ = evaluate_split(model, pairs, len(run.labels.classes), world,
@@ -247,7 +248,8 @@ def dry_run(cfg: Config, world: World, steps: int = 4):
             micro_batches = [next(batches) for _ in range(cfg.accum_steps)]
         losses, _ = learner.step(micro_batches, it)
         seconds = time.monotonic() - start
-        world.print0(f"step {it + 1}: {seconds:.2f} s, " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+        values = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        world.print0(f"step {it + 1}: {seconds:.2f} s, {values}")
     world.print0(f"dry run ok; {memory(world.device):.1f} GiB per process; 10,000 iterations take about "
                  f"{10_000 * seconds / 3600:.1f} hours")     # the last step: the first also starts the loader
 
@@ -263,7 +265,8 @@ def first_screen(model: SCHNet, cfg: Config, world: World, counts: tuple[int, in
     parts = [encoder(key) for key in ("sam", "clip") if getattr(model, key) is not None]
     parts += [key.upper() for key in ("srm", "ftm") if getattr(cfg, key)]
     each = cfg.batch_size // (world.size * cfg.accum_steps)
-    changed = [f"{key}={value}" for key, value in vars(cfg).items() if value != getattr(Config, key) and key not in UNLISTED]
+    changed = [f"{key}={value}" for key, value in vars(cfg).items()
+               if value != getattr(Config, key) and key not in SHOWN]
     lines = [f"run      {cfg.out or 'runs/demo'}",
              f"data     {cfg.dataset}: {counts[0]:,} training images, {counts[1]:,} validation images",
              f"network  {', '.join(parts)}: {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen",
@@ -271,8 +274,8 @@ def first_screen(model: SCHNet, cfg: Config, world: World, counts: tuple[int, in
              f"{cfg.iters:,} iterations, {cfg.precision} on {device_name(world.device)}",
              "changed  " + textwrap.shorten(", ".join(changed) or "nothing", 111, placeholder=" ... (config.yaml)")]
     if each % cfg.loss_group:
-        lines.append(f"note     loss_group={cfg.loss_group} needs a multiple of {cfg.loss_group} images per process and step: "
-                     f"Lovasz-softmax sees {each} at a time, so results are not comparable with other splits of the batch")
+        lines.append(f"note     Lovasz-softmax sees {each} images at a time, not loss_group={cfg.loss_group}: do not "
+                     "compare with other splits of the batch")
     return "\n".join(lines)
 
 

@@ -1,10 +1,10 @@
 """Checkpoints: written atomically, read back without executing anything.
 
-A checkpoint is a plain dict: the trained tensors (BatchNorm statistics and text features included), the optimizer's state
-by parameter name, the progress, the configuration and the label set. Tensors that came unchanged out of an official file
-(§4.3: CLIP and SAM are frozen) are left out; a hash of their names, shapes and values is recorded and checked when the
-run is loaded. There is no random state to save: every random number of training is a function of (seed, iteration, place
-in the batch).
+A checkpoint is a plain dict: the trained tensors (BatchNorm statistics and text features included), the optimizer's
+state by parameter name, the progress, the configuration and the label set. Tensors that came unchanged out of an
+official file (§4.3: CLIP and SAM are frozen) are left out; a hash of their names, shapes and values is recorded and
+checked when the run is loaded. There is no random state to save: every random number of training is a function of
+(seed, iteration, place in the batch).
 
     runs/cihp/last.pt       the newest state: model, optimizer, iteration
     runs/cihp/previous.pt   the one before, used when last.pt is damaged
@@ -51,8 +51,8 @@ def official_names(model: nn.Module) -> list[str]:
 
 
 def official_files(model: nn.Module) -> dict[str, dict[str, str]]:
-    """{config key: file, content[, activation]} of the official files that the tensors left out come from. The content is a
-    hash of the tensors, so that a file of another format with the same numbers can take its place."""
+    """{config key: file, content[, activation]} of the official files that the tensors left out come from. The content
+    is a hash of the tensors, so that a file of another format with the same numbers can take its place."""
     found = {}
     for key in sorted({name.partition(".")[0] for name in official_names(model)}):
         encoder = getattr(model, key)
@@ -114,7 +114,7 @@ def read(path: Path) -> dict:
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']}")
             return content
-    except Exception as error:                             # damaged files raise BadZipFile, zlib.error, UnpicklingError, ...
+    except Exception as error:                        # damaged files raise BadZipFile, zlib.error, UnpicklingError, ...
         if in_one_line(error, ""):                         # UserError, out of memory
             raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -130,12 +130,13 @@ def read_last(folder: Path) -> tuple[dict, Path, list[tuple[Path, str]]]:
                 return read(folder / name), folder / name, damaged
             except DamagedCheckpoint as error:             # a transient disk error is not damage
                 damaged.append((folder / name, str(error)))
-    raise UserError(f"{folder}: no usable checkpoint ({'; '.join(why for _, why in damaged)}); start a new run in another "
-                    "folder with out=FOLDER")
+    raise UserError(f"{folder}: no usable checkpoint ({'; '.join(why for _, why in damaged)}); start a new run "
+                    "with out=FOLDER")
 
 
 def find(run: str | Path | None) -> Path:
-    """The checkpoint file of `--run`: a file, or a folder (its best.pt, else last.pt); None: the newest run below runs/."""
+    """The checkpoint file of `--run`: a file, or a folder (its best.pt, else last.pt); None: the newest run below
+    runs/."""
     path = user_path(run) if run is not None else Path("runs")
     if run is None:
         found = [Path(folder) / name for folder, _, names in walk(path) for name in names if name in (LAST, BEST)]
@@ -145,36 +146,36 @@ def find(run: str | Path | None) -> Path:
     for name in (BEST, LAST, PREVIOUS):
         if (path / name).exists():
             return path / name
-    raise UserError(f"{path}: no checkpoint ({BEST} or {LAST}); train a run (`python train.py`), or name one with --run")
+    raise UserError(f"{path}: no checkpoint ({BEST} or {LAST}); `python train.py` trains one, --run names one")
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: Path):
-    """`state` into `model`, which may be on the meta device. UserError unless it has all tensors but the frozen ones of the
-    official files."""
+    """`state` into `model`, which may be on the meta device. UserError unless it has all tensors but the frozen ones of
+    the official files."""
     own = model.state_dict()
     wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
     wrong += sorted(own.keys() - state.keys() - set(official_names(model)))
     if wrong:
-        raise UserError(f"{path} does not fit its network: {len(wrong)} tensors are unknown, missing or of another shape "
-                        f"({wrong[0]}, ...)")
+        raise UserError(f"{path} does not fit its network: {len(wrong)} tensors are unknown, missing or of another "
+                        f"shape ({wrong[0]}, ...)")
     state = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
     model.load_state_dict(state, strict=False, assign=any(tensor.is_meta for tensor in own.values()))
 
 
 def init_from(model: nn.Module, run: str, classes: Sequence[str]) -> str:
-    """Starts a new run from a trained one: copies every tensor of its checkpoint; of those with a row or column per class,
-    only the classes that both have. Returns a line about it. UserError for another architecture."""
+    """Starts a new run from a trained one: copies every tensor of its checkpoint; of those with a row or column per
+    class, only the classes that both have. Returns a line about it. UserError for another architecture."""
     path = find(run)
     content = read(path)
     check_official(model, content["official"], path)
-    left_out = {"f_txt", "sim_scale", *official_names(model)}            # computed for the new class names; in the files
+    left_out = {"f_txt", "sim_scale", *official_names(model)}           # computed for the new class names; in the files
     own = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
     old, theirs = content["model"], content["labels"]["classes"]
     for name in [*own, *(old.keys() - own.keys() - left_out)]:
         shapes = [[size for dim, size in enumerate(tensors[name].shape) if dim != BY_CLASS.get(name)] if name in tensors
                   else None for tensors in (old, own)]
         if shapes[0] != shapes[1]:
-            raise UserError(f"init: {path} has another architecture: {name} has shape {shapes[0]} there, {shapes[1]} here")
+            raise UserError(f"init: {path} has another architecture: {name} {shapes[0]}, here {shapes[1]}")
     both = [name for name in classes if name in theirs]
     for name, tensor in own.items():
         if name in BY_CLASS:
@@ -184,4 +185,5 @@ def init_from(model: nn.Module, run: str, classes: Sequence[str]) -> str:
         else:
             tensor.copy_(old[name])
     new = [name for name in classes if name not in theirs]
-    return f"init from {path}: all weights; {len(both)} of {len(classes)} classes" + f", new are {', '.join(new)}" * bool(new)
+    return (f"init from {path}: all weights; {len(both)} of {len(classes)} classes"
+            + f", new are {', '.join(new)}" * bool(new))

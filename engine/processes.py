@@ -26,7 +26,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, *(getattr(signal, name) for name in ("
 GRACE = 5.0                                                # seconds in which repeated signals are one request
 
 
-def run_together(work: Callable[["World"], None], device: str = "", less_memory: str = "", timeout: timedelta = TIMEOUT):
+def run_together(work: Callable[["World"], None], device: str = "", less_memory: str = "",
+                 timeout: timedelta = TIMEOUT):
     """Runs `work` in every process of a program. A process that fails prints why and exits; torchrun ends the others.
 
     `device`: see `pick_device`; `less_memory`: see `errors.in_one_line`; `timeout`: of every collective.
@@ -129,12 +130,13 @@ class World:
         values = self.gather(value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                raise UserError(f"process {rank} sees a different {what} than process 0: all machines need the same files",
-                                everywhere=True)
+                raise UserError(f"process {rank} sees a different {what} than process 0: all machines need the same "
+                                "files", everywhere=True)
 
     @contextlib.contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """Wraps code that may fail on some processes only (and holds no collective): if one fails, all raise its error."""
+        """Wraps code that may fail on some processes only (and holds no collective): if one fails, all raise its
+        error."""
         mine = None
         try:
             yield
@@ -185,14 +187,15 @@ class StopSignal:
 
     def _receive(self, number: int, frame):
         again = time.monotonic() - self.since
-        if self.number and again >= (0 if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ else GRACE):
+        typed = number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ
+        if self.number and again >= (0 if typed else GRACE):
             self._print(f"second signal, {signal.Signals(number).name}: exiting without saving")
             os._exit(128 + number)
         if not self.number:
             self.number, self.since = number, time.monotonic()
             if self.main:
-                self._print(f"{signal.Signals(number).name}: saving and stopping after this step; a second signal exits at "
-                            "once, without saving")
+                self._print(f"{signal.Signals(number).name}: saving and stopping after this step; a second signal "
+                            "exits without saving")
         if self.waiting:
             self.waiting = False
             raise Stop

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,8 @@ MAX_SKIPPED = 20                                           # consecutive steps w
 
 @dataclass
 class Progress:
-    """Training progress. Saved with the weights, so that log and best score continue as if the run had never stopped."""
+    """Training progress. Saved with the weights, so that log and best score continue as if the run had never
+    stopped."""
     iteration: int = 0                                     # done, or skipped
     skipped: int = 0                                       # steps whose loss or gradient was not finite
     in_a_row: int = 0                                      # of these, since the last step that was taken
@@ -63,7 +65,7 @@ class Run:
         self.entries: list[dict] = []
         self.progress = Progress()
         self.saved = 0                                     # iteration of last.pt
-        self.waited, self.logged = 0.0, time.monotonic()   # seconds waited for data since the last log entry, and its time
+        self.waited, self.logged = 0.0, time.monotonic()   # seconds waited for data since the last log entry; its time
 
     # ---- before training
 
@@ -78,14 +80,14 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / MARK).touch()
-            self._lock()                                   # first: of two concurrent starts, one must see the other's files
+            self._lock()                               # first: of two concurrent starts, one must see the other's files
         except OSError as error:
             raise UserError(f"out: {self.folder} cannot be used ({error.strerror})") from None
         held = any(os.path.lexists(self.folder / name)                   # also a link to a disk that is not mounted
                    for name in (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST))
         if held and not resume:
-            raise UserError(f"{self.folder} already contains a run: continue it with --resume, or choose another folder "
-                            "with out=FOLDER")
+            raise UserError(f"{self.folder} already contains a run: continue it with --resume, or choose another with "
+                            "out=FOLDER")
         for leftover in self.folder.glob(LEFTOVERS):
             leftover.unlink()
         if not held and resume:
@@ -107,12 +109,12 @@ class Run:
 
     def _resume(self) -> dict:
         content, path, damaged = checkpoint.read_last(self.folder)
-        for file, why in damaged:                          # renamed, so that the next save does not rotate it over the other
+        for file, why in damaged:                     # renamed, so that the next save does not rotate it over the other
             with contextlib.suppress(OSError):
                 file.rename(file.with_suffix(".damaged"))
             self.world.print0(f"warning: {why}; {path} is used")
         old = dataclasses.asdict(Config()) | content["config"]           # a key may be newer than the checkpoint
-        changed = {key: f"{key} {old[key]!r} -> {value!r}" for key, value in vars(self.cfg).items() if old[key] != value}
+        changed = {key: f"{key} {old[key]!r} -> {new!r}" for key, new in vars(self.cfg).items() if old[key] != new}
         refused = [text for key, text in changed.items() if key not in RESUMABLE]
         if refused:
             raise UserError(f"{path} was trained with other settings ({', '.join(refused)}): resume with "
@@ -154,7 +156,7 @@ class Run:
             self.world.print0(f"warning: the training images have changed ({progress.train.split()[0]} before, "
                               f"{train.split()[0]} now): the sample order changes from here")
         if progress.val not in ("", val):
-            self.world.print0(f"warning: the validation set has changed: {checkpoint.BEST} will be the best on the new one")
+            self.world.print0(f"warning: the validation set has changed: {checkpoint.BEST} will be the best on the new")
             progress.best_miou, progress.best_iteration = -1.0, 0
         progress.train, progress.val = train, val
 
@@ -198,9 +200,9 @@ class Run:
             if progress.in_a_row >= MAX_SKIPPED:
                 self._try_write(self._write_log)
                 values = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
-                raise UserError(f"iteration {progress.iteration}: {progress.in_a_row} steps in a row were skipped, the {what} is "
-                                f"not finite ({values}); the batches are in {self.log_path}; {self.last_checkpoint()}",
-                                everywhere=True)
+                raise UserError(f"iteration {progress.iteration}: {progress.in_a_row} steps in a row were skipped, the "
+                                f"{what} is not finite ({values}); the batches are in {self.log_path}; "
+                                f"{self.last_checkpoint()}", everywhere=True)
         self.bar.set_postfix_str(self._state(losses, lr), refresh=False)
         self.bar.update()
 
@@ -220,38 +222,41 @@ class Run:
         if self.bar.disable:
             left = (now - self.begun) / (progress.iteration - self.first) * (self.cfg.iters - progress.iteration)
             self.world.print0(f"iteration {progress.iteration}/{self.cfg.iters}: {self._state(means, lr)}, "
-                              f"{_duration(left)} to go")
+                              f"{timedelta(seconds=round(left))} to go")
 
     def validated(self, result: dict, images: int, learner):
         """A validation's scores: into the log, and best.pt where they are the best so far."""
-        progress = self.progress
+        progress, last = self.progress, self.progress.iteration == self.cfg.iters
         progress.validated = progress.iteration
         self.record(iter=progress.iteration, **{key: result[key] for key in ("miou", "mean_acc", "pixel_acc", "iou")},
                     seconds=round(time.monotonic() - self.started, 1))
         self.world.print0(f"iteration {progress.iteration}: mIoU {100 * result['miou']:.2f}, "
-                          f"mean accuracy {100 * result['mean_acc']:.2f}, pixel accuracy {100 * result['pixel_acc']:.2f} "
-                          f"on {images} images")
+                          f"mean accuracy {100 * result['mean_acc']:.2f}, "
+                          f"pixel accuracy {100 * result['pixel_acc']:.2f} on {images} images")
         if not result["miou"] <= progress.best_miou:       # true for nan as well
             before = progress.best_miou, progress.best_iteration
             progress.best_miou, progress.best_iteration = result["miou"], progress.iteration
-            if not self.world.broadcast(self.world.main and self._save_best(learner)):
+            if not self.world.broadcast(self.world.main and self._try_write(
+                    checkpoint.write, self.folder / checkpoint.BEST, self._content(learner), must=last)):
                 progress.best_miou, progress.best_iteration = before     # the next validation may write it
-        self.save(learner, must=progress.iteration == self.cfg.iters)
+        self.save(learner, must=last)
 
     def stop(self, learner, number: int):
         """Saves and exits with the signal's exit code, all processes together."""
         if self.saved < self.progress.iteration:
             self.save(learner, must=True)
         number = number or signal.SIGTERM                  # none: another process was asked to stop
-        saved = f"{self.folder / checkpoint.LAST} is saved, --resume continues" if self.saved else self.last_checkpoint()
-        self.world.print0(f"stopped by {signal.Signals(number).name} after iteration {self.progress.iteration}; {saved}")
+        saved = f"{self.folder / checkpoint.LAST} is saved" if self.saved else self.last_checkpoint()
+        name = signal.Signals(number).name
+        self.world.print0(f"stopped by {name} after iteration {self.progress.iteration}; {saved}")
         self.world.sum([0.0])                              # torchrun ends all when one exits: wait for the save
         raise SystemExit(128 + number)
 
     def finish(self):
         progress = self.progress
-        skipped = f"{progress.skipped} of {self.cfg.iters} steps were skipped: {self.log_path}\n" if progress.skipped else ""
-        self.world.print0(f"{skipped}done: best mIoU {100 * progress.best_miou:.2f} at iteration {progress.best_iteration}, "
+        if progress.skipped:
+            self.world.print0(f"{progress.skipped} of {self.cfg.iters} steps were skipped: {self.log_path}")
+        self.world.print0(f"done: best mIoU {100 * progress.best_miou:.2f} at iteration {progress.best_iteration}, "
                           f"{self.folder / checkpoint.BEST}; curves in {self.folder / 'curves.png'}\n"
                           f"next: python evaluate.py --run {self.folder} --tta")
 
@@ -271,12 +276,9 @@ class Run:
             "scaler": learner.scaler.state_dict()}, keep=self.folder / checkpoint.PREVIOUS)
         self.saved = self.progress.iteration
 
-    def _save_best(self, learner) -> bool:
-        return self._try_write(checkpoint.write, self.folder / checkpoint.BEST, self._content(learner),
-                               must=self.progress.iteration == self.cfg.iters)
-
     def _content(self, learner) -> dict:
-        return checkpoint.pack(learner.model, self.labels, self.official, {"progress": dataclasses.asdict(self.progress)})
+        progress = dataclasses.asdict(self.progress)
+        return checkpoint.pack(learner.model, self.labels, self.official, {"progress": progress})
 
     def _try_write(self, write: Callable, *args, must: bool = False) -> bool:
         try:
@@ -313,10 +315,3 @@ class Run:
             pictures.save_png(self.folder / name, draw())
         except UserError as error:
             self.world.print0(f"warning: {error}")
-
-
-def _duration(seconds: float) -> str:
-    """12 s, 3:05 min, 17.2 hours."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds // 60:.0f}:{seconds % 60:02.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} hours"

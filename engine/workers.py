@@ -21,7 +21,7 @@ LOOK_EVERY = 5                                             # the loader's timeou
 def start_worker(_):
     """For `worker_init_fn`."""
     cv2.setNumThreads(0)                                   # the workers are the parallelism
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):              # sent to whole process groups: the main process
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):            # sent to entire process groups: the main process
         if hasattr(signal, name):                                        # decides, and kills its workers
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
@@ -52,8 +52,8 @@ def watched(loader: DataLoader, expected: Iterator[list[str]]) -> Iterator:
             raise
         if "timed out" in text:
             text = f"no training sample for {STALLED} s, waiting for {', '.join(names[:4])}"
-        raise UserError(f"loader processes failed: {text}; try fewer workers, which need less memory, shared memory (docker run "
-                        "--shm-size=1g) and open files (ulimit -n)") from None
+        raise UserError(f"loader processes failed: {text}; try fewer workers, which need less memory, shared memory "
+                        "(docker run --shm-size=1g) and open files (ulimit -n)") from None
     finally:
         kill(workers)
 

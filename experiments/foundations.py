@@ -117,7 +117,7 @@ def presence(label: Tensor, classes: int) -> Tensor:
 
 def contrast(clip: CLIP, tokens: Tensor, image: Tensor, label: Tensor) -> Tensor:
     """CLIP's loss in both directions. Of several sentences of an image (images of a sentence), the mean is taken."""
-    logits = clip.logit_scale.clamp(max=math.log(100)).exp() * clip.encode_image(image)[0] @ clip.encode_text(tokens).T
+    logits = clip.logit_scale.clamp(max=math.log(100)).exp() * clip.visual(image)[0] @ clip.encode_text(tokens).T
     match = presence(label, len(tokens))                                                    # (B, K)
     directions = [(match, logits), (match.T, logits.T)]
     return sum(-(m / m.sum(1, keepdim=True).clamp(min=1) * x.log_softmax(1)).sum(1).mean() for m, x in directions) / 2
@@ -129,7 +129,7 @@ def retrieval(clip: CLIP, cfg: Config) -> dict[str, float]:
     `chance`: that of a random order."""
     f_txt, cosines, matches = clip.encode_text(prompts(cfg)), [], []
     for image, label in images_of(open_split(cfg, "val")):
-        cosines.append(clip.encode_image(image)[0] @ f_txt.T)
+        cosines.append(clip.visual(image)[0] @ f_txt.T)
         matches.append(presence(label, len(f_txt)))
     cosines, matches = torch.cat(cosines).T, torch.cat(matches).T                        # (K, N)
     some = (matches.sum(1) > 0) & (matches.sum(1) < matches.shape[1])                # otherwise any order is perfect
@@ -275,7 +275,7 @@ def probe(folder: Path) -> dict[str, float]:
     clips = {"CLIP": load_clip(folder / CLIP_FILE, cfg.clip_taps, cfg.clip, cfg.clip_activation),
              "CLIP, random": CLIP(*clip_vit.SIZES[cfg.clip], cfg.clip_taps)}
     features = {name: lambda image, sam=sam: sam(image)[-1] for name, sam in sams.items()}
-    features |= {name: lambda image, clip=clip: clip.encode_image(image)[1][-1] for name, clip in clips.items()}
+    features |= {name: lambda image, clip=clip: clip.visual(image)[1][-1] for name, clip in clips.items()}
     features |= {"place of the patch": position, "place and pixels": position_and_pixels}
     return {name: explained(function, cfg) for name, function in features.items()}
 

@@ -1,8 +1,8 @@
 """The weight files of SAM and CLIP: official names from every common format, identity, checks.
 
-`sam_tensors` and `clip_tensors` give tensors of `files.weights.read_tensors` the official names, whichever project wrote
-the file: the authors, the Hugging Face hub (transformers), open_clip, or a training program that puts a prefix before all
-names (`module.`, `sam.image_encoder.`).
+`sam_tensors` and `clip_tensors` give tensors of `files.weights.read_tensors` the official names, whichever project
+wrote the file: the authors, the Hugging Face hub (transformers), open_clip, or a training program that puts a prefix
+before all names (`module.`, `sam.image_encoder.`).
 """
 
 import hashlib
@@ -33,9 +33,10 @@ CLIP_HUB = (
     (r"text_model\.encoder\.layers", "transformer.resblocks"),
     (r"layer_norm(\d)", r"ln_\1"), (r"mlp\.fc1", "mlp.c_fc"), (r"mlp\.fc2", "mlp.c_proj"), (r"self_attn\.", "attn."))
 INTEGERS = ("input_resolution", "context_length", "vocab_size",          # of OpenAI's archive
-            "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")      # of older files of the hub
+            "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")    # of older files of the hub
 KINDS = (                                                  # a part of a name that only this kind of file has
-    ("visual.layer1.0.conv1", "a CLIP with a ResNet"), ("vision_model.embeddings", "a CLIP"), ("visual.class_embedding", "a CLIP"),
+    ("visual.layer1.0.conv1", "a CLIP with a ResNet"), ("vision_model.embeddings", "a CLIP"),
+    ("visual.class_embedding", "a CLIP"),
     ("token_embedding", "the text tower of a CLIP"), ("rel_pos_h", "a SAM"), ("trunk.blocks", "SAM 2"),
     ("vision_encoder.backbone", "SAM 2"), ("attention_biases", "MobileSAM"),
     ("mask_decoder.", "EfficientSAM or another variant of SAM"))
@@ -45,7 +46,8 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def sam_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of SAM's image encoder without its neck, by their official names (`blocks.0.norm1.weight`)."""
     found = _renamed(tensors, "blocks.0.attn.rel_pos_h", ()) or _renamed(tensors, "layers.0.attn.rel_pos_h", SAM_HUB)
-    return {name: t for name, t in found.items() if name.startswith(("patch_embed.", "pos_embed", "blocks."))} or tensors
+    parts = "patch_embed.", "pos_embed", "blocks."
+    return {name: tensor for name, tensor in found.items() if name.startswith(parts)} or tensors
 
 
 def clip_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,7 +63,8 @@ def clip_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _renamed(tensors: dict[str, Tensor], anchor: str, table: tuple) -> dict[str, Tensor]:
-    """The tensors with the same prefix as `anchor`, without the prefix and renamed by the table; {} if there is no `anchor`."""
+    """The tensors with the same prefix as `anchor`, without the prefix and renamed by the table; {} if there is no
+    `anchor`."""
     name = next((name for name in tensors if name == anchor or name.endswith(f".{anchor}")), None)
     if name is None:
         return {}
@@ -76,8 +79,8 @@ def _renamed(tensors: dict[str, Tensor], anchor: str, table: tuple) -> dict[str,
 
 
 def clip_activation(path: str | Path, tensors: dict[str, Tensor]) -> str:
-    """The activation that a CLIP was trained with, "quick_gelu" or "gelu", from a config beside the file or because it is
-    OpenAI's archive; "": unknown."""
+    """The activation that a CLIP was trained with, "quick_gelu" or "gelu", from a config beside the file or because it
+    is OpenAI's archive; "": unknown."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     if "input_resolution" in tensors:                      # only OpenAI's archive has it
@@ -106,8 +109,8 @@ def content_hash(tensors: dict[str, Tensor]) -> str:
 
 
 def load(model: nn.Module, tensors: dict[str, Tensor], path: str | Path, key: str):
-    """Puts `tensors`, which must have exactly the names and shapes of the model's, into `model` in fp32; it may be on the
-    meta device. `key`: the setting that chose the model, for the error."""
+    """Puts `tensors`, which must have exactly the names and shapes of the model's, into `model` in fp32; it may be on
+    the meta device. `key`: the setting that chose the model, for the error."""
     state = model.state_dict()
     faults = [f"{name} is missing" for name in state if name not in tensors]
     faults += [f"{name} is unknown" for name in tensors if name not in state]
@@ -117,4 +120,5 @@ def load(model: nn.Module, tensors: dict[str, Tensor], path: str | Path, key: st
     if faults:
         kind = next((kind for part, kind in KINDS if any(part in name for name in tensors)), "an unknown kind of file")
         raise UserError(f"{path}: this is {kind} and does not fit {key}: {faults[0]} ({len(faults)} differences)")
-    model.load_state_dict({name: tensor.to(torch.float32).contiguous() for name, tensor in tensors.items()}, assign=True)
+    tensors = {name: tensor.to(torch.float32).contiguous() for name, tensor in tensors.items()}
+    model.load_state_dict(tensors, assign=True)

@@ -1,8 +1,8 @@
 """Readers of weight files that execute nothing.
 
-`read_tensors` takes OpenAI's CLIP archives (TorchScript), files of `torch.save`, safetensors, and folders as the Hugging
-Face hub has them, in one file or in shards with an index. A pickle can call any function when it is read; the ones here
-are read with `weights_only=True` or by `_ArchiveReader`, which calls none. Every fault is a `UserError`.
+`read_tensors` takes OpenAI's CLIP archives (TorchScript), files of `torch.save`, safetensors, and folders as the
+Hugging Face hub has them, in one file or in shards with an index. A pickle can call any function when it is read; the
+ones here are read with `weights_only=True` or by `_ArchiveReader`, which calls none. Every fault is a `UserError`.
 """
 
 import hashlib
@@ -21,8 +21,9 @@ from torch import Tensor
 from errors import UserError, in_one_line, reading
 
 HINT = "; `python download.py` gets the official ones"
-FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-                "open_clip_model.safetensors", "open_clip_pytorch_model.bin")          # of a folder: the first that is there
+FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json",
+                "pytorch_model.bin", "pytorch_model.bin.index.json",
+                "open_clip_model.safetensors", "open_clip_pytorch_model.bin")     # of a folder: the first that is there
 
 
 def sha256(path: str | Path) -> str:
@@ -32,8 +33,8 @@ def sha256(path: str | Path) -> str:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file or folder by name, on the CPU, in the file's types; an outer `state_dict` or `model` is opened.
-    Values that are not tensors (the epoch of a training file) are left out."""
+    """The tensors of a file or folder by name, on the CPU, in the file's types; an outer `state_dict` or `model` is
+    opened. Values that are not tensors (the epoch of a training file) are left out."""
     path = Path(path)
     try:
         with reading(path, "file of weights", HINT):
@@ -50,7 +51,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(values, dict) and isinstance(values.get(key), dict):
             values = values[key]
-    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)} if isinstance(values, dict) else {}
+    values = values if isinstance(values, dict) else {}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path}: holds no tensors by name{HINT}")
     return tensors

@@ -92,7 +92,7 @@ def test_settings_that_can_be_changed(saved):
 
 def test_the_newest_two_are_kept(tmp_path):
     for n in range(4):
-        checkpoint.write(tmp_path / "last.pt", {"format": checkpoint.FORMAT, "model": {}, "n": n}, tmp_path / "previous.pt")
+        checkpoint.write(tmp_path / "last.pt", {"format": checkpoint.FORMAT, "n": n}, tmp_path / "previous.pt")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"][:n + 1]
         content, path, damaged = checkpoint.read_last(tmp_path)
         assert content["n"] == n and path.name == "last.pt" and not damaged
@@ -184,8 +184,9 @@ class Call:
     (lambda path: path.write_bytes(b""), "damaged"), (lambda path: path.write_text("<html>"), "damaged"),
     (lambda path: path.write_bytes(pickle.dumps({"model": 1})), "damaged"),
     (lambda path: torch.save({"format": checkpoint.FORMAT, "model": {}, "call": Call()}, path), "damaged"),
-    (lambda path: torch.save({"format": 99, "model": {}}, path), f"format {checkpoint.FORMAT}"),
-    (lambda path: torch.save({"state_dict": {}}, path), f"format {checkpoint.FORMAT}"), (lambda path: torch.save([1], path), f"format {checkpoint.FORMAT}")))
+    (lambda path: torch.save({"format": 99, "model": {}}, path), f"format {checkpoint.FORMAT} .*format 99"),
+    (lambda path: torch.save({"state_dict": {}}, path), "KeyError"),
+    (lambda path: torch.save([1], path), "TypeError")))
 def test_other_files_are_one_line(tmp_path, monkeypatch, make, words):
     """... and nothing in them is executed."""
     monkeypatch.chdir(tmp_path)
@@ -251,7 +252,8 @@ def test_frozen_official_tensors_are_left_out(official, tmp_path):
     assert {name for name in content["model"] if name.startswith("sam.")} == {
         f"sam.{name}" for name in model.sam.state_dict() if name.startswith("patch_embed.")}
     assert any(name.startswith("clip.") for name in content["model"])    # random, so in no file
-    assert content["official"] == {"sam_weights": {"file": official.sam_weights, "content": content_hash(model.sam.state_dict())}}
+    assert content["official"] == {
+        "sam_weights": {"file": official.sam_weights, "content": content_hash(model.sam.state_dict())}}
     path, moved = tmp_path / "last.pt", tmp_path / "moved.pth"
     checkpoint.write(path, content)
     again, _ = restore(path)

@@ -97,8 +97,9 @@ def open_clip_model(state, h, w):
 def test_image_tower_equals_open_clip(small, h, w):
     image = photo(h, w)
     out = open_clip_model(small.state_dict(), h, w).visual.forward_intermediates(
-        (image - MEAN) / STD, indices=[0, 1, 2, 3], intermediates_only=False, output_fmt="NLC", normalize_intermediates=False)
-    f_cls, taps = small.encode_image(image)
+        (image - MEAN) / STD, indices=[0, 1, 2, 3], intermediates_only=False, output_fmt="NLC",
+        normalize_intermediates=False)
+    f_cls, taps = small.visual(image)
     assert error(f_cls, nn.functional.normalize(out["image_features"], dim=-1)) <= TOLERANCE
     assert len(taps) == 4
     for tap, reference in zip(taps, out["image_intermediates"]):
@@ -118,7 +119,7 @@ def test_text_tower_equals_open_clip(small):
 def test_every_tensor_matters(small):
     """Without any one tensor, an output is wrong by more than a hundred times what the parity tests allow."""
     def outputs(clip):
-        f_cls, taps = clip.encode_image(photo(96, 128))
+        f_cls, taps = clip.visual(photo(96, 128))
         return [f_cls, *taps, clip.encode_text(token_rows([6, 9])), clip.logit_scale]
 
     reference = outputs(small)
@@ -131,9 +132,9 @@ def test_every_tensor_matters(small):
 @torch.no_grad()
 def test_one_image_of_a_batch_is_the_image_alone(small):
     images = photo(64, 96, batch=3)
-    f_cls, taps = small.encode_image(images)
+    f_cls, taps = small.visual(images)
     for n in range(3):
-        alone, alone_taps = small.encode_image(images[n:n + 1])
+        alone, alone_taps = small.visual(images[n:n + 1])
         assert error(f_cls[n:n + 1], alone) <= TOLERANCE
         assert all(error(tap[n:n + 1], a) <= TOLERANCE for tap, a in zip(taps, alone_taps))
     assert torch.allclose(f_cls.norm(dim=1), torch.ones(3))
@@ -142,13 +143,13 @@ def test_one_image_of_a_batch_is_the_image_alone(small):
 @torch.no_grad()
 def test_lower_precision_and_double(small):
     image = photo(64, 96)
-    f_cls, taps = small.encode_image(image)
+    f_cls, taps = small.visual(image)
     with torch.autocast("cpu", torch.bfloat16):
-        low, low_taps = small.encode_image(image)
+        low, low_taps = small.visual(image)
     assert low_taps[3].dtype == torch.float32 and error(low_taps[3], taps[3]) < 0.03 and error(low, f_cls) < 0.03
-    double, _ = copy.deepcopy(small).double().encode_image(image.double())
+    double, _ = copy.deepcopy(small).double().visual(image.double())
     assert double.dtype == torch.float64 and error(f_cls, double) < TOLERANCE
-    half, _ = copy.deepcopy(small).bfloat16().encode_image(image.bfloat16())
+    half, _ = copy.deepcopy(small).bfloat16().visual(image.bfloat16())
     assert half.dtype == torch.bfloat16 and error(half, f_cls) < 0.05
 
 

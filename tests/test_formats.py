@@ -40,7 +40,8 @@ def forget_models():
 # ---- full size
 
 @pytest.mark.parametrize("names, activation", [
-    (("openai", "open_clip_bin"), "quick_gelu"), (("open_clip",), "gelu"), (("hub", "hub_shards", "hub_bin"), "quick_gelu")])
+    (("openai", "open_clip_bin"), "quick_gelu"), (("open_clip",), "gelu"),
+    (("hub", "hub_shards", "hub_bin"), "quick_gelu")])
 def test_clip_formats(tmp_path, names, activation):
     """Features beside the model that was saved; the other formats of the same model have the same numbers."""
     contents = set()
@@ -87,18 +88,18 @@ def small(tmp_path_factory) -> Path:
     """The hub's files and files with the official names, of one random CLIP and one SAM of size "tiny"."""
     from transformers import CLIPConfig, CLIPModel, SamConfig, SamModel, SamVisionConfig
     folder, (dim, depth, heads, grid, embed, *text) = tmp_path_factory.mktemp("small"), clip_vit.SIZES["tiny"]
-    sizes = [dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"), (*tower, 4 * tower[0])))
-             for tower in ((dim, depth, heads), text)]
-    clip = CLIPModel(CLIPConfig(projection_dim=embed, vision_config=sizes[0] | {"image_size": 16 * grid, "patch_size": 16},
-                                text_config=sizes[1]))
+    names = "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
+    image, text = (dict(zip(names, (*tower, 4 * tower[0]))) for tower in ((dim, depth, heads), text))
+    image |= {"image_size": 16 * grid, "patch_size": 16}
+    clip = CLIPModel(CLIPConfig(projection_dim=embed, vision_config=image, text_config=text))
     dim, depth, heads, window, grid = sam_vit.SIZES["tiny"]
     vision = SamVisionConfig(hidden_size=dim, num_hidden_layers=depth, num_attention_heads=heads, window_size=window,
                              image_size=16 * grid, global_attn_indexes=[0, 1, 2, 3], mlp_dim=4 * dim)
     write_weights.randomize(clip).save_pretrained(folder / "clip_hub")
     write_weights.randomize(SamModel(SamConfig(vision_config=vision.to_dict()))).save_pretrained(folder / "sam_hub")
     torch.save(load_clip(folder / "clip_hub", (0, 1, 2, 3), "tiny").state_dict(), folder / "clip.pt")
-    torch.save({f"image_encoder.{name}": tensor for name, tensor in load_sam(folder / "sam_hub", "tiny").state_dict().items()},
-               folder / "sam.pth")
+    sam = load_sam(folder / "sam_hub", "tiny").state_dict()
+    torch.save({f"image_encoder.{name}": tensor for name, tensor in sam.items()}, folder / "sam.pth")
     return folder
 
 
@@ -126,13 +127,13 @@ def test_what_is_not_sam_is_named(tmp_path, names, kind):
 
 @pytest.mark.parametrize("change, words", [
     (lambda t: {name: tensor for name, tensor in t.items() if not name.startswith("visual.")}, "the text tower"),
-    (lambda t: {name: tensor for name, tensor in t.items() if name.startswith("visual.")}, "positional_embedding is missing"),
+    (lambda t: {name: tensor for name, tensor in t.items() if name.startswith("visual.")}, "embedding is missing"),
     (lambda t: {"visual.layer1.0.conv1.weight": ONE}, "a CLIP with a ResNet"),
     (lambda t: {"image_encoder.blocks.0.attn.rel_pos_h": ONE}, "a SAM"),
     (lambda t: t | {"visual.conv1.weight": torch.zeros(24, 3, 14, 14)}, "visual.conv1.weight is (24, 3, 14, 14)"),
     (lambda t: {name: tensor for name, tensor in t.items() if name != "ln_final.bias"}, "ln_final.bias is missing (1 "),
     (lambda t: t | {"extra": ONE, "more": ONE}, "extra is unknown (2 "),
-    (lambda t: t | {"text_projection": t["text_projection"].to(torch.float8_e4m3fn)}, "text_projection is (8, 8) of torch.float8"),
+    (lambda t: t | {"text_projection": t["text_projection"].to(torch.float8_e4m3fn)}, "is (8, 8) of torch.float8"),
     (lambda t: t | {"text_projection": t["text_projection"].to(torch.int8)}, "torch.int8")])
 def test_what_is_not_this_clip_is_named(small, tmp_path, change, words):
     tensors = change(torch.load(small / "clip.pt"))
@@ -156,31 +157,32 @@ def test_the_activation_is_not_guessed(small, tmp_path):
     assert activation(open_clip_config={"model_cfg": {"quick_gelu": True}}) == "quick_gelu"
     assert activation(open_clip_config={"model_cfg": {}}) == "gelu"
     image = torch.rand(1, 3, 32, 32)
-    quick, plain = (load_clip(small / "clip.pt", (0, 1, 2, 3), "tiny", each).encode_image(image)[0]
+    quick, plain = (load_clip(small / "clip.pt", (0, 1, 2, 3), "tiny", each).visual(image)[0]
                     for each in ("quick_gelu", "gelu"))
     assert (quick - plain).abs().max() > 1e-5
 
 
 def test_a_run_continues_with_the_same_numbers_in_another_format(small, tmp_path, capsys):
     """Killed after a run with the official names, resumed with the hub's files: equal to the last bit."""
-    official = {"sam_weights": str(small / "sam.pth"), "clip_weights": str(small / "clip.pt"), "clip_activation": "quick_gelu"}
+    official = {"sam_weights": str(small / "sam.pth"), "clip_weights": str(small / "clip.pt"),
+                "clip_activation": "quick_gelu"}
     hub = [f"sam_weights={small / 'sam_hub'}", f"clip_weights={small / 'clip_hub'}", "clip_activation="]
     make_data(tmp_path / "data")
     config = Config(**RUN | official | {"freeze": True, "vocab": str(VOCAB)}, data_root=str(tmp_path / "data"),
-                    out=str(tmp_path / "whole"))
+                    out=str(tmp_path / "uninterrupted"))
     (tmp_path / "tiny.yaml").write_text(to_yaml(config))
     argv = ["--cfg", str(tmp_path / "tiny.yaml")]
     train.main(argv)
     kill_and_resume(argv, tmp_path / "run", 2, *hub)
     changed = ("sam_weights", "clip_weights", "clip_activation")
-    for folder in (tmp_path / "whole", tmp_path / "run"):
+    for folder in (tmp_path / "uninterrupted", tmp_path / "run"):
         for name in ("last.pt", "best.pt"):
             content = torch.load(folder / name, weights_only=True)
             for key in changed:
                 content["config"].pop(key)
             content["official"] = {key: value["content"] for key, value in content["official"].items()}
             torch.save(content, folder / name)
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "uninterrupted")
     sam = torch.load(small / "sam.pth")
     torch.save(sam | {"image_encoder.pos_embed": sam["image_encoder.pos_embed"] + 1e-6}, tmp_path / "other.pth")
     line = fails(capsys, *argv, "--resume", f"sam_weights={tmp_path / 'other.pth'}")

@@ -42,7 +42,8 @@ def test_every_weight_is_copied_and_the_rows_of_classes_by_name(trained):
     line = checkpoint.init_from(model, trained, NEW)
     assert f"{trained}/last.pt" in line and "2 of 4 classes" in line and line.endswith("hat, shoe") and "\n" not in line
     old, new, own = torch.load(f"{trained}/last.pt")["model"], model.state_dict(), untouched.state_dict()
-    by_class = {"head.conv_seg.weight", "head.conv_seg.bias", "aux.conv_seg.weight", "aux.conv_seg.bias", "srm.expand.weight"}
+    by_class = {"head.conv_seg.weight", "head.conv_seg.bias", "aux.conv_seg.weight", "aux.conv_seg.bias",
+                "srm.expand.weight"}
     assert {name for name in new if name != "f_txt" and new[name].shape != old[name].shape} == by_class
     for name, tensor in new.items():
         if name in ("f_txt", "sim_scale"):
@@ -55,7 +56,8 @@ def test_every_weight_is_copied_and_the_rows_of_classes_by_name(trained):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"ftm_tokens": 5}, "ftm.tokens"), ({"srm": False}, "srm."), ({"aux_weight": 0.0}, "aux."), ({"sam": "tests"}, "sam.")])
+    ({"ftm_tokens": 5}, "ftm.tokens"), ({"srm": False}, "srm."), ({"aux_weight": 0.0}, "aux."),
+    ({"sam": "tests"}, "sam.")])
 def test_another_architecture_is_refused_with_the_first_tensor(trained, changes, words):
     with pytest.raises(UserError, match=f"^init: {trained}/last.pt .*: {words}"):
         checkpoint.init_from(build(1, NEW, **changes), trained, NEW)
@@ -64,14 +66,14 @@ def test_another_architecture_is_refused_with_the_first_tensor(trained, changes,
 def test_a_run_with_init_does_not_need_the_old_run_to_resume(config, trained, tmp_path, capsys):
     old = shutil.copytree(trained, tmp_path / "old")
     argv = ["--cfg", config, f"init={old}", "freeze=false"]
-    train.main([*argv, f"out={tmp_path / 'whole'}"])
-    said = capsys.readouterr().out
-    assert said.count("init from ") == 1 and f"{old / 'last.pt'}: all weights; 3 of 3 classes\n" in said
+    train.main([*argv, f"out={tmp_path / 'uninterrupted'}"])
+    printed = capsys.readouterr().out
+    assert printed.count("init from ") == 1 and f"{old / 'last.pt'}: all weights; 3 of 3 classes\n" in printed
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train.Learner, "gradient", before_step(2, lambda: throw(Killed())))
         train.main([*argv, f"out={tmp_path / 'run'}"])
     shutil.rmtree(old)
     train.main([*argv, f"out={tmp_path / 'run'}", "--resume"])
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "uninterrupted")
     assert "init from " not in capsys.readouterr().out.partition("resuming from")[2]
     assert f"{old}: " in fails(capsys, *argv, f"out={tmp_path / 'other'}")

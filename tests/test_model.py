@@ -62,7 +62,7 @@ def test_eq_1_similarity():
 
 
 def test_eq_1_without_temperature_is_flat():
-    """With cosines as CLIP's, 0.15 to 0.32, scale 1 says nothing about the classes."""
+    """With cosines as CLIP's, 0.15 to 0.32, scale 1 gives all classes the same probability."""
     cosines = torch.linspace(0.15, 0.32, 20)
 
     def entropy(scale):
@@ -114,7 +114,7 @@ def test_eqs_5_and_6_ftm(scale_logits, residual, init):
 
 @pytest.mark.parametrize("changes, bound", [({"ftm_residual": "f"}, 0), ({"rho_init": 0.0}, 0), ({}, 5e-3)])
 def test_an_untrained_network_passes_sams_features(monkeypatch, changes, bound):
-    """Unchanged, except for rho of Eq. 5, where Eq. 6 adds f'_i: within a share of their norm."""
+    """Unchanged, except for rho of Eq. 5, where Eq. 6 adds f'_i: to within a fraction of their norm."""
     model = small(**changes).eval()
     with torch.no_grad():
         for p in model.sam.parameters():
@@ -236,7 +236,7 @@ def files(tmp_path_factory) -> dict[str, str]:
 
 
 def from_files(files, **changes):
-    """The text features are a checkpoint's: there is no vocabulary."""
+    """The text features are a checkpoint's, so no vocabulary is needed."""
     cfg = Config(**SMALL | {"clip": "six", "clip_taps": (1, 2, 3, 5), "clip_activation": "gelu"} | files | changes)
     return build_model(cfg, CLASSES, {"f_txt": F.normalize(torch.ones(4, 16)), "sim_scale": torch.tensor(100.0)})
 
@@ -262,7 +262,8 @@ def test_sizes_that_contradict_the_weights_are_refused(files, changes, words):
 
 def test_clip_weights_need_the_vocabulary(files):
     with pytest.raises(UserError, match="^vocab: "):
-        build_model(Config(**SMALL | {"clip": "six", "clip_taps": (1, 2, 3, 5), "clip_activation": "gelu"} | files), CLASSES)
+        clip = {"clip": "six", "clip_taps": (1, 2, 3, 5), "clip_activation": "gelu"}
+        build_model(Config(**SMALL | clip | files), CLASSES)
 
 
 def test_full_size(monkeypatch):

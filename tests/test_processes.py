@@ -75,7 +75,7 @@ def compare_in_processes(config: str):
 
 def test_two_processes_have_the_gradient_and_the_scores_of_one(config, tmp_path):
     with Processes(tmp_path, compare_in_processes, config, count=2) as both:
-        assert both.wait() == [0, 0], both.said(0) + both.said(1)
+        assert both.wait() == [0, 0], both.printed(0) + both.printed(1)
 
 
 def test_three_shares_have_the_scores_of_one(config):
@@ -100,8 +100,8 @@ def test_a_step_is_skipped_by_all_or_none(config, tmp_path):
     """BatchNorm's statistics, of which each process has its own, stay finite; there are no warnings."""
     folder = tmp_path / "run"
     with Processes(tmp_path, train_with_a_fault, ["--cfg", config, f"out={folder}"], count=2) as both:
-        assert both.wait() == [0, 0], both.said(0) + both.said(1)
-        assert "Warning" not in both.said(0) + both.said(1)
+        assert both.wait() == [0, 0], both.printed(0) + both.printed(1)
+        assert "Warning" not in both.printed(0) + both.printed(1)
     content = torch.load(folder / "last.pt", weights_only=True)
     assert content["progress"]["skipped"] == 1 and content["progress"]["iteration"] == 4
     assert {int(state["step"]) for state in content["optimizer"].values()} == {3}
@@ -121,14 +121,14 @@ def test_stop_resume_and_the_lock(config, tmp_path):
         wait_until(begun(folder))
         os.killpg(both.all[1].pid, signal.SIGTERM)
         assert both.wait() == [143, 143]
-        stopped = int(re.search(r"SIGTERM after iteration (\d+); ", both.said(0))[1])
-        assert "stopped" not in both.said(1) and "rror" not in both.said(0) + both.said(1)
+        stopped = int(re.search(r"SIGTERM after iteration (\d+); ", both.printed(0))[1])
+        assert "stopped" not in both.printed(1) and "rror" not in both.printed(0) + both.printed(1)
         assert saved_iteration(folder) == stopped
     with Processes(tmp_path, train.main, argv) as one:
         wait_until(lambda: saved_iteration(folder) > stopped)
-        assert f"resuming from {folder / 'last.pt'}, iteration {stopped}" in one.said()
+        assert f"resuming from {folder / 'last.pt'}, iteration {stopped}" in one.printed()
         with Processes(other, train.main, argv) as second:
-            assert second.wait() == [1] and f"error: {folder}: another process" in second.said()
+            assert second.wait() == [1] and f"error: {folder}: another process" in second.printed()
         one.send(signal.SIGKILL)
         assert one.wait() == [-9]
     before = saved_iteration(folder)
@@ -159,8 +159,8 @@ def test_of_two_starts_at_once_in_a_new_folder_one_succeeds(config, tmp_path):
         output.mkdir()
     args = (open_at_once, config, str(tmp_path / "runs"), time.time() + 2, count)
     with Processes(outputs[0], *args) as one, Processes(outputs[1], *args) as other:
-        assert one.wait() == other.wait() == [0], one.said() + other.said()
-        found = [{int(n) for n in re.findall(r"in (\d+)", process.said())} for process in (one, other)]
+        assert one.wait() == other.wait() == [0], one.printed() + other.printed()
+        found = [{int(n) for n in re.findall(r"in (\d+)", process.printed())} for process in (one, other)]
     assert found[0] | found[1] == set(range(count)) and not found[0] & found[1]
     for n in range(count):                                 # nobody removed the other's file as a leftover
         assert len(list((tmp_path / "runs" / str(n)).glob(LEFTOVERS))) == 1
@@ -214,8 +214,8 @@ def test_processes_that_see_other_photos_stop(config, trained, tmp_path, program
     argv = ["--cfg", config, f"out={tmp_path / 'run'}"] if program == train.main else ["--checkpoint", str(trained)]
     with Processes(tmp_path, work_on, program, argv, [str(data), str(copy)], count=2) as both:
         assert both.wait() == [1, 1]
-        said = both.said(0) + both.said(1)
-        assert said.count("error") == 1 and re.search(f"error.*: process 1 .*{split}", both.said(0)), said
+        printed = both.printed(0) + both.printed(1)
+        assert printed.count("error") == 1 and re.search(f"error.*: process 1 .*{split}", both.printed(0)), printed
 
 
 def test_a_bad_photo_is_named_once_and_the_run_saved(tmp_path):
@@ -225,9 +225,9 @@ def test_a_bad_photo_is_named_once_and_the_run_saved(tmp_path):
     photo.write_bytes(photo.read_bytes()[:200])
     with Processes(tmp_path, train.main, ["--cfg", config, "workers=1", *ENDLESS], count=2) as both:
         assert both.wait() == [1, 1]
-        said = both.said(0) + both.said(1)
-        assert said.count(f"{photo}: damaged") == 1 and "Traceback" not in said, said
-        assert f"iteration 2, in {folder}" in said and saved_iteration(folder) == 2
+        printed = both.printed(0) + both.printed(1)
+        assert printed.count(f"{photo}: damaged") == 1 and "Traceback" not in printed, printed
+        assert f"iteration 2, in {folder}" in printed and saved_iteration(folder) == 2
 
 
 @pytest.mark.parametrize("mine, words", ((["data_root={none}"], r"error.*: data_root {none}.*\(process 1\)"),
@@ -239,8 +239,8 @@ def test_a_mistake_is_printed_once(config, tmp_path, mine, words):
     roots = [str(Path(config).parent / "data"), none if mine else str(Path(config).parent / "data")]
     with Processes(tmp_path, work_on, train.main, argv, roots, count=2) as both:
         assert both.wait() == [1, 1]
-        assert both.said(0).count("\n") == 1 and re.match(words.replace("{none}", none), both.said(0))
-        assert both.said(1) == "" and not (tmp_path / "run").exists()
+        assert both.printed(0).count("\n") == 1 and re.match(words.replace("{none}", none), both.printed(0))
+        assert both.printed(1) == "" and not (tmp_path / "run").exists()
 
 
 def train_until_a_bug(argv: list[str]):
@@ -261,12 +261,12 @@ def test_when_one_process_ends_the_other_ends_with_torchs_message(config, tmp_pa
             both.send(signal.SIGKILL, rank)
         codes = both.wait()
         assert codes[rank] == (-9 if fault == "kill" else 1) and codes[1 - rank] == 1
-        assert f"error in process {1 - rank}: torch.distributed: " in both.said(1 - rank)
-        assert "Traceback" not in both.said(1 - rank)
+        assert f"error in process {1 - rank}: torch.distributed: " in both.printed(1 - rank)
+        assert "Traceback" not in both.printed(1 - rank)
         if fault == "bug":
-            assert "Traceback" in both.said(rank) and "RuntimeError: a bug" in both.said(rank)
+            assert "Traceback" in both.printed(rank) and "RuntimeError: a bug" in both.printed(rank)
         else:
-            assert saved_iteration(folder) >= 2 and "error" not in both.said(rank)
+            assert saved_iteration(folder) >= 2 and "error" not in both.printed(rank)
 
 
 # ---- devices and systems
@@ -338,7 +338,7 @@ def workers(agent: subprocess.Popen) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 def test_a_killed_worker_and_ctrl_c_under_torchrun_change_nothing(config, tmp_path):
     """torchrun restarts and the run resumes; Ctrl-C saves; resumed once more, it is as if uninterrupted."""
-    folder, whole, output = tmp_path / "run", tmp_path / "whole", tmp_path / "output.txt"
+    folder, uninterrupted, output = tmp_path / "run", tmp_path / "uninterrupted", tmp_path / "output.txt"
     argv = ["--cfg", config, "iters=20", "save_every=2", "eval_every=10", "--resume"]
 
     def resumed() -> list[int]:
@@ -355,8 +355,8 @@ def test_a_killed_worker_and_ctrl_c_under_torchrun_change_nothing(config, tmp_pa
         assert agent.wait(60) != 0                         # torchrun's own code
     stopped = int(re.search(r"SIGINT after iteration (\d+); ", output.read_text())[1])
     assert saved_iteration(folder) == stopped < 20
-    for out in (folder, whole):
+    for out in (folder, uninterrupted):
         with Processes(tmp_path, train.main, [*argv, f"out={out}"], count=2) as both:
             assert both.wait() == [0, 0]
-    assert_same_run(folder, whole)
+    assert_same_run(folder, uninterrupted)
     assert len(logged(folder)) == 10 + 2

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sam_vit import SIZES, Attention, SAMViT
 
 TOLERANCE = 1e-5
-SMALL = (48, 8, 3, 5, 12)                                  # odd blocks attend to the whole grid, even ones in windows
+SMALL = (48, 8, 3, 5, 12)                               # odd blocks attend to the complete grid, even blocks in windows
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1) / 255
 STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1) / 255
 

@@ -243,7 +243,8 @@ def free_port() -> int:
 
 
 class Processes:
-    """`count` processes that run `action(*args)` in torchrun's environment, but without its agent, which ends all when one dies."""
+    """`count` processes that run `action(*args)` in torchrun's environment, but without its agent, which ends all when
+    one dies."""
 
     def __init__(self, folder: Path, action, *args, count: int = 1, **environment: str):
         port = free_port()
@@ -273,7 +274,7 @@ class Processes:
             process.join(max(0.0, end - time.monotonic()))
         return [process.exitcode for process in self.all]
 
-    def said(self, rank: int = 0) -> str:
+    def printed(self, rank: int = 0) -> str:
         """Its output, without gloo's lines about connections (torch 2.8)."""
         text = self.outputs[rank].read_text() if self.outputs[rank].exists() else ""
         return re.sub(r"\[Gloo\] Rank \d+ is connected to .*\n", "", text)

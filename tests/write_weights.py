@@ -82,7 +82,8 @@ def save_archive(model: nn.Module, folder: Path):
 def save_open_clip(model: nn.Module, folder: Path, name: str, safe: bool):
     import open_clip
     tokenizer = SimpleNamespace(save_pretrained=lambda _: None)
-    sys.modules["open_clip.push_to_hf_hub"].save_for_hf(model, tokenizer, open_clip.get_model_config(name), folder, safe)
+    config = open_clip.get_model_config(name)
+    sys.modules["open_clip.push_to_hf_hub"].save_for_hf(model, tokenizer, config, folder, safe)
 
 
 def save_hub_bin(model: nn.Module, folder: Path):
@@ -107,7 +108,7 @@ CLIP_FORMATS = {                                           # name -> random mode
     "hub_bin": (transformers_clip, save_hub_bin, "pytorch_model.bin")}
 SAM_FORMATS = {
     "segment_anything": (segment_anything_model,
-                         lambda model, folder: torch.save(model.state_dict(), folder / "sam_vit_b.pth"), "sam_vit_b.pth"),
+                         lambda model, folder: torch.save(model.state_dict(), folder / "sam_b.pth"), "sam_b.pth"),
     "training": (segment_anything_model, save_training, "finetuned.pth"),
     "hub_sam": (transformers_sam, lambda model, folder: model.save_pretrained(folder), ""),
     "hub_sam_bin": (transformers_sam, save_hub_bin, "pytorch_model.bin")}
@@ -135,13 +136,14 @@ def clip_error(name: str, clip: CLIP) -> float:
     pixels = clip.visual.normalize(image)
     if hasattr(peer, "vision_model"):
         out = peer.vision_model(pixels, output_hidden_states=True)
-        f_cls, taps = peer.visual_projection(out.pooler_output), [out.hidden_states[i + 1][:, 1:] for i in (3, 5, 7, 11)]
+        f_cls = peer.visual_projection(out.pooler_output)
+        taps = [out.hidden_states[i + 1][:, 1:] for i in (3, 5, 7, 11)]
         f_txt = peer.text_projection(peer.text_model(tokens).pooler_output)
     else:
-        out = peer.visual.forward_intermediates(pixels, indices=[3, 5, 7, 11], intermediates_only=False, output_fmt="NLC",
-                                                normalize_intermediates=False)
+        out = peer.visual.forward_intermediates(pixels, indices=[3, 5, 7, 11], intermediates_only=False,
+                                                output_fmt="NLC", normalize_intermediates=False)
         f_cls, taps, f_txt = out["image_features"], out["image_intermediates"], peer.encode_text(tokens)
-    ours, our_taps = clip.encode_image(image)
+    ours, our_taps = clip.visual(image)
     return relative_error([ours, clip.encode_text(tokens), *(tap.flatten(1, 2) for tap in our_taps)],
                           [normalize(f_cls, dim=-1), normalize(f_txt, dim=-1), *taps])
 
