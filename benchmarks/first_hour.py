@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None):
     agreement(model, cfg, torch.device(args.device))
     model.cfg = cfg
     cast_frozen(model, cfg.precision)
-    few, many = (1, 4) if args.small else (4, 16)
+    few, many = (2, 4) if args.small else (4, 16)
     for images, checkpointing in ((many, False), (many, True), (few, False), (few, True)):
         training(model, args.device, images, checkpointing, args.rounds)
     switches(model, args.device, many, args.rounds)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import conftest  # noqa: F401                              torchvision beside a CPU-only torch
 from layers import relative_positions
 from sam_vit import SIZES
-from test_clip_vit import MEAN as CLIP_MEAN, STD as CLIP_STD, hugging_face_names, resized
+from test_clip_vit import MEAN as CLIP_MEAN, STD as CLIP_STD, resized
 from test_sam_vit import MEAN, STD, hugging_face, official
 
 TAPS = (3, 5, 7, 11)
@@ -71,6 +71,24 @@ def openai_clip(state: dict[str, Tensor], size: int) -> tuple[nn.Module, Callabl
     return model, run
 
 
+def transformers_clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an image tower under the names of transformers."""
+    names = {"visual.class_embedding": "embeddings.class_embedding", "visual.conv1.": "embeddings.patch_embedding.",
+             "visual.positional_embedding": "embeddings.position_embedding.weight", "visual.ln_pre.": "pre_layrnorm.",
+             "visual.ln_post.": "post_layernorm.", "visual.transformer.resblocks.": "encoder.layers.",
+             "attn.": "self_attn.", "ln_1.": "layer_norm1.", "ln_2.": "layer_norm2.", "c_fc.": "fc1.", "c_proj.": "fc2."}
+    renamed = {"visual_projection.weight": state["visual.proj"].T}
+    for name, tensor in state.items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        if "in_proj_" in name:
+            for part, third in zip("qkv", tensor.chunk(3)):
+                renamed[f"vision_model.{name.replace('in_proj_', f'{part}_proj.')}"] = third
+        elif name != "visual.proj":
+            renamed[f"vision_model.{name}"] = tensor
+    return renamed
+
+
 def hugging_face_clip(state: dict[str, Tensor], size: int, heads: int = 12,
                       taps: tuple[int, ...] = TAPS) -> tuple[nn.Module, Callable]:
     """transformers' image tower, of the sizes of `state`; returns what `openai_clip` does."""
@@ -79,9 +97,8 @@ def hugging_face_clip(state: dict[str, Tensor], size: int, heads: int = 12,
     model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
         patch_size=16, image_size=size, hidden_act="quick_gelu", hidden_size=dim, intermediate_size=4 * dim,
         num_hidden_layers=taps[-1] + 1, num_attention_heads=heads, projection_dim=embed)).eval().requires_grad_(False)
-    text = {name: torch.zeros(1, 1) for name in ("logit_scale", "text_projection")}                 # not loaded
-    fitted = resized({f"visual.{name}": tensor for name, tensor in state.items()} | text, size // 16, size // 16)
-    assert not model.load_state_dict(hugging_face_names(fitted), strict=False).missing_keys
+    fitted = resized({f"visual.{name}": tensor for name, tensor in state.items()}, size // 16, size // 16)
+    model.load_state_dict(transformers_clip_names(fitted))
 
     def run(image: Tensor) -> list[Tensor]:
         out = model(normalized(image, "CLIP"), output_hidden_states=True)

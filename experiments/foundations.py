@@ -262,13 +262,8 @@ def position(image: Tensor) -> Tensor:
     return torch.eye(h * w).view(1, h, w, h * w).expand(len(image), -1, -1, -1)
 
 
-def position_and_pixels(image: Tensor) -> Tensor:
-    patches = F.unfold(image, 16, stride=16).transpose(1, 2).unflatten(1, (image.shape[2] // 16, -1))
-    return torch.cat([patches, position(image)], -1)
-
-
 def probe(folder: Path) -> dict[str, float]:
-    """`explained` for both foundations, for the same encoders with random weights, and for places and pixels."""
+    """`explained` for both foundations, for the same encoders with random weights, and for places."""
     cfg = load_config(None, [*DATA, "vocab=", "sam_weights=", "clip_weights="])
     torch.manual_seed(0)
     sams = {"SAM": load_sam(folder / SAM_FILE, cfg.sam), "SAM, random": SAMViT(*sam_vit.SIZES[cfg.sam])}
@@ -276,7 +271,7 @@ def probe(folder: Path) -> dict[str, float]:
              "CLIP, random": CLIP(*clip_vit.SIZES[cfg.clip], cfg.clip_taps)}
     features = {name: lambda image, sam=sam: sam(image)[-1] for name, sam in sams.items()}
     features |= {name: lambda image, clip=clip: clip.visual(image)[1][-1] for name, clip in clips.items()}
-    features |= {"place of the patch": position, "place and pixels": position_and_pixels}
+    features["place of the patch"] = position
     return {name: explained(function, cfg) for name, function in features.items()}
 
 

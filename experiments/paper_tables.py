@@ -34,14 +34,10 @@ class Row(NamedTuple):
     paper: dict[str, float]
 
 
-def published(pixel: float, mean: float, miou: float) -> dict[str, float]:
-    return dict(zip(SCORES, (pixel, mean, miou)))
-
-
 ROWS = {
-    "clip": Row("CLIP", "ablation/clip", False, published(86.09, 68.01, 51.89)),
-    "sam": Row("SAM", "ablation/sam", False, published(87.20, 69.49, 54.61)),
-    "srm": Row("SAM + CLIP, SRM", "ablation/sam_clip_srm", False, published(89.27, 76.86, 61.85)),
+    "clip": Row("CLIP", "ablation/clip", False, dict(zip(SCORES, (86.09, 68.01, 51.89)))),
+    "sam": Row("SAM", "ablation/sam", False, dict(zip(SCORES, (87.20, 69.49, 54.61)))),
+    "srm": Row("SAM + CLIP, SRM", "ablation/sam_clip_srm", False, dict(zip(SCORES, (89.27, 76.86, 61.85)))),
     "full": Row("SAM + CLIP, SRM, FTM", "lip", False, PUBLISHED["lip", False]),
     "lip": Row("LIP with TTA", "lip", True, PUBLISHED["lip", True]),
     "ppp": Row("PASCAL-Person-Part with TTA", "ppp", True, PUBLISHED["ppp", True]),

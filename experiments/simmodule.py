@@ -11,12 +11,13 @@ All rows are SAM + CLIP with SRM on the foundations of foundations.py; what diff
     first is not better than the second, these runs cannot show what f_sim is worth;
   * Eq. 4 alone: f_cv = 0, so that nothing of CLIP reaches SAM.
 
-Every row is scored twice: as it is, and with the logits of the classes removed that the image does not show. The gain
-is what knowing the classes is still worth to that network. The presence of each class is also read from f_sim itself, as
-the area under the ROC curve (AUC; chance 50).
+Every row is scored twice: as it is, and without the logits of the classes that the image does not show. The gain is
+what knowing the classes is still worth to that network. The area under the ROC curve (AUC; chance 50) tells how well
+the presence of each class can be read from f_sim itself.
 """
 
 import argparse
+import functools
 import math
 from pathlib import Path
 
@@ -85,8 +86,8 @@ class Semantics:
 
 
 def reading(kind: str, f_sim: Tensor) -> Tensor:
-    """Another reading of "the possibility of each category" from the softmax (B, K): its logits are known up to a
-    constant for each image, of which these two do not depend in what they rank."""
+    """Another reading of "the possibility of each category", from the softmax (B, K). Its logits are known up to a
+    constant for each image, which the first reading cancels and the second replaces by their mean."""
     logits = f_sim.clamp(min=1e-12).log()
     if kind == "no_background":
         return torch.cat([torch.zeros_like(f_sim[:, :1]), logits[:, 1:].softmax(1)], 1)
@@ -94,7 +95,7 @@ def reading(kind: str, f_sim: Tensor) -> Tensor:
 
 
 def change(learner: Learner, pairs, kind: str):
-    """Puts the row's f_sim and f_cv in place; the true presence comes with each batch's labels."""
+    """Gives SRM the row's f_sim and f_cv; the true presence comes with each batch's labels."""
     if kind in ("sam", "srm", "full"):
         return
     semantics = learner.model.clip_features = Semantics(learner, pairs, kind)
@@ -105,16 +106,6 @@ def change(learner: Learner, pairs, kind: str):
         return losses(image, label)
 
     learner.losses = with_presence
-
-
-class Change:
-    """`change` of a row, in a form that can be sent to another process."""
-
-    def __init__(self, kind: str):
-        self.kind = kind
-
-    def __call__(self, learner: Learner, pairs):
-        change(learner, pairs, self.kind)
 
 
 @torch.inference_mode()
@@ -193,7 +184,7 @@ def main(argv: list[str] | None = None):
     args.out = (args.out or Path("runs/simmodule_quick" if args.quick else "runs/table6/simmodule")).resolve()
     mark_folder(args.out)
     made = foundations.make(args.out / "foundations" if args.quick else args.out.parent / "foundations", quick=args.quick)
-    jobs = [Job(name, settings(name, seed, args), build=table6.build, change=Change(name), score=score)
+    jobs = [Job(name, settings(name, seed, args), build=table6.build, change=functools.partial(change, kind=name), score=score)
             for seed in args.seeds for name in args.rows]
     records = runner.run_jobs(jobs, args.out)
     lines = [f"{processor()}, torch {torch.__version__}, {runner.PROCESSES} processes of one thread, {args.iters} steps",

@@ -9,8 +9,8 @@ Table 6 (configs/ablation/ with small sizes), and learns other drawn people. The
 residuals and the two initialisations of Eq. 6. Beside them are controls.
 
 All runs of a seed begin with the same values where they have the same parts, see the same images in the same order and, but for "from scratch", take the same number of steps.
-Those train every weight from random initialisation within a budget of CPU time: that of the row `full` of the same
-seed, or that plus the time that making the foundations took; their learning rate follows the time used.
+Those train every weight from random initialisation within the CPU time of the row `full` of the same seed; their
+learning rate follows the time used.
 
 Leaves in --out: table.txt, table6.csv (a line per run), differences.csv, a file for each run. A finished run is kept:
 the same command continues with the missing ones.
@@ -52,7 +52,6 @@ class Row:
     minus: tuple[str, ...] = ()                            # the rows it is compared with
     weights: tuple[str, ...] = ("sam", "clip")             # foundations that are loaded; the others are random
     time_of: str = ""                                      # the row whose CPU time is its budget; "": cfg.iters steps
-    pretraining: bool = False                              # adds the time of the foundations to that budget
 
 
 FULL, EQ_6 = "lip", ("ftm.first", "ftm.second", "ftm.third")
@@ -70,8 +69,6 @@ ROWS = {
     "random_clip": Row("SRM, CLIP random", "ablation/sam_clip_srm", minus=("srm", "sam"), weights=("sam",)),
     "scratch": Row("from scratch, the same time", FULL, ("freeze=false",), minus=("full", "printed_torch"), weights=(),
                    time_of="full"),
-    "scratch_long": Row("from scratch, time of pretraining added", FULL, ("freeze=false",), weights=(),
-                        time_of="full", pretraining=True),
 }
 TITLES = {name: row.title for name, row in ROWS.items()}
 PAPER = {"clip": 51.89, "sam": 54.61, "srm": 61.85, "full": 62.98, "printed_torch": 62.98}      # mIoU on LIP, Table 6
@@ -99,7 +96,7 @@ def settings(name: str, seed: int, args: argparse.Namespace) -> Config:
         *args.overrides, f"seed={seed}"])
 
 
-def train_rows(args: argparse.Namespace, made: dict) -> list[dict]:
+def train_rows(args: argparse.Namespace) -> list[dict]:
     """The records of all rows and seeds. Rows with a budget of time come after the rows that it is taken from."""
     def job(name: str, seed: int, seconds: float = math.inf) -> Job:
         return Job(name, settings(name, seed, args), seconds, build=build)
@@ -109,10 +106,8 @@ def train_rows(args: argparse.Namespace, made: dict) -> list[dict]:
     first += [ROWS[name].time_of for name in timed if ROWS[name].time_of not in first]
     records = runner.run_jobs([job(name, seed) for seed in args.seeds for name in first], args.out)
     used = {(record["name"], record["seed"]): record["looks"][-1]["seconds"] for record in records}
-    pretraining = sum(one["seconds"] for one in made.values())
     return records + runner.run_jobs([
-        job(name, seed, used[ROWS[name].time_of, seed] + pretraining * ROWS[name].pretraining)
-        for seed in args.seeds for name in timed], args.out)
+        job(name, seed, used[ROWS[name].time_of, seed]) for seed in args.seeds for name in timed], args.out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -159,7 +154,7 @@ def main(argv: list[str] | None = None):
     args.out = (args.out or Path("runs/table6_quick" if args.quick else "runs/table6")).resolve()
     mark_folder(args.out)
     made = foundations.make(args.out / "foundations", quick=args.quick)
-    report(train_rows(args, made), made, args)
+    report(train_rows(args), made, args)
 
 
 if __name__ == "__main__":
