@@ -83,8 +83,8 @@ class Config:
     ftm_tokens: Width = 100                                # m of Eq. 5; Rein
     ftm_ratio: Scale = 0.25                                # Eq. 6's bottleneck; ours: as srm_ratio
     ftm_scale_logits: bool = False                         # Eq. 5 prints no 1/sqrt(C); Rein has it
-    ftm_residual: Annotated[str, "f", "f'"] = "f'"         # Eq. 6: Rein's; "f": as printed; tokens then barely train
-    ftm_init: Annotated[str, "zero", "torch"] = "zero"     # Eq. 6's MLPs: trunc-normal and a zero third, or nn.Linear's
+    ftm_residual: Annotated[str, "f", "f'"] = "f"          # Eq. 6: as printed; "f'": as Rein
+    ftm_init: Annotated[str, "zero", "torch"] = "torch"    # Eq. 6's MLPs: nn.Linear's; "zero": the third begins at 0
     rho_init: Weight = 1e-3                                # Eq. 5: "begins from a very small value"; Rein
     prior_dim: Width = 64                                  # ViT-Adapter-L: spatial prior's first width
     deform_heads: Width = 16                               # ViT-Adapter-L

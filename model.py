@@ -93,13 +93,13 @@ class FTM(nn.Module):
         self.second = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
         self.third = nn.Linear(hidden, dim)
         self.logit_scale = dim ** -0.5 if scale_logits else 1.0    # Eq. 5: none; Rein: 1/sqrt(C)
-        self.residual = residual                        # Eq. 6 prints f_i: tokens hardly learn then
+        self.residual = residual                        # Eq. 6 prints f_i; Rein has f'_i
         init_linears(self)
         for mlp in (self.value, self.out):  # Rein leaves these two at torch's default
             mlp.reset_parameters()
         if init == "zero":
-            _zero(self.third)  # at the start SAM's features pass, but for rho
-        else:                  # Eq. 6 not zero: as printed, Eq. 5 trains then too
+            _zero(self.third)  # SAM's features pass at first; with f_i, Eq. 5 then hardly learns
+        else:
             for mlp in (self.first, *self.second, self.third):
                 mlp.reset_parameters()
 
@@ -109,7 +109,7 @@ class FTM(nn.Module):
         logits = self.logit_scale * matmul_fp32(f, self.tokens[i].T)                  # (B, h, w, m)
         f_prime = self.rho * (logits.softmax(-1) @ values) + f                        # Eq. 5: f'_i
         squeezed = F.gelu(self.second[i](F.gelu(self.first(f_prime))))              # (B, h, w, C/4)
-        residual = f if self.residual == "f" else f_prime                             # f': Rein's
+        residual = f if self.residual == "f" else f_prime
         return self.third(squeezed) + residual                                        # Eq. 6: f''_i
 
 

@@ -81,9 +81,9 @@ def test_a_trained_networks_settings_cannot_be_changed(saved, override):
 
 
 def test_settings_that_can_be_changed(saved):
-    again, _ = restore(saved, "base_size=64", "lr=6e-4", "ftm_residual=f", "precision=bf16", "data_root=/else")
+    again, _ = restore(saved, "base_size=64", "lr=6e-4", "ftm_residual=f'", "precision=bf16", "data_root=/else")
     cfg = again.cfg
-    assert (cfg.base_size, again.ftm.residual, cfg.precision, cfg.data_root) == (64, "f", "bf16", "/else")
+    assert (cfg.base_size, again.ftm.residual, cfg.precision, cfg.data_root) == (64, "f'", "bf16", "/else")
     other, labels = restore(saved, "dataset=lip", "flip_pairs=[]")       # other photos, the network's classes
     assert other.cfg.dataset == "lip" and labels == LABELS
     with pytest.raises(UserError, match="'lrr=1'"):

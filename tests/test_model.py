@@ -112,10 +112,11 @@ def test_eqs_5_and_6_ftm(scale_logits, residual, init):
                 torch.testing.assert_close(out[b, 0, x], torch.tensor(expected, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("changes, bound", [({"ftm_residual": "f"}, 0), ({"rho_init": 0.0}, 0), ({}, 5e-3)])
+@pytest.mark.parametrize("changes, bound", [({"ftm_residual": "f"}, 0), ({"ftm_residual": "f'", "rho_init": 0.0}, 0),
+                                             ({"ftm_residual": "f'"}, 5e-3)])
 def test_an_untrained_network_passes_sams_features(monkeypatch, changes, bound):
-    """Unchanged, except for rho of Eq. 5, where Eq. 6 adds f'_i: to within a fraction of their norm."""
-    model = small(**changes).eval()
+    """From zero: unchanged, except for rho of Eq. 5, where Eq. 6 adds f'_i: to within a fraction of their norm."""
+    model = small(ftm_init="zero", **changes).eval()
     with torch.no_grad():
         for p in model.sam.parameters():
             p.add_(0.1 * torch.randn_like(p))
