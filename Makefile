@@ -37,10 +37,9 @@ demo: $(VENV)/run
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 train.py
 	$(BIN)/python -m synthetic.draw --out runs/demo/drawings --count 6
 	$(BIN)/python predict.py --run runs/demo --out runs/demo/parsed runs/demo/drawings
-	$(BIN)/python evaluate.py --run runs/demo
 	$(BIN)/python evaluate.py --run runs/demo --tta
-	@echo "Done: a small SCHNet, trained on drawn people and scored on others, without (first table) and with TTA (second)."
-	@echo "Its encoders are small, random and trained along: neither SAM nor CLIP. It shows that the code works."
+	@echo "Done: a small SCHNet, trained on drawn people, scored on others: without TTA at its last iteration, with TTA in the table."
+	@echo "Its encoders are small, randomly initialised and trained with the rest: neither SAM nor CLIP."
 	@echo "Look at runs/demo/: curves.png, validation.png, parsed/overlays/, evaluation_tta/. Next: docs/data.md"
 
 test: $(VENV)/dev

@@ -8,7 +8,7 @@
 
 Prints per-class IoU in the order of the paper's Table 1 (for LIP beside the paper's numbers), pixel accuracy, mean
 accuracy and mIoU; leaves results.json, the confusion matrix and the best and worst images under runs/<run>/evaluation...,
-whose name says what differs from the plain evaluation. The best checkpoint was chosen by its score on the validation set:
+with what differs from the plain evaluation in its name. The best checkpoint was chosen by its score on the validation set:
 where that set is scored, last.pt is scored too.
 """
 
@@ -76,7 +76,7 @@ def evaluate_split(model: SCHNet, pairs: PairSet | DrawnSet, num_classes: int, w
                    scales: Sequence[float] = (1.0,), flip_pairs: Sequence[tuple[int, int]] | None = None, batch: int = 4,
                    progress: bool = False,
                    interrupted: Callable[[], bool] = lambda: False) -> tuple[Tensor, list[tuple[float, int]]]:
-    """The confusion matrix (K, K) over a whole set and (mIoU, index) of each image, the same on every process.
+    """The confusion matrix (K, K) over a complete set and (mIoU, index) of each image, the same on every process.
 
     Images go through the network in the same batches of `batch` however many processes share the work, each batch on
     one of them: sharded evaluation is exact. Stops early when `interrupted()` is true.
@@ -127,7 +127,7 @@ def open_labelled(model: SCHNet, labels: LabelSet, path: Path, split: str) -> Pa
 
 
 def results_name(args: argparse.Namespace, cfg: Config, trained: Config) -> str:
-    """The name of the results' folder says what differs from the plain evaluation of a run."""
+    """The name of the results' folder: "evaluation" and what differs from the plain evaluation of a run."""
     changed = [key for key in OVERRIDABLE - NO_EFFECT if getattr(cfg, key) != getattr(trained, key)]
     if "precision" not in parse_overrides(args.overrides):               # a CPU's fp32 is no choice of the user's
         changed = [key for key in changed if key != "precision"]

@@ -133,15 +133,11 @@ def _translate(model: Deployed, size: tuple[int, int]):
     batch = torch.export.Dim("batch", min=1, max=1024)
     for name in ("torch.onnx", "onnxscript"):              # about their own steps, nothing a user can act on
         logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                model, (image,), dynamo=True, opset_version=OPSET, input_names=["image"],
-                output_names=["probabilities"], dynamic_shapes={"image": {0: batch}}, optimize=False, verbose=False)
-    except torch.onnx.OnnxExporterError as error:
-        cause = error.__cause__ or error
-        raise UserError(f"torch.onnx cannot translate the network: {str(cause).strip().splitlines()[0]}") from error
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model, (image,), dynamo=True, opset_version=OPSET, input_names=["image"],
+            output_names=["probabilities"], dynamic_shapes={"image": {0: batch}}, optimize=False, verbose=False)
     optimizer.inline(program.model)
     optimizer.fold_constants(program.model)
     optimizer.remove_unused_nodes(program.model)
@@ -160,7 +156,7 @@ def metadata(cfg, labels: LabelSet, source: Path, size: tuple[int, int]) -> dict
 
 @torch.inference_mode()
 def check(model: Deployed, path: Path, size: tuple[int, int]) -> tuple[float, float]:
-    """onnxruntime against PyTorch on a drawn figure, on noise, and on both at once."""
+    """onnxruntime against PyTorch on a drawn person, on noise, and on both at once."""
     noise = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     images = np.stack([draw(0, 0, size)[0], noise])
     run, difference, same = session(path).run, 0.0, []

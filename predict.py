@@ -64,9 +64,9 @@ class Parser:
     `run`: a folder or checkpoint, None for the newest run. `tta`: average over scales and flips. `size`: the long side of
     a photo as the network sees it. `class_map`: a file that merges the network's classes (files/labels.py); `labels`,
     `classes` and `palette` are those of the results. `overrides` of the run's config: ["precision=bf16"].
-    A `UserError` says what is wrong with a run or a photo.
+    A `UserError` reports what is wrong with a run or a photo.
 
-    A photo is a path, the bytes of a file, an open file, a PIL image or an RGB array; label maps lie on its pixels as
+    A photo is a path, the bytes of a file, an open file, a PIL image or an RGB array; label maps have its pixels as
     `read` returns them: as a viewer shows them, turned by the EXIF orientation that a file or a PIL image has.
 
     Threads may share a Parser: a lock lets one at a time through the network, photos are read outside it.
@@ -89,7 +89,7 @@ class Parser:
 
     @staticmethod
     def read(photo: Photo) -> np.ndarray:
-        """The pixels of a photo, RGB (H, W, 3) uint8, on which label maps lie."""
+        """The pixels of a photo, RGB (H, W, 3) uint8, that label maps belong to."""
         if isinstance(photo, Image.Image):
             return as_shown(photo)
         if isinstance(photo, str | Path):

@@ -2,7 +2,7 @@
 
 Photos: JPEG, PNG, WebP, BMP in any colour mode (to be parsed: many more formats), as RGB uint8 (H, W, 3). Labels: 8-bit
 PNG, grey or palette, whose pixel values are class numbers, as uint8 (H, W). Pillow decodes all of them: OpenCV takes two
-thirds of the time for a JPEG, but returns one that was cut off as if it were whole, and knows no palette's numbers.
+thirds of the time for a JPEG, but returns one that was cut off as if it were complete, and knows no palette's numbers.
 """
 
 import errno
@@ -40,10 +40,10 @@ T = TypeVar("T")
 LABEL_KINDS = ("L", "P", "P;1", "P;2", "P;4")
 TO_8_BITS = {"1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}        # what Pillow multiplies their values by
 
-# Pillow's limits against small files that unpack into all of the memory hold for a whole process, its threads and forks.
+# Pillow's limits against small files that unpack into all of the memory hold for the complete process, its threads and forks.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2                   # it refuses twice as many, and would warn from here on
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY           # image generators keep a whole workflow in one
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY           # image generators keep a workflow in one
 
 
 def read_photo(source: str | Path | bytes, formats: tuple[str, ...] = PHOTO_FORMATS) -> np.ndarray:

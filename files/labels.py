@@ -136,11 +136,11 @@ def label_fault(stats: LabelStats, classes: Sequence[str]) -> str:
 def label_warning(stats: LabelStats, classes: Sequence[str]) -> str:
     """A warning if labels may not be what they should be; "" if they look right."""
     seen = np.count_nonzero(stats.counts[:len(classes)])
-    if len(classes) >= 8 and stats.labels >= 8 and stats.numbered > 0.9 * stats.labels:
-        return "each label holds the values 1, 2, ... without a gap: are they numbers of persons (Human_ids)?"
     if len(classes) > 2 and stats.edges and stats.between > 0.08 * stats.edges:
         return (f"{stats.between / stats.edges:.0%} of the edges between two classes show a class between them: were the labels "
                 "resized with interpolation? Use nearest neighbour")
+    if len(classes) >= 8 and stats.labels >= 8 and stats.numbered > 0.9 * stats.labels:
+        return "each label holds the values 1, 2, ... without a gap: are they numbers of persons (Human_ids)?"
     if len(classes) >= 6 and 2 * seen < len(classes):
         return f"only {seen} of {len(classes)} classes occur: are these the right labels?"
     return ""

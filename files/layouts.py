@@ -60,17 +60,16 @@ def find_split(cfg: Config, split: str) -> Place:
     root = Path(os.path.abspath(cfg.data_root))
     with reading(f"data_root {root}", "folder", ": set it with data_root=/path/to/it"):
         os.scandir(root).close()
-    images_at, labels_at, lists_at = _candidates(cfg, split)
-    images = _first(root, images_at, os.path.isdir)
-    labels = _first(root, labels_at, os.path.isdir)
-    listing = _first(root, lists_at, os.path.isfile)
-    if images is None:
-        raise UserError(_missing(root, images_at, f"{split} photos"))
-    if labels is None:
-        raise UserError(_missing(root, labels_at, f"{split} labels"))
-    shared = images.name in ("Images", "JPEGImages") and images.parent.name not in ("Training", "Validation")
-    if listing is None and (lists_at if cfg.dataset == "custom" else shared):    # shared: both splits in one folder
-        raise UserError(_missing(root, lists_at, f"list of {split} names"))
+    kinds = ("photos", "labels", "list of names")
+    places = _candidates(cfg, split)
+    images, labels, listing = (_first(root, some, exists)
+                               for some, exists in zip(places, (os.path.isdir, os.path.isdir, os.path.isfile)))
+    shared = images and images.name in ("Images", "JPEGImages") and images.parent.name not in ("Training", "Validation")
+    needs_list = places[2] if cfg.dataset == "custom" else shared        # shared: both splits in one folder
+    for kind, some, path in zip(kinds, places, (images, labels, listing)):
+        if path is None and (kind != kinds[2] or needs_list):
+            raise UserError(f"data_root {root}: no {split} {kind}; looked for {', '.join(some)}, and the same below "
+                            f"{root.name}/")
     return Place(root, images, labels, listing)
 
 
@@ -87,10 +86,6 @@ def _candidates(cfg: Config, split: str) -> tuple[tuple[str, ...], ...]:
 def _first(root: Path, places: tuple[str, ...], exists) -> Path | None:
     bases = (root, root / root.name)                       # archives often unpack into a folder of their own name
     return next(filter(exists, (Path(os.path.normpath(base / place)) for base in bases for place in places)), None)
-
-
-def _missing(root: Path, places: tuple[str, ...], what: str) -> str:
-    return f"data_root {root}: no {what}; looked for {', '.join(places)}, and the same below {root.name}/"
 
 
 def match_files(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
@@ -137,11 +132,8 @@ def _listed(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
     folder above that up to data_root, or the list's own, the first of them that has it. A photo alone has the label of
     its own path.
     """
-    try:
-        with reading(place.listing, "list of names"):
-            lines = place.listing.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place.listing}: is not a list of names ({error})") from None
+    with reading(place.listing, "list of names"):
+        lines = place.listing.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     photos, labels = _Finder(place, place.images, PHOTO_SUFFIXES), _Finder(place, place.labels, LABEL_SUFFIXES)
     pairs, faults, first = [], [], {}
     for number, line in enumerate(lines, 1):
@@ -158,17 +150,9 @@ def _listed(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
 def _pair(line: str, photos: "_Finder", labels: "_Finder") -> tuple[str, Path, Path]:
     both = None if photos.find(line) else TWO_PATHS.fullmatch(line)      # a name may have a blank
     photo = photos.only(line if both is None else both[1])
-    below = next((folder for folder in (photos.below, photos.below.resolve()) if photo.is_relative_to(folder)), None)
-    name = photo.relative_to(below or photo.anchor).with_suffix("").as_posix()
-    if both:
-        label = labels.only(both[2])
-    elif below:
-        label = labels.only(f"{name}.png", above=False)
-    else:
-        raise UserError(f"{photo} is not below {photos.below}: name its label behind it")
-    if label == photo:
-        raise UserError(f"{photo} would be photo and label at once")
-    return name, photo, label
+    below = next((folder for folder in (photos.below, photos.below.resolve()) if photo.is_relative_to(folder)), photo.anchor)
+    name = photo.relative_to(below).with_suffix("").as_posix()
+    return name, photo, labels.only(both[2]) if both else labels.only(f"{name}.png", above=False)
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ import fast
 import inference
 from config import Config, from_dict
 from errors import UserError
-from files.labels import LABEL_SETS, distinct_colours, label_set, load_class_map
+from files.labels import IGNORE_GREY, LABEL_SETS, distinct_colours, label_set, load_class_map
 
 MAPS = Path(__file__).parents[1] / "configs" / "maps"
 LIP, CIHP, PPP = (LABEL_SETS[name] for name in ("lip", "cihp", "ppp"))
@@ -61,6 +61,7 @@ def test_generated_colours_are_distinct(count):
     colours = np.array(distinct_colours(count), float)
     apart = np.linalg.norm(colours[:, None] - colours[None], axis=2) + 999 * np.eye(count)
     assert colours.shape == (count, 3) and apart.min() > (60 if count <= 20 else 25) and not colours[0].any()
+    assert np.abs(colours - IGNORE_GREY).max(1).min() > 25               # ignored pixels are hatched in two greys near it
 
 
 # ---- the ready maps
@@ -79,6 +80,9 @@ def test_ready_maps_are_the_published_tables(labels):
     others = {"Upper-clothes": {"Coat", "Glove"}, "Pants": {"Socks"}, **tenth}
     assert names == [{name} & set(labels.classes) | others.get(name, set()) for name in ATR]
     assert classes["atr"] == ATR and palettes["atr"] == voc_colours(18)
+    neck = [10] if labels is CIHP else []                  # label 18, which OOTDiffusion and IDM-VTON repaint
+    expected = [[k for k in sources if k not in neck] for sources in merges["atr"]]
+    assert merges["ootd"] == [*expected, neck] and classes["ootd"] == [*ATR, "Neck"] and palettes["ootd"] == voc_colours(19)
     assert classes["tryon"] == TRYON and merges["tryon"] == FROM_TRYON and palettes["tryon"] == voc_colours(14)
     neck, suit = ([10], []) if labels is CIHP else ([], [10])
     expected = [[0, *neck], *FROM_VITON_HD[1:3], [5, 6, 7, *suit], *FROM_VITON_HD[4:]]

@@ -73,7 +73,7 @@ def test_real_samples(name, split, photo, values, shape):
 @pytest.mark.parametrize("name, missing, says", [
     ("lip", "train_images", ["train photos", "TrainVal_images/TrainVal_images/train_images", "train_images"]),
     ("cihp", "Training/Category_ids", ["train labels", f"{NEST}/Training/Category_ids"]),
-    ("ppp", "pascal_person_part_trainval_list", ["train names", "list/train_id.txt"])])
+    ("ppp", "pascal_person_part_trainval_list", ["train list of names", "list/train_id.txt"])])
 def test_a_missing_folder_is_reported_with_all_places(tmp_path, name, missing, says):
     for folder in {"lip": LAYOUTS[0], "cihp": LAYOUTS[9], "ppp": LAYOUTS[12]}[name][1:3]:
         if folder != missing:

@@ -44,7 +44,7 @@ def test_inputs_are_found_once_by_folder_pattern_and_name(here: Path):
 @pytest.mark.parametrize("first, second, arguments", [
     ("p/a.jpg", "q/a.jpg", ["p/a.jpg", "q/a.jpg"]), ("p/a.jpg", "q/a.jpg", ["p", "q"]),
     ("p/a.jpg", "q/A.jpg", ["*/*.jpg"]), ("p/a.jpg", "p/a.png", ["p"]),
-    ("p/x/a.mp4", "q/x/a.avi", ["p", "q"]), ("p/x/a.jpg", "x/a.jpg", ["p", "."])])
+    ("p/x/a.mp4", "q/x/a.avi", ["p", "q"]), ("p/x/a.jpg", "x/a.jpg", ["p", "."]), ("p/\u00e9.jpg", "q/e\u0301.jpg", ["p", "q"])])
 def test_two_files_that_would_get_one_name_are_refused(here: Path, first: str, second: str, arguments: list[str]):
     for name in (first, second):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -56,8 +56,9 @@ def test_two_files_that_would_get_one_name_are_refused(here: Path, first: str, s
 
 def test_what_is_not_parsed_is_counted(parse, here: Path, monkeypatch, capsys):
     """Results of other calls, system folders, pipes, folders matched by a pattern, files that are not photos."""
-    for name in ("x.png", "@eaDir/x.png", "sub/$RECYCLE.BIN/y.png", "sub/y.png"):
+    for name in ("x.png", "@eaDir/x.png", "sub/$Recycle.Bin/y.png", "sub/y.png"):
         save(name)
+    assert found("**/*.png") == ["y", "x"]                 # sub/y.png, x.png
     assert parse("x.png", "sub", "--masks") == 0 and files("predictions/labels") == ["x.png", "y.png"]
     assert parse(".", "--tta", "--out", "sub/tta") == 0 and files("sub/tta/labels") == ["sub/y.png", "x.png"]
     os.symlink("predictions", "link")
@@ -69,8 +70,8 @@ def test_what_is_not_parsed_is_counted(parse, here: Path, monkeypatch, capsys):
     assert parse(".", "pipe.jpg", "sub/*", "predictions/labels/*", "--out", "all") == 1
     printed = capsys.readouterr()
     assert files("all/labels") == ["sub/y.png", "x.png"] and "gone.png: a link to nowhere" in printed.err
-    for words in (r"named pipe \(pipe.jpg\)", r"named pipe \(./pipe.jpg\)", "@eaDir: ", "predictions: results",
-                  "null.png", r"folder \(sub/tta\)", "2 results of", "1 without ext"):
+    for words in (r"named pipe or device \(pipe.jpg\)", r"device \(./pipe.jpg\)", "@eaDir: ", "predictions: results", "null.png",
+                  r"folder \(sub/tta\)", "2 results of", "1 without ext"):
         assert re.search(f"ignored: .*{words}", printed.out), words
     assert parse("predictions/labels/x.png", "--out", "again") == 1      # by its name, too
 
@@ -161,10 +162,16 @@ def test_what_was_not_written_here_is_never_replaced(parse, here: Path, capsys, 
 
 
 @pytest.mark.parametrize("keeps_text", [False, True])
-def test_label_maps_edited_by_hand_are_never_replaced(parse, here: Path, capsys, keeps_text: bool):
+def test_labels_and_masks_edited_by_hand_are_never_replaced(parse, here: Path, capsys, keeps_text: bool):
     save("x.png")
     clip("v.avi", 2)
     assert parse("x.png", "v.avi", "--out", "out", "--frames") == 0
+    if keeps_text:
+        assert parse("x.png", "--out", "masks", "--masks") == 0
+        edited = 255 - read("masks/masks/x/03_Glove.png")
+        save("masks/masks/x/03_Glove.png", edited)
+        assert parse("x.png", "--out", "masks", "--masks") == parse("x.png", "--tta", "--out", "masks") == 1
+        assert (read("masks/masks/x/03_Glove.png") == edited).all() and capsys.readouterr().err.count("03_Glove") == 2
     for name in ("out/labels/x.png", "out/labels/v.avi/000002.png"):
         with Image.open(name) as image:
             text, edited = PngInfo(), image.copy()
@@ -269,7 +276,7 @@ def test_a_photo_may_be_a_path_bytes_a_file_an_image_or_an_array(parser: Parser,
     white = photo(50, 70)
     white[:, 40:] = 255
     assert (parser.parse(clear) == parser.parse(white)).all() and clear.mode == "RGBA"     # the caller's is unchanged
-    for wrong, words in ((photo(5, 5)[..., 0], "RGB.*5, 5"), (photo(5, 5) / 255, "float64"), ("no.png", "no such file"),
+    for wrong, words in ((photo(5, 5)[..., 0], "RGB.*5, 5"), (photo(5, 5) / 255, "float64"), ("no.png", "No such file"),
                          (Image.new("F", (5, 5)), "'s F"), (3, "not int"), ({"x.png"}, "not set"), (b"x", "photo"),
                          (np.zeros((0, 4, 3), np.uint8), "RGB")):
         for take in (parser.parse, parser.probabilities):
@@ -326,5 +333,6 @@ def test_the_example_of_the_docstring_and_overlays(small: Path, parser: Parser, 
     drawn = pictures.overlay(original, label, parser.palette)
     assert np.array_equal(parser.overlay("photo.jpg", label), pictures.with_legend(
         drawn, parser.classes, parser.palette, pictures.present(label)))
+    assert np.array_equal(parser.overlay(original, label.astype(int)), parser.overlay("photo.jpg", label))
     with pytest.raises(UserError, match="70.*50"):
         parser.overlay(original, label.T)

@@ -121,7 +121,7 @@ def text_width(text: str, size: int) -> int:
 
 
 def draw_text(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, size: int, anchor: str = "lm", colour=INK):
-    """One line of text; `anchor` says where in it the point (x, y) lies: l, m, r across, m down."""
+    """One line of text; `anchor` says where in it the point (x, y) is: l, m, r across, m down."""
     text = _drawable(text)
     draw.text((x, y), text, fill=colour, font=font(text, size), anchor=anchor)
 
@@ -195,7 +195,7 @@ def sheet(rows: Sequence[Sequence[np.ndarray | None]], titles: Sequence[str] = (
           captions: Sequence[str | Sequence[str]] = (), height: int = 240) -> np.ndarray:
     """Rows of pictures of any sizes (None: an empty cell), each fitted into `height` x 1.5 `height` pixels.
 
-    `titles` head the columns. `captions` stand under the rows: a text for each row, or several, evenly spread over its
+    `titles` head the columns. `captions` are below the rows: a text for each row, or several, evenly spread over its
     columns. All are wrapped to fit.
     """
     size, gap = max(13, height // 16), max(8, height // 24)
@@ -239,7 +239,7 @@ def _fit(picture: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# files: a name appears only when the file is whole
+# files: a name appears only when the file is complete
 
 def save_png(path: str | Path, rgb: np.ndarray):
     _save(path, Image.fromarray(np.ascontiguousarray(rgb)), format="PNG")

@@ -126,7 +126,7 @@ def _number(value: float) -> str:
 
 
 def _line(pixels: np.ndarray, x: np.ndarray, y: np.ndarray, colour: Sequence[int], width: int = 1):
-    """A smooth line through the points; a gap where y is NaN, a dot where a point stands alone."""
+    """A smooth line through the points; a gap where y is NaN, a dot at a point without neighbours."""
     finite = np.isfinite(y)
     for run in np.split(np.stack([x, y], 1), np.flatnonzero(np.diff(finite)) + 1):
         if not len(run) or not np.isfinite(run[0, 1]):

@@ -49,10 +49,7 @@ def table(result: dict, labels: LabelSet, tta: bool) -> str:
             line += f"   paper {paper[key]:.2f} ({_difference(result[key], paper[key])})"
         lines.append(line)
     shown = [name for name, acc in zip(labels.classes, result["acc"]) if not math.isnan(acc)]
-    if len(shown) < 2 <= len(labels.classes):
-        lines.append(f"warning: the labels show {' '.join(shown) or 'no class'} alone, so that these scores say nothing; "
-                     "255 is ignored and no class (python datasets.py looks at every label)")
-    elif len(shown) < len(labels.classes):
+    if len(shown) < len(labels.classes):
         absent = [name for name in labels.classes if name not in shown]
         lines.append(f"note: {len(shown)} of {len(labels.classes)} classes occur in the labels, without "
                      f"{', '.join(absent)}")

@@ -1,0 +1,127 @@
+"""The paper's Tables 1 to 6 beside this project's results, which it trains and scores where asked.
+
+    python experiments/paper_tables.py                             tables from the results.json files below runs/
+    python experiments/paper_tables.py --train --gpus 4            first trains and scores what is missing, in all rows
+    python experiments/paper_tables.py --train --rows clip sam srm full seed=1 --runs runs/seed1        Table 6 alone
+
+`key=value` goes to train.py, as in data_root=/data/LIP. A run that was interrupted is resumed, a finished one is scored,
+a score that exists is kept. Where best.pt was chosen by its score on the very images that are scored, the number shown
+is that of last.pt, and best.pt's stands beside it. Tables 4 and 5 and half of Tables 1 to 3 are with --tta. The hours
+are those that a run recorded; other methods' rows are in the paper.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from runner import ROOT
+
+from config import user_path
+from errors import UserError, run_program
+from files.labels import LABEL_SETS
+from viz.reports import PUBLISHED
+
+SCORES = "pixel_acc", "mean_acc", "miou"
+
+
+class Row(NamedTuple):
+    title: str
+    config: str                                            # of configs/; the run has its name
+    tta: bool
+    paper: dict[str, float]
+
+
+def published(pixel: float, mean: float, miou: float) -> dict[str, float]:
+    return dict(zip(SCORES, (pixel, mean, miou)))
+
+
+ROWS = {
+    "clip": Row("CLIP", "ablation/clip", False, published(86.09, 68.01, 51.89)),
+    "sam": Row("SAM", "ablation/sam", False, published(87.20, 69.49, 54.61)),
+    "srm": Row("SAM + CLIP, SRM", "ablation/sam_clip_srm", False, published(89.27, 76.86, 61.85)),
+    "full": Row("SAM + CLIP, SRM, FTM", "lip", False, PUBLISHED["lip", False]),
+    "lip": Row("LIP with TTA", "lip", True, PUBLISHED["lip", True]),
+    "ppp": Row("PASCAL-Person-Part with TTA", "ppp", True, PUBLISHED["ppp", True]),
+    "cihp": Row("CIHP with TTA", "cihp", True, PUBLISHED["cihp", True]),
+}
+TABLES = {"Table 6: LIP, single scale": ("clip", "sam", "srm", "full"), "Table 2: LIP": ("full", "lip"),
+          "Table 4: PASCAL-Person-Part": ("ppp",), "Table 5: CIHP": ("cihp",)}
+TRAINING = {"lip": "4 A5000, 17 hours"}                    # Table 3
+
+
+def results(row: Row, runs: Path) -> Path:
+    return runs / row.config / ("evaluation_tta" if row.tta else "evaluation") / "results.json"
+
+
+def read(row: Row, runs: Path) -> dict | None:
+    path = results(row, runs)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def complete(row: Row, args: argparse.Namespace):
+    """Trains a row, or resumes its training, and scores it."""
+    run, overrides = args.runs / row.config, [*args.overrides, f"out={args.runs / row.config}"]
+    for program, *options in (("train.py", "--cfg", f"{ROOT}/configs/{row.config}.yaml", "--resume", *overrides),
+                              ("evaluate.py", "--run", str(run), *["--tta"] * row.tta)):
+        print(f"\n{program} {' '.join(options)}", flush=True)
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(args.gpus)] if args.gpus > 1 else []
+        if code := subprocess.run([sys.executable, *launcher, str(ROOT / program), *options]).returncode:
+            raise UserError(f"{program} ended with exit code {code}")
+
+
+def line(row: Row, runs: Path) -> str:
+    """A row: the paper's scores, and those of the network that was not chosen on the scored images."""
+    text = f"{row.title:30}" + "".join(f"{row.paper[key]:8.2f}" if key in row.paper else f"{'-':>8}" for key in SCORES)
+    record = read(row, runs)
+    if record is None:
+        return text + "   not run"
+    shown = record["last"] or record
+    text += "  " + "".join(f"{100 * shown[key]:8.2f}" for key in SCORES)
+    text += f"{100 * shown['miou'] - row.paper['miou']:+10.2f}   iteration {shown['iteration']}"
+    return text + (f"; best.pt, chosen here: {100 * record['miou']:.2f}" if record["last"] else "")
+
+
+def class_table(runs: Path) -> list[str]:
+    """Table 1: the paper and here, single scale and with TTA."""
+    columns = [(ROWS[name].paper["iou"], (read(ROWS[name], runs) or {}).get("classes", {})) for name in ("full", "lip")]
+    background, *others = LABEL_SETS["lip"].classes
+    lines = ["", f"{'Table 1: IoU of the classes':30}{'paper':>8}{'here':>8}{'TTA':>8}{'here':>8}"]
+    for place, name in enumerate([*others, background]):
+        cells = [f"{paper[place]:8.2f}" + (f"{100 * found[name]['iou']:8.2f}" if name in found else f"{'-':>8}")
+                 for paper, found in columns]
+        lines.append(f"{name:30}" + "".join(cells))
+    return lines
+
+
+def training_table(runs: Path) -> list[str]:
+    lines = ["", "Table 3: training"]
+    for name, row in ROWS.items():
+        if (record := read(row, runs)) and not row.tta or name in ("lip", "ppp", "cihp"):
+            here = f"{record['training']['machine']}, {record['training']['hours']:.1f} hours" if record else "not run"
+            lines.append(f"{row.config:30}{here}; the paper: {TRAINING.get(name, '-')}")
+    return lines
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", action="store_true", help="train and score what has no results.json")
+    parser.add_argument("--gpus", type=int, default=1, help="processes of a training")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--runs", type=user_path, default=Path("runs"), help="folder of the runs")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of train.py")
+    args = parser.parse_intermixed_args(argv)
+    for name in args.rows if args.train else ():
+        if not results(ROWS[name], args.runs).exists():
+            complete(ROWS[name], args)
+    head = "".join(f"{name:>8}" for name in ("pixel", "mean", "mIoU"))
+    lines = [f"{'in percent':30}{head}  {head}{'mIoU':>10}", f"{'':30}{'the paper':>24}  {'here':>24}{'difference':>10}"]
+    for title, names in TABLES.items():
+        lines += ["", title, *(line(ROWS[name], args.runs) for name in names)]
+    print("\n".join([*lines, *class_table(args.runs), *training_table(args.runs)]))
+
+
+if __name__ == "__main__":
+    run_program(main)
