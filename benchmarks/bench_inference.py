@@ -1,36 +1,24 @@
-"""A photo through the full-size SCHNet (random weights), beside the best peers' parts and the paper's baseline.
+"""A photo through the full-size SCHNet (random weights), beside the parts that the fastest peers have.
 
     python benchmarks/bench_inference.py                   480 px, fp32 and bf16 autocast
 
 Peers: SAM's encoder (segment-anything, transformers), CLIP's image tower with four taps (open_clip, transformers) and
-UperNet's head (transformers): the sum of the fastest of each is a SCHNet without adapter, SRM and FTM. And the paper's
-baseline, ViT-Adapter-L with UperNet, in its official form (baseline.py), to which the fastest CLIP is added. One
-process, one set of weights, runs alternate. Errors: relative, against this project in fp32: of the parts' outputs, and
-of the network's logits, which for an untrained SCHNet are the baseline's. The columns: timing.py. Under autocast our
-frozen weights are kept in bf16, as in training and prediction.
+UperNet's head (transformers); the sum of the fastest of each is a SCHNet without adapter, SRM and FTM. One process, one
+set of weights, runs alternate. Errors: of the outputs, relative, against this project in fp32. The columns: timing.py.
+Under autocast this project's frozen weights are kept in bf16, as in training and prediction.
 """
 
-import baseline
 import full_size
 import peers
 import torch
 from timing import Measured, error, measure, options, print_machine, report
 
 from errors import run_program
-from layers import cast_frozen, resample_positions
+from layers import cast_frozen
 from model import SCHNet
 
-OURS, BASELINE = "SCHNet, this project", "ViT-Adapter-L + UperNet, official form"
+OURS = "SCHNet, this project"
 ALLOWED = {"fp32": 1e-4, "bf16": 0.1}
-
-
-def schnet() -> SCHNet:
-    """An untrained network, but with the injectors' gamma at one, so that the pyramid reaches the encoder, and rho at
-    zero, so that FTM passes SAM's features and the peers compute the same."""
-    model = full_size.network(full_size.lip_config("precision=fp32", "rho_init=0")).eval()
-    for injector in model.adapter.injectors:
-        torch.nn.init.ones_(injector.gamma)
-    return model
 
 
 def parts(model: SCHNet, image: torch.Tensor) -> dict:
@@ -46,9 +34,6 @@ def parts(model: SCHNet, image: torch.Tensor) -> dict:
         runs[f"CLIP, {name}"] = (lambda run=run: run(image), lambda: peers.clip_outputs(model.clip, image))
     head = peers.upernet(model.head.state_dict()).eval()
     runs["UperNet, transformers"] = (lambda: [head(maps)], lambda: [model.head(maps)])
-    positions = resample_positions(model.sam.pos_embed[0], size // 16, size // 16)[None]
-    network, normalized = baseline.from_schnet(model.state_dict(), 20, positions), model.sam.normalize(image)
-    runs[BASELINE] = (lambda: [network(normalized)], runs[OURS][0])
     return runs
 
 
@@ -65,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--modes", nargs="+", choices=ALLOWED, default=list(ALLOWED))
     args = parser.parse_args(argv)
     print_machine(f"{args.rounds} rounds", args.threads)
-    ok, model = True, schnet()
+    ok, model = True, full_size.network(full_size.lip_config("precision=fp32")).eval()
     image = torch.rand(1, 3, args.size, args.size)
     runs = parts(model, image)
     wanted = {name: reference() for name, (_, reference) in runs.items()}
@@ -78,7 +63,6 @@ def main(argv: list[str] | None = None) -> int:
         fastest = [min((name for name in runs if name.startswith(part)), key=lambda name: summary[name].median)
                    for part in ("SAM", "CLIP", "UperNet")]
         add_sum(measured, "SAM + CLIP + UperNet, fastest peers", fastest)
-        add_sum(measured, "ViT-Adapter-L + UperNet + CLIP", [BASELINE, fastest[1]])
         report(f"{args.size} px, {mode}", measured, f"{'error':>9}",
                {name: f"{errors[name]:9.0e}" if name in errors else "" for name in measured.times})
         ok &= max(errors.values()) <= ALLOWED[mode]

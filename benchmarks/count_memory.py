@@ -2,6 +2,7 @@
 
     python benchmarks/count_memory.py                      a few minutes, 1.5 GB of memory, no GPU
     python benchmarks/count_memory.py configs/lip.yaml ftm_tokens=200 crop_size=512
+    python benchmarks/count_memory.py --modules            parameters and GFLOP of each module, one image
 
 Arithmetic: flops.py, forward and backward, with the recomputation of checkpointing. Memory: every storage that autograd
 keeps for the backward pass (`saved_tensors_hooks`), weights, gradients, and AdamW's two moments, under bf16 autocast
@@ -20,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 import adapter
-from config import load_config
+from config import Config, load_config
 from errors import run_program
 from files.labels import label_set
 from layers import autocast, cast_frozen
@@ -48,14 +49,42 @@ def step(model: SCHNet, image: torch.Tensor) -> tuple[int, int]:
     return flops.total, sum(storage.nbytes() for storage in kept.values())
 
 
-def row(path: str, overrides: tuple[str, ...]) -> str:
-    cfg = load_config(ROOT / path, [*full_size.RANDOM, *overrides])
+def module_table() -> list[str]:
+    """Parameters of the modules of configs/lip.yaml, and operations of a forward pass of one image."""
+    model, spent, begun = fake_model(load_config(ROOT / "configs" / "lip.yaml", full_size.RANDOM)), {}, {}
+    groups = {"SAM": [model.sam.patch_embed, *model.sam.blocks], "CLIP, image tower": [model.clip], "SRM": [model.srm],
+              "FTM": [model.ftm], "UperNet": [model.head], "auxiliary head, in training": [model.aux]}
+    with FakeTensorMode(allow_non_fake_inputs=True), Flops() as flops, autocast(torch.device("cpu"), "bf16"):
+        for name, members in groups.items():
+            for member in members:
+                member.register_forward_pre_hook(lambda *_, name=name: begun.update({name: flops.total}))
+                member.register_forward_hook(lambda *_, name=name: spent.update(
+                    {name: spent.get(name, 0) + flops.total - begun[name]}))
+        model(torch.empty(2, 3, *model.cfg.crop_size))         # BatchNorm needs two
+    sizes = {name: sum(p.numel() for member in members for p in member.parameters()) for name, members in groups.items()}
+    sizes["SAM"] += model.sam.pos_embed.numel()
+    sizes["ViT-Adapter"] = sum(p.numel() for p in model.adapter.parameters())
+    spent["ViT-Adapter"] = flops.total - sum(spent.values())
+    return ["| module | parameters, million | GFLOP |", "|---|---|---|",
+            *(f"| {name} | {sizes[name] / 1e6:.1f} | {spent[name] / 2e9:.1f} |" for name in sizes),
+            f"| complete | {sum(sizes.values()) / 1e6:.1f} | {flops.total / 2e9:.1f} |"]
+
+
+def fake_model(cfg: Config) -> SCHNet:
+    """A network in training mode whose tensors have no values."""
     classes = label_set(cfg).classes
     texts = {"f_txt": torch.zeros(len(classes), 512), "sim_scale": torch.tensor(100.0)}
     model = build_model(cfg, classes, state=texts)         # on the meta device
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu").train()
         cast_frozen(model, cfg.precision)
+    return model
+
+
+def row(path: str, overrides: tuple[str, ...]) -> str:
+    cfg = load_config(ROOT / path, [*full_size.RANDOM, *overrides])
+    model = fake_model(cfg)
+    with FakeTensorMode(allow_non_fake_inputs=True):
         (flops, kept), (flops_of_3, kept_of_3) = (step(model, torch.empty(n, 3, *cfg.crop_size)) for n in (2, 3))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fixed = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + 3 * 4 * trained
@@ -69,12 +98,16 @@ def row(path: str, overrides: tuple[str, ...]) -> str:
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modules", action="store_true", help="the table of the modules instead")
     parser.add_argument("cfg", nargs="?", help="a file of configs/; those of docs/reproduce.md if not given")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     Attention.forward = Attention.forward.plain            # the forms that a GPU uses: its `attend` is the fused one
     adapter.ms_deform_attn = adapter.ms_deform_attn.plain
+    if args.modules:
+        print("\n".join(module_table()))
+        return
     print("| configuration | weights, million (trained) | TFLOP per image | TFLOP per step of 16 | GiB for 4 images | "
           "GiB for 16 images |\n|---|---|---|---|---|---|")
     for path, overrides in [(args.cfg, tuple(args.overrides))] if args.cfg else CASES:

@@ -8,7 +8,6 @@ vests, ...) is 255, which neither loss nor score counts. LEFT_OUT names 142 of t
 """
 
 import argparse
-from pathlib import Path
 
 import cv2
 import numpy as np

@@ -85,14 +85,16 @@ def line(row: Row, runs: Path) -> str:
 
 
 def class_table(runs: Path) -> list[str]:
-    """Table 1: the paper and here, single scale and with TTA."""
+    """Table 1: the paper and here (of best.pt), single scale and with TTA."""
     columns = [(ROWS[name].paper["iou"], (read(ROWS[name], runs) or {}).get("classes", {})) for name in ("full", "lip")]
     background, *others = LABEL_SETS["lip"].classes
     lines = ["", f"{'Table 1: IoU of the classes':30}{'paper':>8}{'here':>8}{'TTA':>8}{'here':>8}"]
     for place, name in enumerate([*others, background]):
-        cells = [f"{paper[place]:8.2f}" + (f"{100 * found[name]['iou']:8.2f}" if name in found else f"{'-':>8}")
-                 for paper, found in columns]
-        lines.append(f"{name:30}" + "".join(cells))
+        text = f"{name:30}"
+        for paper, found in columns:
+            iou = found.get(name, {}).get("iou")           # None: not run, or the class does not occur
+            text += f"{paper[place]:8.2f}" + (f"{'-':>8}" if iou is None else f"{100 * iou:8.2f}")
+        lines.append(text)
     return lines
 
 

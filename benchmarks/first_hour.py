@@ -1,20 +1,28 @@
-"""The full-size SCHNet with random weights at 480 x 480 on one GPU: agreement with the CPU, training, inference.
+"""The first hour on a new GPU: the full-size SCHNet with random weights at 480 x 480, and each switch of a step on and off.
 
-    python benchmarks/bench_gpu.py                            bf16, some minutes
-    python benchmarks/bench_gpu.py --device cpu --small       the same code on a small network, to check that it works
+    python benchmarks/first_hour.py                           bf16
+    python benchmarks/first_hour.py --precision fp32          the same, with TF32 as a switch
+    python benchmarks/first_hour.py --device cpu --small --precision fp32   the same code on a small network, to check that it works
 
 Prints the error of the logits against the same weights on the CPU; seconds per training step at batch 16 and 4 with
-peak memory, with and without checkpointing; images per second in inference. The columns: timing.py. Batches are random
-and already on the device: the loader is measured by bench_data.py. Needs no weight files and no data. The parts beside
-their peers on a GPU: bench_parts.py --device cuda.
+peak memory, with and without checkpointing; images per second in inference; and a training step of 16 as it is beside
+the same step with one switch changed. Batches are random and already on the device: the loader is measured by
+bench_data.py. Needs no weight files and no data. The columns: timing.py. On a GPU, bench_fast.py --device cuda measures
+the fast forms and bench_parts.py --device cuda the parts beside their peers.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
+from unittest import mock
 
 import full_size
 import torch
+import torch.distributed as dist
 from timing import error, measure, options, print_machine, report
+from torch.nn.parallel import DistributedDataParallel
 
+import model as network
 from config import Config
 from errors import run_program
 from layers import autocast, cast_frozen
@@ -66,6 +74,49 @@ def inference(model: SCHNet, images: int, device: torch.device, rounds: int):
     report(f"inference, batch {images}", measured, f"{'images/s':>10}", {"SCHNet": f"{rate:10.1f}"})
 
 
+@contextlib.contextmanager
+def algorithms_not_compared():
+    torch.backends.cudnn.benchmark = False
+    yield
+    torch.backends.cudnn.benchmark = True
+
+
+@contextlib.contextmanager
+def tf32():
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def switches(model: SCHNet, device: str, images: int, rounds: int):
+    """Prints a table of a training step as it is, and with one switch changed in each row."""
+    model.cfg = dataclasses.replace(model.cfg, batch_size=images, checkpointing=False)
+    learner, batch = full_size.learner(model.train(), device), full_size.batch(model.cfg, images, device)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def step(change: Callable = contextlib.nullcontext, **attributes):
+        with change(), mock.patch.multiple(learner, **attributes) if attributes else contextlib.nullcontext():
+            learner.step([batch], 0)
+
+    def parallel(view: bool) -> Callable:
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=view)
+        return lambda: step(network=wrapped)
+
+    unfused = torch.optim.AdamW(learner.optimizer.param_groups, lr=1e-12, fused=False)
+    runs = {"as it is": step, "cudnn.benchmark off": lambda: step(algorithms_not_compared),
+            "no copy of the buffers": lambda: step(buffers=[], before=[]),
+            "Eq. 5's logits in the step's precision":
+                lambda: step(lambda: mock.patch.object(network, "matmul_fp32", torch.matmul)),
+            "AdamW not fused": lambda: step(optimizer=unfused)}
+    if model.cfg.precision == "fp32":
+        runs["TF32"] = lambda: step(tf32)
+    report(f"a step of {images}", measure(runs, rounds, model.cfg.precision, device))
+    model.zero_grad(set_to_none=True)
+    runs = {"DDP, gradient_as_bucket_view": parallel(True), "DDP without": parallel(False)}
+    report(f"a step of {images}, one process", measure(runs, rounds, model.cfg.precision, device))
+    dist.destroy_process_group()
+
+
 def main(argv: list[str] | None = None):
     parser = options(__doc__, device="cuda", rounds=10, threads=torch.get_num_threads())
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp16", "fp32"))
@@ -77,9 +128,11 @@ def main(argv: list[str] | None = None):
     agreement(model, cfg, torch.device(args.device))
     model.cfg = cfg
     cast_frozen(model, cfg.precision)
-    for images, checkpointing in ((16, False), (16, True), (4, False), (4, True)):
+    few, many = (1, 4) if args.small else (4, 16)
+    for images, checkpointing in ((many, False), (many, True), (few, False), (few, True)):
         training(model, args.device, images, checkpointing, args.rounds)
-    for images in (1, 16):
+    switches(model, args.device, many, args.rounds)
+    for images in (1, many):
         inference(model.eval(), images, torch.device(args.device), args.rounds)
 
 
