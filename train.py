@@ -15,6 +15,7 @@ import dataclasses
 import math
 import os
 import sys
+import textwrap
 import time
 import warnings
 
@@ -263,11 +264,13 @@ def first_screen(model: SCHNet, cfg: Config, world: World, counts: tuple[int, in
     parts = [encoder(key) for key in ("sam", "clip") if getattr(model, key) is not None]
     parts += [key.upper() for key in ("srm", "ftm") if getattr(cfg, key)]
     each = cfg.batch_size // (world.size * cfg.accum_steps)
+    changed = [f"{key}={value}" for key, value in vars(cfg).items() if value != getattr(Config, key)]
     lines = [f"run      {cfg.out or 'runs/demo'}",
              f"data     {cfg.dataset}: {counts[0]:,} training images, {counts[1]:,} validation images",
              f"network  {', '.join(parts)}: {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen",
              f"batch    {cfg.batch_size} images = {world.size} processes x {cfg.accum_steps} steps x {each}, "
-             f"{cfg.iters:,} iterations, {cfg.precision} on {device_name(world.device)}"]
+             f"{cfg.iters:,} iterations, {cfg.precision} on {device_name(world.device)}",
+             "changed  " + textwrap.shorten(", ".join(changed) or "nothing", 111, placeholder=" ... (config.yaml)")]
     if each % cfg.loss_group:
         lines.append(f"note     Lovasz-softmax sees {each} images at a time, not loss_group={cfg.loss_group}: do not "
                      "compare with other splits of the batch")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import conftest  # noqa: F401                              torchvision beside a CPU-only torch
 from layers import relative_positions
 from sam_vit import SIZES
-from test_clip_vit import MEAN as CLIP_MEAN, STD as CLIP_STD, hugging_face_names, resized
+from test_clip_vit import MEAN as CLIP_MEAN, STD as CLIP_STD, resized
 from test_sam_vit import MEAN, STD, hugging_face, official
 
 TAPS = (3, 5, 7, 11)
@@ -71,32 +71,13 @@ def openai_clip(state: dict[str, Tensor], size: int) -> tuple[nn.Module, Callabl
     return model, run
 
 
-def hugging_face_clip(state: dict[str, Tensor], size: int, heads: int = 12,
-                      taps: tuple[int, ...] = TAPS) -> tuple[nn.Module, Callable]:
-    """transformers' image tower, of the sizes of `state`; returns what `openai_clip` does."""
-    import transformers
-    dim, embed = state["proj"].shape
-    model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
-        patch_size=16, image_size=size, hidden_act="quick_gelu", hidden_size=dim, intermediate_size=4 * dim,
-        num_hidden_layers=taps[-1] + 1, num_attention_heads=heads, projection_dim=embed)).eval().requires_grad_(False)
-    text = {name: torch.zeros(1, 1) for name in ("logit_scale", "text_projection")}                 # not loaded
-    fitted = resized({f"visual.{name}": tensor for name, tensor in state.items()} | text, size // 16, size // 16)
-    assert not model.load_state_dict(hugging_face_names(fitted), strict=False).missing_keys
-
-    def run(image: Tensor) -> list[Tensor]:
-        out = model(normalized(image, "CLIP"), output_hidden_states=True)
-        return [nn.functional.normalize(out.image_embeds, dim=-1), *(out.hidden_states[tap + 1][:, 1:] for tap in taps)]
-
-    return model, run
-
-
 def clip_outputs(tower: nn.Module, image: Tensor) -> list[Tensor]:
     """The outputs of this project's image tower in the peers' layout."""
     f_cls, taps = tower(image)
     return [f_cls, *(tap.flatten(1, 2) for tap in taps)]
 
 
-CLIPS = {"open_clip": openai_clip, "transformers": hugging_face_clip}
+CLIPS = {"open_clip": openai_clip}
 
 
 def upernet(state: dict[str, Tensor]) -> nn.Module:
