@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from PIL import Image
-from test_video import clip, opened, photo, read
+from test_video import clip, photo, read
 from tiny import Processes, wait_until
 
 import fast
