@@ -51,7 +51,8 @@ def drawn(size: tuple[int, int], shapes: list[tuple[str, list]], classes: list[s
 
 if __name__ == "__main__":
     if len(sys.argv) < 5:
-        sys.exit("usage:" + __doc__)
+        print("usage:", __doc__)
+        sys.exit("--help" not in sys.argv)
     kind, source, out, *classes = sys.argv[1:]
     for name, label in globals()[f"from_{kind}"](Path(source), classes):
         path = Path(out) / f"{Path(name).stem}.png"
