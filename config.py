@@ -266,7 +266,7 @@ def read_yaml(path: Path, what: str, ready: str):
     try:
         with reading(path, what, f" (the ready ones are in {ready}/)"):
             return yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:      # the last: very deep nesting
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
 
 

@@ -37,7 +37,6 @@ from layers import autocast, cast_frozen
 from losses import parsing_loss
 from model import SCHNet, build_model
 
-SHOWN = ("dataset", "data_root", "out", "iters", "batch_size", "precision", "classes", "palette")    # in other lines
 NOT_DECAYED = ("tokens", "level_embed", "pos_embed", "positional_embedding", "rel_pos_h", "rel_pos_w")
 
 
@@ -265,8 +264,7 @@ def first_screen(model: SCHNet, cfg: Config, world: World, counts: tuple[int, in
     parts = [encoder(key) for key in ("sam", "clip") if getattr(model, key) is not None]
     parts += [key.upper() for key in ("srm", "ftm") if getattr(cfg, key)]
     each = cfg.batch_size // (world.size * cfg.accum_steps)
-    changed = [f"{key}={value}" for key, value in vars(cfg).items()
-               if value != getattr(Config, key) and key not in SHOWN]
+    changed = [f"{key}={value}" for key, value in vars(cfg).items() if value != getattr(Config, key)]
     lines = [f"run      {cfg.out or 'runs/demo'}",
              f"data     {cfg.dataset}: {counts[0]:,} training images, {counts[1]:,} validation images",
              f"network  {', '.join(parts)}: {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen",

@@ -171,9 +171,9 @@ def init_from(model: nn.Module, run: str, classes: Sequence[str]) -> str:
     left_out = {"f_txt", "sim_scale", *official_names(model)}           # computed for the new class names; in the files
     own = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
     old, theirs = content["model"], content["labels"]["classes"]
-    for name in [*own, *(old.keys() - own.keys() - left_out)]:
+    for name in [*own, *sorted(old.keys() - own.keys() - left_out)]:
         shapes = [[size for dim, size in enumerate(tensors[name].shape) if dim != BY_CLASS.get(name)] if name in tensors
-                  else None for tensors in (old, own)]
+                  else "missing" for tensors in (old, own)]
         if shapes[0] != shapes[1]:
             raise UserError(f"init: {path} has another architecture: {name} {shapes[0]}, here {shapes[1]}")
     both = [name for name in classes if name in theirs]

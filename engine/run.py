@@ -267,7 +267,7 @@ class Run:
         self.progress.seconds = time.monotonic() - self.started
         if self.world.main:
             self._try_write(self._save, learner, must=must)
-            self._draw("curves.png", lambda: training.curves(self.entries))
+            self._try_write(pictures.save_png, self.folder / "curves.png", training.curves(self.entries))
 
     def _save(self, learner):
         self._write_log()                                  # first, so that the log is never behind the checkpoint
@@ -307,11 +307,5 @@ class Run:
 
     def draw_validation(self, samples: list[tuple[np.ndarray, np.ndarray, np.ndarray]]):
         """validation.png from (photo, label, prediction) of some photos."""
-        self._draw("validation.png", lambda: training.validation(samples, self.labels, self.progress.iteration))
-
-    def _draw(self, name: str, draw: Callable[[], np.ndarray]):
-        """Failing to write a picture is only a warning."""
-        try:
-            pictures.save_png(self.folder / name, draw())
-        except UserError as error:
-            self.world.print0(f"warning: {error}")
+        image = training.validation(samples, self.labels, self.progress.iteration)
+        self._try_write(pictures.save_png, self.folder / "validation.png", image)

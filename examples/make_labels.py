@@ -44,14 +44,15 @@ def drawn(size: tuple[int, int], shapes: list[tuple[str, list]], classes: list[s
     picture = Image.new("L", size)
     for name, points in shapes:
         if name not in classes:
-            sys.exit(f"error: class {name!r} occurs, but is not among those given: {' '.join(classes)}")
+            sys.exit(f"error: the classes given do not include {name!r}")
         ImageDraw.Draw(picture).polygon(np.ravel(points).tolist(), fill=classes.index(name))
     return np.array(picture)
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 5:
-        sys.exit(__doc__)
+        print("usage:", __doc__)
+        sys.exit("--help" not in sys.argv)
     kind, source, out, *classes = sys.argv[1:]
     for name, label in globals()[f"from_{kind}"](Path(source), classes):
         path = Path(out) / f"{Path(name).stem}.png"

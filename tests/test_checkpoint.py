@@ -184,7 +184,7 @@ class Call:
     (lambda path: path.write_bytes(b""), "damaged"), (lambda path: path.write_text("<html>"), "damaged"),
     (lambda path: path.write_bytes(pickle.dumps({"model": 1})), "damaged"),
     (lambda path: torch.save({"format": checkpoint.FORMAT, "model": {}, "call": Call()}, path), "damaged"),
-    (lambda path: torch.save({"format": 99, "model": {}}, path), f"format {checkpoint.FORMAT} .*format 99"),
+    (lambda path: torch.save({"format": 99, "model": {}}, path), "format 99"),
     (lambda path: torch.save({"state_dict": {}}, path), "KeyError"),
     (lambda path: torch.save([1], path), "TypeError")))
 def test_other_files_are_one_line(tmp_path, monkeypatch, make, words):

@@ -61,7 +61,7 @@ def test_values_have_their_type(override, value):
     ("learning_rate=1", "unknown key 'learning_rate'"), ("ites=10", "'iters'"), ("lrr=1", "'lr'"), ("seed", "'seed'"),
     ("lr=[1", "'lr=[1'"),
     # types
-    ("lr=fast", "lr 'fast'"), ("lr=.nan", "lr number 1e-12 nan"), ("sim_scale=inf", "sim_scale inf"), 
+    ("lr=fast", "lr 'fast'"), ("lr=.nan", "lr number 1e-12 nan"), ("sim_scale=inf", "sim_scale inf"),
     (f"lr=1{400 * '0'}", "lr 1e-12 100"),
     ("iters=1e3", "iters whole '1e3'"), ("srm=1", "srm true false 1"), ("batch_size=true", "batch_size whole True"),
     ("crop_size=[480]", "crop_size 2 [480]"), ("tta_scales=1.0", "tta_scales list 1.0"),

@@ -22,7 +22,7 @@ import fast
 import inference
 import train
 from augment import flip_order
-from config import Config
+from config import Config, parse_overrides
 from errors import UserError
 from evaluate import confusion_matrix, evaluate_split, scores
 from files.labels import LABEL_SETS
@@ -246,7 +246,7 @@ def test_mistakes_are_one_line_before_the_work(run, tmp_path, capsys, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("")
-    for argv, words in (([], "no run"), (["--run", "runs/x"], "runs/x: no such"), (["--run", __file__], "checkpoint"),
+    for argv, words in (([], "runs: no checkpoint"), (["--run", "runs/x"], "runs/x: no "), (["--run", __file__], "checkpoint"),
                         (["--run", str(run), "--out", "mine/notes.txt/x"], "mine/notes.txt/x is not writable"),
                         (["--run", str(run), "--out", "mine"], "mine holds other files (notes.txt)")):
         with pytest.raises(SystemExit, match="1"):
@@ -270,6 +270,29 @@ def test_results_are_of_the_checkpoint_and_the_split_that_were_scored(run, tmp_p
     for name, split, flip in (("evaluation_tta_train", "train", True), ("evaluation", "val", False)):
         record = json.loads((folder / name / "results.json").read_text())
         assert (record["sha256"], record["split"], record["identity"]["flip"]) == (sha256(run / "best.pt"), split, flip)
+        assert record["chosen_on_this_set"] == (split == "val") and record["iteration"] in (2, 4)
+        assert {"commit", "torch", "device"} <= record.keys() and record["training"]["hours"] >= 0
+        assert (record["last"] or {}).get("iteration") == (4 if split == "val" else None)
+
+
+def test_scores_of_other_data_or_settings_are_never_replaced(tmp_path):
+    def name(*overrides, run=None, **options) -> str:
+        args = SimpleNamespace(run=run, overrides=overrides, **{"tta": False, "split": "val"} | options)
+        return evaluate.results_name(args, replace(CFG, **parse_overrides(overrides)), CFG)
+
+    (tmp_path / "last.pt").touch()
+    assert name() == name("workers=1", "sam_weights=x") == name("tta_scales=[1.0]") == "evaluation"
+    assert name("base_size=160") == "evaluation_base_size-160" and name("precision=bf16") == "evaluation_precision-bf16"
+    assert name("data_root=/a/mine/") == "evaluation_data_root-mine" and name(tta=True) == "evaluation_tta"
+    assert name("tta_scales=[1.0]", tta=True) == "evaluation_tta_tta_scales--1.0-"
+    assert name(run=str(tmp_path / "last.pt"), split="train") == "evaluation_last_train"
+    identity = {"data": "20 abc", "data_root": "/a/mine", "scales": (1.0, 1.5), "base_size": 160}
+    for _ in range(2):                                     # the same again may replace them
+        evaluate.claim(tmp_path / "e", identity)
+        evaluate.write_record(tmp_path / "e", {"identity": identity})
+    for key, other in (("data_root", "/b/mine"), ("scales", (1.0,)), ("data", "21 abc")):
+        with pytest.raises(UserError, match=rf"e/results.json .*\({key}\).*--out"):
+            evaluate.claim(tmp_path / "e", identity | {key: other})
 
 
 def test_a_full_disk_loses_no_scores(run, tmp_path, capsys, monkeypatch):

@@ -68,6 +68,9 @@ def test_the_inside_of_the_network_in_one_picture(small: Path, tmp_path: Path, c
     parser = look_inside.Parser(small)
     padded, _ = look_inside.canvas(parser.read(tmp_path / "x.png"), parser.model.cfg, 1.0)
     image = look_inside.torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 255
+    for p in parser.model.parameters():
+        if not p.any():                                    # initialised to zero: the module would change nothing
+            look_inside.torch.nn.init.normal_(p, std=0.1)
     f_sim, sites = look_inside.record(parser.model, image)
     assert f_sim.shape == (20,) and f_sim.sum() == pytest.approx(1, abs=1e-4) and len(sites) == parser.model.cfg.srm_sites
     assert all((maps["block"] != maps["FTM"]).any() and (maps["FTM"] != maps["SRM"]).any() for maps in sites[1:])

@@ -163,7 +163,7 @@ def test_the_activation_is_not_guessed(small, tmp_path):
 
 
 def test_a_run_continues_with_the_same_numbers_in_another_format(small, tmp_path, capsys):
-    """Killed after a run with the official names, resumed with the hub's files: equal to the last bit."""
+    """Begun with the official names, killed, resumed with the hub's files: equal to the last bit. Others are refused."""
     official = {"sam_weights": str(small / "sam.pth"), "clip_weights": str(small / "clip.pt"),
                 "clip_activation": "quick_gelu"}
     hub = [f"sam_weights={small / 'sam_hub'}", f"clip_weights={small / 'clip_hub'}", "clip_activation="]
@@ -174,6 +174,10 @@ def test_a_run_continues_with_the_same_numbers_in_another_format(small, tmp_path
     argv = ["--cfg", str(tmp_path / "tiny.yaml")]
     train.main(argv)
     kill_and_resume(argv, tmp_path / "run", 2, *hub)
+    sam = torch.load(small / "sam.pth")
+    torch.save(sam | {"image_encoder.pos_embed": sam["image_encoder.pos_embed"] + 1e-6}, tmp_path / "other.pth")
+    line = fails(capsys, *argv, "--resume", f"sam_weights={tmp_path / 'other.pth'}")
+    assert re.search("sam_weights: .*sam.pth.*other.pth", line)
     changed = ("sam_weights", "clip_weights", "clip_activation")
     for folder in (tmp_path / "uninterrupted", tmp_path / "run"):
         for name in ("last.pt", "best.pt"):
@@ -183,7 +187,3 @@ def test_a_run_continues_with_the_same_numbers_in_another_format(small, tmp_path
             content["official"] = {key: value["content"] for key, value in content["official"].items()}
             torch.save(content, folder / name)
     assert_same_run(tmp_path / "run", tmp_path / "uninterrupted")
-    sam = torch.load(small / "sam.pth")
-    torch.save(sam | {"image_encoder.pos_embed": sam["image_encoder.pos_embed"] + 1e-6}, tmp_path / "other.pth")
-    line = fails(capsys, *argv, "--resume", f"sam_weights={tmp_path / 'other.pth'}")
-    assert re.search("sam_weights: .*sam.pth .*other.pth", line)

@@ -56,7 +56,7 @@ def test_every_weight_is_copied_and_the_rows_of_classes_by_name(trained):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"ftm_tokens": 5}, "ftm.tokens"), ({"srm": False}, "srm."), ({"aux_weight": 0.0}, "aux."),
+    ({"ftm_tokens": 5}, "ftm.tokens"), ({"srm": False}, "clip."), ({"aux_weight": 0.0}, "aux."),
     ({"sam": "tests"}, "sam.")])
 def test_another_architecture_is_refused_with_the_first_tensor(trained, changes, words):
     with pytest.raises(UserError, match=f"^init: {trained}/last.pt .*: {words}"):

@@ -47,7 +47,7 @@ def test_label_sets_are_the_official_ones():
     ({"classes": ()}, "classes must be a list"), ({"classes": ("a", "a")}, "classes: duplicate"),
     ({"classes": ("a", "b"), "palette": ((0, 0, 0),)}, "palette has 1 .* 2 "),
     ({"classes": ("a", "b"), "palette": ((0, 0, 0), (0, 0, 0))}, "palette: duplicate"),
-    ({"classes": ("a", "b"), "palette": ((0, 0, 0), (0, 0, 256))}, "palette: .* 0 to 255"),
+    ({"classes": ("a", "b"), "palette": ((0, 0, 0), (0, 0, 256))}, "palette.* 0 and 255"),
     ({"classes": ("a", "b"), "flip_pairs": ((0, 2),)}, "flip_pairs: .*outside"),
     ({"classes": ("a", "b"), "flip_pairs": ((0, 1), (1, 0))}, "flip_pairs: duplicate"),
     ({"classes": tuple(map(str, range(256)))}, "at most 255")])
@@ -61,7 +61,7 @@ def test_generated_colours_are_distinct(count):
     colours = np.array(distinct_colours(count), float)
     apart = np.linalg.norm(colours[:, None] - colours[None], axis=2) + 999 * np.eye(count)
     assert colours.shape == (count, 3) and apart.min() > (60 if count <= 20 else 25) and not colours[0].any()
-    assert np.abs(colours - IGNORE_GREY).max(1).min() > 25               # ignored pixels are hatched in two greys near it
+    assert np.abs(colours - IGNORE_GREY).max(1).min() > (40 if count <= 20 else 15)    # the hatch of ignored pixels
 
 
 # ---- the ready maps
@@ -121,7 +121,7 @@ ALL = {"name": "all", "colour": [1, 2, 3], "from": list(LIP.classes)}
     ({"colour": "red"}, "label 1 .*'red'"), ({"color": [0, 0, 0]}, "label 1 .*'color'"),
     ({"name": "none"}, "duplicate name"), ({"colour": [9, 9, 9]}, "duplicate colour"), ("", "class map"),
     ("a: 1", "class map"), ("[]", "class map"), ("- 1", "label 0 .*name"), ("- {1: 2}", "label 0 .*name"),
-    ("- {name: [", "YAML, line 1"), ("- {name: a, name: b}", "YAML, line 1: name "), ("[" * 500, "YAML")])
+    ("- {name: [", "YAML.*line 1"), ("- {name: a, name: b}", "YAML.*name .*line 1"), ("[" * 500, "YAML")])
 def test_a_fault_is_named_in_one_line(tmp_path, content, says):
     none, path = {"name": "none", "colour": [9, 9, 9], "from": []}, tmp_path / "x.yaml"
     path.write_text(content if isinstance(content, str) else yaml.safe_dump([none, ALL | content]))

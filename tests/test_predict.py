@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from PIL import Image
-from test_video import clip, opened, photo, read
+from test_video import clip, photo, read
 from tiny import Processes, wait_until
 
 import fast
@@ -169,7 +169,7 @@ def test_a_panorama_longer_than_a_jpeg_can_be(parse, here: Path):
 @pytest.mark.parametrize("arguments, words", [
     (["x.png", "precison=bf16"], "'precison'.*'precision'"), (["x.png", "tta_scale=[1.0]"], "tta_scale"),
     (["x.png", "sam=vit_b"], "sam: .*'tests'"), (["x.png", "precision=int4"], "precision .*int4"),
-    (["x.png", "--size=20000"], "base_size .*20000"), (["x.png", "--run", "nowhere"], "nowhere: no such run"),
+    (["x.png", "--size=20000"], "base_size .*20000"), (["x.png", "--run", "nowhere"], "nowhere: no "),
     (["x.png", "--map", "no.yaml"], "no.yaml: no such class map"), (["x.png", "--device", "cuda:77"], "'cuda:77'"),
     (["nothing/"], "nothing: no such file"), (["."], r"no photo .*\."), (["x.png", "--out", "file"], "file is not "),
     (["x.png", "--out", "mine"], r"mine .*\(notes.txt\).* --out")])
@@ -239,14 +239,14 @@ def alone(small: Path, album: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The results of one process."""
     folder = tmp_path_factory.mktemp("alone")
     with Processes(folder, parse_in_a_process, arguments(small, album, folder / "out")) as one:
-        assert one.wait() == [1] and "34 parsed" in one.said() and "2 not parsed" in one.said()
+        assert one.wait() == [1] and "34 parsed" in one.printed() and "2 not parsed" in one.printed()
     return contents(folder / "out")
 
 
 def test_many_processes_write_what_one_writes(small: Path, album: Path, tmp_path: Path, alone: dict):
     with Processes(tmp_path, parse_in_a_process, arguments(small, album, tmp_path / "out"), count=3) as three:
         assert three.wait() == [1] * 3                     # as alone
-        said = [three.said(rank) for rank in range(3)]
+        said = [three.printed(rank) for rank in range(3)]
     assert contents(tmp_path / "out") == alone
     assert said[0].count("34 parsed in") == said[0].count("2 not parsed:") == 1 and said[1:] == ["", ""]
     assert said[0].count("empty.png") == said[0].count("text.jpg") == 1
@@ -265,17 +265,17 @@ def test_killed_and_resumed_is_as_never_stopped(small: Path, album: Path, tmp_pa
         assert contents(out).items() < alone.items()       # complete files, but not all
     with Processes(tmp_path, parse_in_a_process, argv, count=2) as both:
         assert both.wait() == [1, 1]
-        assert re.search(r"; \d+ already done", both.said()) and both.said(1) == ""
+        assert re.search(r"; \d+ already done", both.printed()) and both.printed(1) == ""
     assert contents(out) == alone
 
 
-@pytest.mark.parametrize("mistake, words", [(["--checkpoint", "nowhere"], "nowhere: no such run"), (
+@pytest.mark.parametrize("mistake, words", [(["--checkpoint", "nowhere"], "nowhere: no "), (
     ["--device", "warp"], "device 'warp'"), (["--out", "/dev/null"], "/dev/null")])
 def test_a_mistake_is_reported_once(small: Path, album: Path, tmp_path: Path, mistake: list[str], words: str):
     argv = [*arguments(small, album, tmp_path / "out"), *mistake]
     with Processes(tmp_path, parse_in_a_process, argv, count=2) as both:
         assert both.wait() == [1, 1]
-        assert (both.said(0) + both.said(1)).count("error") == 1 and words in both.said(0)
+        assert (both.printed(0) + both.printed(1)).count("error") == 1 and words in both.printed(0)
 
 
 def test_torchrun_starts_it(small: Path, album: Path, tmp_path: Path, alone: dict[str, bytes]):

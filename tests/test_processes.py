@@ -290,8 +290,9 @@ def test_every_process_has_its_own_gpu(monkeypatch):
 
 
 WINDOWS = """
-import os, signal, sys
+import os, signal, sys, sysconfig
 import cv2, numpy, PIL.Image, torch.distributed, torch.utils.data, tqdm, yaml        # these exist on Windows
+sysconfig.get_config_vars()                                # cached, since Python's own file for Windows is not here
 del signal.SIGCHLD, signal.SIGKILL, signal.SIGHUP, signal.SIGUSR1, os.fork, os.killpg, os.setsid, os.sched_setaffinity
 sys.modules.update(fcntl=None, resource=None, pwd=None, grp=None)
 sys.platform = "win32"

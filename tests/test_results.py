@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from test_predict import MAPS, files, contents, parser, save  # noqa: F401
+from test_predict import MAPS, contents, files, save
 from test_video import clip, opened, photo, read
 
 from errors import UserError
@@ -22,6 +22,11 @@ from files.atomic import MARK
 from files.inputs import list_inputs
 from predict import Parser
 from viz import pictures
+
+
+@pytest.fixture(scope="module")
+def parser(small: Path) -> Parser:
+    return Parser(small)
 
 
 # ---- inputs
