@@ -211,7 +211,9 @@ def no_superuser():
     if os.geteuid():
         yield
         return
-    from viz import data_check  # noqa: F401 - and codecs: Python itself may be where only the superuser can read
+    import multiprocessing.queues  # noqa: F401 - and codecs: Python itself may be where only the superuser can read
+
+    from viz import data_check  # noqa: F401
     "".encode("utf-8-sig")
     Image.init()
     os.seteuid(65534)
