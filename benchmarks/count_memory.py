@@ -61,7 +61,7 @@ def module_table() -> list[str]:
                 member.register_forward_hook(lambda *_, name=name: spent.update(
                     {name: spent.get(name, 0) + flops.total - begun[name]}))
         model(torch.empty(2, 3, *model.cfg.crop_size))         # BatchNorm needs two
-    sizes = {name: sum(p.numel() for member in members for p in member.parameters()) for name, members in groups.items()}
+    sizes = {name: sum(p.numel() for one in members for p in one.parameters()) for name, members in groups.items()}
     sizes["SAM"] += model.sam.pos_embed.numel()
     sizes["ViT-Adapter"] = sum(p.numel() for p in model.adapter.parameters())
     spent["ViT-Adapter"] = flops.total - sum(spent.values())

@@ -76,7 +76,7 @@ def transformers_clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     names = {"visual.class_embedding": "embeddings.class_embedding", "visual.conv1.": "embeddings.patch_embedding.",
              "visual.positional_embedding": "embeddings.position_embedding.weight", "visual.ln_pre.": "pre_layrnorm.",
              "visual.ln_post.": "post_layernorm.", "visual.transformer.resblocks.": "encoder.layers.",
-             "attn.": "self_attn.", "ln_1.": "layer_norm1.", "ln_2.": "layer_norm2.", "c_fc.": "fc1.", "c_proj.": "fc2."}
+             "attn.": "self_attn.", "ln_1.": "layer_norm1.", "ln_2.": "layer_norm2.", "c_fc": "fc1", "c_proj": "fc2"}
     renamed = {"visual_projection.weight": state["visual.proj"].T}
     for name, tensor in state.items():
         for ours, theirs in names.items():

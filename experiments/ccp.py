@@ -19,8 +19,8 @@ from errors import run_program
 from files.atomic import mark_folder
 
 CLASSES = ("null bag purse wallet", "hat", "hair", "gloves", "sunglasses",
-           "blouse hoodie jumper shirt sweater sweatshirt t-shirt top", "dress", "blazer coat jacket suit", "socks stockings",
-           "jeans leggings pants shorts", "", "scarf", "skirt", "skin",
+           "blouse hoodie jumper shirt sweater sweatshirt t-shirt top", "dress", "blazer coat jacket suit",
+           "socks stockings", "jeans leggings pants shorts", "", "scarf", "skirt", "skin",
            "boots clogs flats heels loafers pumps sandals shoes sneakers wedges")        # in the order of custom.yaml
 VAL = """
 2 6 10 19 26 56 112 125 127 150 151 165 200 201 228 266 300 320 324 325 335 350 369 379 390 397 405 429 464 486

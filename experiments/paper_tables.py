@@ -4,8 +4,8 @@
     python experiments/paper_tables.py --train --gpus 4            first trains and scores what is missing, in all rows
     python experiments/paper_tables.py --train --rows clip sam srm full seed=1 --runs runs/seed1        Table 6 alone
 
-`key=value` goes to train.py, as in data_root=/data/LIP. A run that was interrupted is resumed, a finished one is scored,
-a score that exists is kept. Where best.pt was chosen by its score on the very images that are scored, the number shown
+`key=value` goes to train.py, as in data_root=/data/LIP. An interrupted run is resumed, a finished run is scored, a
+score that exists is kept. Where best.pt was chosen by its score on the very images that are scored, the number shown
 is that of last.pt, and best.pt's stands beside it. Tables 4 and 5 and half of Tables 1 to 3 are with --tta. The hours
 are those that a run recorded; other methods' rows are in the paper.
 """
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None):
         if not results(ROWS[name], args.runs).exists():
             complete(ROWS[name], args)
     head = "".join(f"{name:>8}" for name in ("pixel", "mean", "mIoU"))
-    lines = [f"{'in percent':30}{head}  {head}{'mIoU':>10}", f"{'':30}{'the paper':>24}  {'here':>24}{'difference':>10}"]
+    lines = [f"{'in percent':30}{head}  {head}{'mIoU':>10}", f"{'':30}{'paper':>24}  {'here':>24}{'difference':>11}"]
     for title, names in TABLES.items():
         lines += ["", title, *(line(ROWS[name], args.runs) for name in names)]
     print("\n".join([*lines, *class_table(args.runs), *training_table(args.runs)]))

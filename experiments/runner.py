@@ -1,9 +1,9 @@
 """Runs the jobs of an experiment and reports on them: one training run per job, one JSON file per finished job.
 
-PROCESSES jobs are trained at a time, each in a process of its own with one thread. A job is scored at its end, or
-at some looks evenly spread over its run. Its clock is its process's own CPU time, batches included and scoring not, so that it does
-not depend on what else the machine does. A finished job is kept: the same command continues with the missing ones, and
-a file that was made with other settings is an error.
+PROCESSES jobs are trained at a time, each in a process of its own with one thread. A job is scored at its end, or at
+some looks evenly spread over its run. Its clock is its process's own CPU time, batches included and scoring not, so
+that it does not depend on what else the machine does. A finished job is kept: the same command continues with the
+missing ones, and a file that was made with other settings is an error.
 
 Import this module before the repository's: it puts their folders on sys.path.
 """

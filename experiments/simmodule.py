@@ -142,7 +142,7 @@ def auc(args: argparse.Namespace) -> list[str]:
     f_sim = (scale * cosine).softmax(1)
     readings = {"softmax": f_sim, "no background": reading("no_background", f_sim), "sigmoid": cosine}
     first = torch.bincount(f_sim.argmax(1), minlength=len(names))
-    lines = [f"AUC of a class's presence in {len(shown)} held-out drawings, in percent (chance 50); learned scale {scale:.1f}; "
+    lines = [f"AUC of a class's presence in {len(shown)} held-out drawings, in percent; learned scale {scale:.1f}; "
              f"largest f_sim: {names[int(first.argmax())]} in {int(first.max())}",
              f"{'':20}" + "".join(f"{name:>15}" for name in readings) + f"{'shown in':>12}"]
     table = [[area(values[:, k], shown[:, k]) for values in readings.values()] for k in range(len(names))]
@@ -177,17 +177,17 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--seeds", type=runner.seeds, default=range(5), metavar="N", help="seeds 0 to N - 1 (5)")
     parser.add_argument("--iters", type=int, help="training steps (1000)")
-    parser.add_argument("--out", type=user_path, help="folder of the results (runs/table6/simmodule); foundations beside it")
+    parser.add_argument("--out", type=user_path, help="(runs/table6/simmodule); foundations are beside it")
     parser.add_argument("--quick", action="store_true", help="6 steps, foundations of 5 steps")
     args = parser.parse_args(argv)
     args.iters = args.iters or (6 if args.quick else 1000)
     args.out = (args.out or Path("runs/simmodule_quick" if args.quick else "runs/table6/simmodule")).resolve()
     mark_folder(args.out)
-    made = foundations.make(args.out / "foundations" if args.quick else args.out.parent / "foundations", quick=args.quick)
-    jobs = [Job(name, settings(name, seed, args), build=table6.build, change=functools.partial(change, kind=name), score=score)
-            for seed in args.seeds for name in args.rows]
+    made = foundations.make((args.out if args.quick else args.out.parent) / "foundations", quick=args.quick)
+    jobs = [Job(name, settings(name, seed, args), build=table6.build, score=score,
+                change=functools.partial(change, kind=name)) for seed in args.seeds for name in args.rows]
     records = runner.run_jobs(jobs, args.out)
-    lines = [f"{processor()}, torch {torch.__version__}, {runner.PROCESSES} processes of one thread, {args.iters} steps",
+    lines = [f"{processor()}, torch {torch.__version__}, {runner.PROCESSES} x one thread, {args.iters} steps",
              foundations.summary(made), "", f"{'':32}{'mIoU':>14}{'masked':>17}{'gain':>16}{'n':>4}{'CPU s':>7}"]
     for name in args.rows:
         plain, masked = final(records, name), final(records, name, "masked")

@@ -8,9 +8,9 @@ foundations.py makes a CLIP and a SAM of drawn people, in files like the officia
 Table 6 (configs/ablation/ with small sizes), and learns other drawn people. The fourth row has four forms, for the two
 residuals and the two initialisations of Eq. 6. Beside them are controls.
 
-All runs of a seed begin with the same values where they have the same parts, see the same images in the same order and, but for "from scratch", take the same number of steps.
-Those train every weight from random initialisation within the CPU time of the row `full` of the same seed; their
-learning rate follows the time used.
+All runs of a seed begin with the same values where they have the same parts, see the same images in the same order and,
+but for "from scratch", take the same number of steps. Those train every weight from random initialisation within the
+CPU time of the row `full` of the same seed; their learning rate follows the time used.
 
 Leaves in --out: table.txt, table6.csv (a line per run), differences.csv, a file for each run. A finished run is kept:
 the same command continues with the missing ones.
