@@ -151,6 +151,8 @@ def _pair(line: str, photos: "_Finder", labels: "_Finder") -> tuple[str, Path, P
     both = None if photos.find(line) else TWO_PATHS.fullmatch(line)      # a name may have a blank
     photo = photos.only(line if both is None else both[1])
     below = next((folder for folder in (photos.below, photos.below.resolve()) if photo.is_relative_to(folder)), photo.anchor)
+    if not both and below == photo.anchor:
+        raise UserError(f"{photo} is not in {photos.below}: name its label too, as in `PHOTO LABEL`")
     name = photo.relative_to(below).with_suffix("").as_posix()
     return name, photo, labels.only(both[2]) if both else labels.only(f"{name}.png", above=False)
 

@@ -211,9 +211,8 @@ def no_superuser():
     if os.geteuid():
         yield
         return
-    import multiprocessing.queues  # noqa: F401 - and codecs: Python itself may be where only the superuser can read
-
-    from viz import data_check  # noqa: F401
+    from viz import data_check                             # Python itself may be where only the superuser can read
+    data_check.ThreadPool(1).terminate()
     "".encode("utf-8-sig")
     Image.init()
     os.seteuid(65534)
