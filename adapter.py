@@ -64,7 +64,7 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
 
 
 class MSDeformAttn(nn.Module):
-    """Each query takes `points` samples per head and level; offsets from its reference are in cells."""
+    """Each query takes `points` samples per head and level, at offsets in cells of the map."""
 
     def __init__(self, dim: int, levels: int, heads: int, points: int, ratio: float):
         super().__init__()

@@ -128,8 +128,8 @@ def sample_warning(pairs: PairSet | DrawnSet, classes: Sequence[str], count: int
 class BatchOrder:
     """Which sample comes when: endless micro-batches, lists of (index, iteration, slot), fixed by the seed.
 
-    Batch `iteration` takes positions iteration * batch_size + slot of an endless sequence of shuffled epochs. However many
-    processes and accumulation steps share it, it is the same batch in the same order; here 8 images on 2 x 2:
+    Batch `iteration` takes positions iteration * batch_size + slot of an endless sequence of shuffled epochs. However
+    many processes and accumulation steps share it, it is the same batch in the same order; here 8 images on 2 x 2:
 
         slot         0   1   2   3   4   5   6   7
         rank         0   0   0   0   1   1   1   1

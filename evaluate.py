@@ -7,9 +7,9 @@
                                                          sharded over processes, the same numbers to the last digit
 
 Prints per-class IoU in the order of the paper's Table 1 (for LIP beside the paper's numbers), pixel accuracy, mean
-accuracy and mIoU; leaves results.json, the confusion matrix and the best and worst images under runs/<run>/evaluation...,
-with what differs from the plain evaluation in its name. The best checkpoint was chosen by its score on the validation set:
-where that set is scored, last.pt is scored too.
+accuracy and mIoU; leaves results.json, the confusion matrix and the best and worst images under
+runs/<run>/evaluation..., with what differs from the plain evaluation in its name. The best checkpoint was chosen by its
+score on the validation set: where that set is scored, last.pt is scored too.
 """
 
 import argparse
@@ -58,8 +58,8 @@ def confusion_matrix(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
 def scores(matrix: Tensor) -> dict:
     """Fractions from a confusion matrix: pixel_acc, mean_acc, miou, and per class iou and acc (nan if absent).
 
-    A class that is in neither ground truth nor prediction has no IoU and is left out of the means; on the validation sets of
-    LIP, CIHP and PPP all classes occur, so that this agrees with dividing by K.
+    A class that is in neither ground truth nor prediction has no IoU and is left out of the means; on the validation
+    sets of LIP, CIHP and PPP all classes occur, so that this agrees with dividing by K.
     """
     matrix = matrix.double()
     hit, truth, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
@@ -190,7 +190,7 @@ def run(args: argparse.Namespace, world: World):
               "classes": {name: {"iou": iou, "acc": acc}
                           for name, iou, acc in zip(labels.classes, result["iou"], result["acc"])},
               "confusion": matrix.tolist(), "config": dataclasses.asdict(model.cfg)}
-    if world.main:                                         # files first: a lost terminal loses nothing, nor does a full disk
+    if world.main:                                    # files first: a lost terminal loses nothing, nor does a full disk
         title = f"{path.parent.name} on {labels.name} {args.split}, {how}: mIoU {100 * result['miou']:.2f}"
         try:
             write_record(folder, record)

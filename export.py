@@ -11,10 +11,10 @@
 --int8 rounds the weights of the linear layers to 8 bits, one scale per output channel, and their inputs at run time
 (onnxruntime's dynamic quantisation); the file is written if at least 99 % of the pixels of drawings keep their class.
 
-Height and width are fixed because the network's structure follows them: SAM's windows, the tables of positions, the bins
-of the pyramid pooling. predict.py shows the network a canvas of crop_size, with the photo's long side at `base_size` and
-the rest in the mean colour, as examples/onnx_predict.py does. Several --size give several files, NAME_480x320.onnx. The
-metadata hold classes, palette and what else a program needs, as JSON.
+Height and width are fixed because the network's structure follows them: SAM's windows, the tables of positions, the
+bins of the pyramid pooling. predict.py shows the network a canvas of crop_size, with the photo's long side at
+`base_size` and the rest in the mean colour, as examples/onnx_predict.py does. Several --size give several files,
+NAME_480x320.onnx. The metadata hold classes, palette and what else a program needs, as JSON.
 """
 
 import argparse
@@ -46,7 +46,7 @@ MAX_DIFFERENCE = 1e-4                                      # of probabilities
 MIN_AGREEMENT = 0.999                                      # share of pixels with the same class
 OLDEST_TORCH = (2, 10)                                     # torch 2.8 and 2.9 cannot export the network
 MIN_INT8_AGREEMENT = 0.99
-OPSET, IR_VERSION = 18, 8                                  # IR 8 is enough for opset 18; the exporter's 10 excludes runtimes
+OPSET, IR_VERSION = 18, 8                             # IR 8 is enough for opset 18; the exporter's 10 excludes runtimes
 ONE_FILE_BYTES = 1 << 30                                   # larger weights get a file of their own: ONNX ends at 2 GiB
 
 

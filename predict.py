@@ -56,15 +56,15 @@ class Parser:
     """A trained network and everything needed to run it on photos.
 
         parser = Parser("runs/lip")
-        photo = parser.read("photo.jpg")                                 # (H, W, 3) uint8, turned by its EXIF orientation
+        photo = parser.read("photo.jpg")                               # (H, W, 3) uint8, turned by its EXIF orientation
         label = parser.parse(photo)                                      # (H, W) uint8
         chosen = [parser.classes.index(name) for name in ("Upper-clothes", "Coat", "Dress")]
         photo[np.isin(label, chosen)] = 255
 
-    `run`: a folder or checkpoint, None for the newest run. `tta`: average over scales and flips. `size`: the long side of
-    a photo as the network sees it. `class_map`: a file that merges the network's classes (files/labels.py); `labels`,
-    `classes` and `palette` are those of the results. `overrides` of the run's config: ["precision=bf16"].
-    A `UserError` reports what is wrong with a run or a photo.
+    `run`: a folder or checkpoint, None for the newest run. `tta`: average over scales and flips. `size`: the long side
+    of a photo as the network sees it. `class_map`: a file that merges the network's classes (files/labels.py);
+    `labels`, `classes` and `palette` are those of the results. `overrides` of the run's config: ["precision=bf16"]. A
+    `UserError` reports what is wrong with a run or a photo.
 
     A photo is a path, the bytes of a file, an open file, a PIL image or an RGB array; label maps have its pixels as
     `read` returns them: as a viewer shows them, turned by the EXIF orientation that a file or a PIL image has.
@@ -150,7 +150,9 @@ class Parser:
 
     @torch.inference_mode()
     def write_probabilities(self, path: Path, photo: Photo) -> np.ndarray:
-        """Writes the probabilities as .npy in float16, strip by strip, so that memory stays bounded; returns the label map."""
+        """Writes the probabilities as .npy in float16, strip by strip, so that memory stays bounded; returns the label
+        map.
+        """
         image = self.read(photo)
         height, width = image.shape[:2]
         with self.lock:

@@ -112,8 +112,9 @@ class Job:
         progress()
 
     def video(self, found: Input, progress: bool):
-        """Overlays with a legend, and with --frames the label map of each frame. Frames are parsed independently, so labels
-        may flicker where the network is unsure. A file with faults is parsed as far as it can be read, then reported."""
+        """Overlays with a legend, and with --frames the label map of each frame. Frames are parsed independently, so
+        labels may flicker where the network is unsure. A file with faults is parsed as far as it can be read, then
+        reported."""
         results, parser, target = self.results, self.parser, self.results.video_path(found.name)
         with self.report.work_on(found):
             origin, reader = results.origin(found.path), video.Reader(found.path)
@@ -150,7 +151,9 @@ class Job:
 
 
 def _groups(batch: Iterable[tuple[Input, Photo | None]]) -> Iterator[list[Photo]]:
-    """The photos of a batch that could be read, in parts of at most `BATCH_PIXELS` pixels (a single photo may have more)."""
+    """The photos of a batch that could be read, in parts of at most `BATCH_PIXELS` pixels (a single photo may have
+    more).
+    """
     group, pixels = [], 0
     for _, photo in batch:
         if photo is None:

@@ -1,10 +1,12 @@
-"""A web page for a trained network: drop a photo on it, see its classes. Needs `pip install -r examples/requirements.txt`.
+"""A web page for a trained network: drop a photo on it, see its classes. Needs `pip install -r
+examples/requirements.txt`.
 
     python examples/app.py --run runs/demo                 # then open http://127.0.0.1:7860
 
-Photos are uploaded, pasted or taken with a camera; nothing leaves the machine that runs this. GRADIO_SERVER_NAME=0.0.0.0
-opens the page to everybody who reaches the machine, GRADIO_SERVER_PORT sets the port. Programs ask it with gradio_client:
-Client("http://127.0.0.1:7860").predict(handle_file("photo.jpg"), api_name="/parse").
+Photos are uploaded, pasted or taken with a camera; nothing leaves the machine that runs this.
+GRADIO_SERVER_NAME=0.0.0.0 opens the page to everybody who reaches the machine, GRADIO_SERVER_PORT sets the port.
+Programs ask it with gradio_client: Client("http://127.0.0.1:7860").predict(handle_file("photo.jpg"),
+api_name="/parse").
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python examples/look_inside.py photo.jpg --run runs/lip --out inside.png
 
-Bars: f_sim (Eq. 1). Columns: SRM's sites, before the first layer and after each stage. Rows: SAM's tokens after the last
-block, after FTM (Eqs. 5, 6), after SRM (Eqs. 2, 4), as the first three principal components of the first of them, in red,
-green and blue; below, CLIP's f_cv in its own. The same basis above and below shows what a module changes.
+Bars: f_sim (Eq. 1). Columns: SRM's sites, before the first layer and after each stage. Rows: SAM's tokens after the
+last block, after FTM (Eqs. 5, 6), after SRM (Eqs. 2, 4), as the first three principal components of the first of them,
+in red, green and blue; below, CLIP's f_cv in its own. The same basis above and below shows what a module changes.
 """
 
 import argparse

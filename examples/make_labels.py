@@ -57,5 +57,5 @@ if __name__ == "__main__":
     for name, label in globals()[f"from_{kind}"](Path(source), classes):
         path = Path(out) / f"{Path(name).stem}.png"
         path.parent.mkdir(exist_ok=True)
-        with open(path, "xb") as file:                     # fails where there is a label: hand-made, or of the same name
+        with open(path, "xb") as file:                    # fails where there is a label: hand-made, or of the same name
             Image.fromarray(label).save(file, "PNG")

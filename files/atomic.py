@@ -11,7 +11,7 @@ from pathlib import Path
 from errors import UserError
 
 LEFTOVERS = f".*-{'[0-9a-f]' * 8}.part*"                   # the temporary names below, left behind by a kill
-MARK = ".schnet"                                           # in folders of results: nothing in them is taken for an input
+MARK = ".schnet"                                          # in folders of results: nothing in them is taken for an input
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """Reading photos and labels, with clear errors.
 
 Photos: JPEG, PNG, WebP, BMP in any colour mode (to be parsed: many more formats), as RGB uint8 (H, W, 3). Labels: 8-bit
-PNG, grey or palette, whose pixel values are class numbers, as uint8 (H, W). Pillow decodes all of them: OpenCV takes two
-thirds of the time for a JPEG, but returns one that was cut off as if it were complete, and knows no palette's numbers.
+PNG, grey or palette, whose pixel values are class numbers, as uint8 (H, W). Pillow decodes all of them: OpenCV takes
+two thirds of the time for a JPEG, but returns one that was cut off as if it were complete, and knows no palette's
+numbers.
 """
 
 import errno
@@ -141,7 +142,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
     tags = getattr(image, "tag_v2", {})                    # of a TIFF
     if tags.get(REDUCED, 0) & 1 or tags.get(COMPRESSION) == OLD_JPEG or DNG_VERSION in tags:
         raise UserError("a camera's raw file, of which only a thumbnail could be read: convert it first")
-    kind, clear = _kind(image), image.info.get("transparency")           # a value as it is stored, or alpha of a palette
+    kind, clear = _kind(image), image.info.get("transparency")          # a value as it is stored, or alpha of a palette
     if kind == "I;16B" or image.mode.startswith("I;16"):   # grey of more than 8 bits, which Pillow would clip at 255
         values, bits = np.asarray(image), tags.get(BITS_PER_SAMPLE, (16,))[0]
         grey = np.where(values == clear, 255, values >> (bits - 8)).astype(np.uint8)

@@ -10,8 +10,8 @@ target class, label 0 first:
     - {name: Belt, colour: [0, 0, 85], from: []}           # a label of the tool that this network never predicts
 
 Every class of the network must appear exactly once. Names unknown to the network are ignored if LIP, CIHP,
-PASCAL-Person-Part or configs/custom.yaml has them, so that one file serves LIP's Jumpsuits and CIHP's Torso-skin; any other
-name is an error.
+PASCAL-Person-Part or configs/custom.yaml has them, so that one file serves LIP's Jumpsuits and CIHP's Torso-skin; any
+other name is an error.
 """
 
 import difflib
@@ -82,7 +82,9 @@ def label_set(cfg: Config) -> LabelSet:
 
 
 def distinct_colours(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Black, then each time the colour farthest (in CIELAB) from all chosen before and from the grey of ignored pixels."""
+    """Black, then each time the colour farthest (in CIELAB) from all chosen before and from the grey of ignored
+    pixels.
+    """
     levels = np.linspace(0, 1, 9, dtype=np.float32)
     rgb = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 1, 3)
     lab = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB).reshape(-1, 3)

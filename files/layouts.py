@@ -158,7 +158,8 @@ def _pair(line: str, photos: "_Finder", labels: "_Finder") -> tuple[str, Path, P
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, list[str]]:
-    """{name without extension: files} of a folder, of these extensions in any case; hidden files (._x.jpg) do not count.
+    """{name without extension: files} of a folder, of these extensions in any case; hidden files (._x.jpg) do not
+    count.
 
     Names are compared in Unicode's composed form: a Mac stores an accent as a character of its own.
     """

@@ -25,7 +25,7 @@ from errors import UserError
 
 KINDS = {"labels": ".png", "overlays": ".jpg", "masks": ".png", "probs": ".npy"}       # folder and extension
 SOFTWARE = "SCHNet predict.py"
-BOX = 8                                                    # bytes before the record in an .mp4: a box of the kind "free"
+BOX = 8                                                   # bytes before the record in an .mp4: a box of the kind "free"
 
 Record = dict[str, str]
 
@@ -67,9 +67,11 @@ class Results:
                 and all(path.exists() for kind in self.kinds for path in self.paths(kind, name, self.classes)))
 
     def claim_photo(self, origin: Record, name: str) -> list[str]:
-        """Removes the earlier results of a photo. UserError, and nothing is removed, if a file in the way has no record.
+        """Removes the earlier results of a photo. UserError, and nothing is removed, if a file in the way has no
+        record.
 
-        Kept are results of other kinds that were made from the same file with the same settings; their kinds are returned.
+        Kept are results of other kinds that were made from the same file with the same settings; their kinds are
+        returned.
         """
         record, label = _own_label(self.path("labels", name))
         old = {kind: self.paths(kind, name, json.loads(record["Classes"])) for kind in record.get("Results", "").split()}

@@ -1,7 +1,7 @@
 """Reading and writing videos with OpenCV's FFmpeg: frames as RGB arrays with square pixels, an .mp4 without sound.
 
-A container's frame rate and frame count are often estimates: a file is decoded once in advance, for the timestamps of its
-frames and for the errors that the decoder reports.
+A container's frame rate and frame count are often estimates: a file is decoded once in advance, for the timestamps of
+its frames and for the errors that the decoder reports.
 """
 
 import os
@@ -52,7 +52,9 @@ class Reader:
 
 
 class Writer:
-    """Writes RGB frames of one size into `path`. The encoder is opened with the first frame; `error`: why it cannot be."""
+    """Writes RGB frames of one size into `path`. The encoder is opened with the first frame; `error`: why it cannot
+    be.
+    """
 
     def __init__(self, path: Path, rate: float):
         self.path, self.rate, self.writer, self.count, self.error = path, _writable(rate), None, 0, ""
@@ -65,7 +67,7 @@ class Writer:
             self.writer.release()
 
     def write(self, frame: np.ndarray):
-        height, width = frame.shape[:2]                    # encoders want even sides: a line of white where they are odd
+        height, width = frame.shape[:2]                   # encoders want even sides: a line of white where they are odd
         frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), constant_values=255)
         if self.writer is None:
             size = frame.shape[1], frame.shape[0]
@@ -89,7 +91,8 @@ def count_frames(path: str | Path) -> int:
 
 
 def frame_rate(times: list[float], declared: float) -> float:
-    """Frames per second from the frames' timestamps in ms; the declared rate where it agrees, as timestamps are rounded.
+    """Frames per second from the frames' timestamps in ms; the declared rate where it agrees, as timestamps are
+    rounded.
 
     Only rising steps count: in a file of several recordings the timestamps restart.
     """
@@ -101,14 +104,18 @@ def frame_rate(times: list[float], declared: float) -> float:
 
 
 def _open(path: str | Path) -> cv2.VideoCapture:
-    """OpenCV's own error output is silenced. Absolute paths here and above: FFmpeg would read "a:" in a:b.mp4 as a protocol."""
+    """OpenCV's own error output is silenced. Absolute paths here and above: FFmpeg would read "a:" in a:b.mp4 as a
+    protocol.
+    """
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read when OpenCV first opens a video
     (cv2.utils.logging if hasattr(cv2.utils, "logging") else cv2).setLogLevel(0)         # OpenCV 5, OpenCV 4; 0: silent
-    return cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG)       # other backends read x1.hdr, x2.hdr as a sequence
+    return cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG)    # other backends read x1.hdr, x2.hdr as a sequence
 
 
 def _look_through(path: str | Path) -> tuple[list[float], str, bool]:
-    """Timestamps of the frames in ms, the decoder's first error or "", and whether the frames' format changes midway."""
+    """Timestamps of the frames in ms, the decoder's first error or "", and whether the frames' format changes
+    midway.
+    """
     command = [sys.executable, Path(__file__).with_name("frame_times.py"), os.path.abspath(path)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:

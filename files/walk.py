@@ -8,8 +8,8 @@ def walk(root: str | os.PathLike, left_out: Callable[[str], bool] = lambda path:
          onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, str, list[str]]]:
     """(folder, its real path, names of its files) of all folders from `root` down, in order, hidden ones left out.
 
-    Links to folders are followed when the folders themselves are done; each folder comes once, by whatever name, so that
-    symlink cycles end. `left_out` is asked about each folder's path; `onerror`: as for `os.walk`.
+    Links to folders are followed when the folders themselves are done; each folder comes once, by whatever name, so
+    that symlink cycles end. `left_out` is asked about each folder's path; `onerror`: as for `os.walk`.
     """
     waiting, seen = [os.fspath(root)], set()
     while waiting:

@@ -222,7 +222,7 @@ def test_place_of_the_crop_is_uniform():
     cfg = Config(base_size=96, scale_range=(2.0, 2.0), crop_size=(96, 96), photometric=False, flip_prob=0.0)
     y, x = np.mgrid[:192, :192]
     image = np.stack([y, x, 0 * x], axis=-1).astype(np.uint8)
-    label = np.random.default_rng(0).integers(0, 5, (192, 192)).astype(np.uint8)          # no class fills a crop: no retries
+    label = np.random.default_rng(0).integers(0, 5, (192, 192)).astype(np.uint8)     # no class fills a crop: no retries
     corners = [augment.augment(image, label, cfg, (), random_numbers("augment", 0, 1, slot))[0][0, 0, :2]
                for slot in range(N)]
     top, left = np.array(corners, float).T

@@ -1,4 +1,5 @@
-"""Every script of benchmarks/, experiments/ and examples/ can be imported, uses names that exist, and prints its --help.
+"""Every script of benchmarks/, experiments/ and examples/ can be imported, uses names that exist, and prints its
+--help.
 
 One process per folder imports the libraries once for all of its scripts. What a script does is not tested here.
 """

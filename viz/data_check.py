@@ -113,7 +113,7 @@ def inspect(splits: list[Split], workers: int):
             work, count = inspect_drawn, min(DRAWN, len(source))
         with ThreadPool(max(1, workers)) as pool:
             results = pool.imap(lambda i: work(source, i), range(count))
-            split.pairs += tqdm(results, split.name, count, unit="pair", disable=None)     # None: no bar if not a terminal
+            split.pairs += tqdm(results, split.name, count, unit="pair", disable=None)  # None: no bar if not a terminal
 
 
 def inspect_files(source, i: int) -> Pair:

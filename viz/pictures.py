@@ -1,6 +1,7 @@
 """Pictures of label maps: colours, overlays, legends, contact sheets. Plots of numbers are in plots.py.
 
-A picture is an array (H, W, 3), uint8, RGB; a label map is (H, W), uint8, 255 = ignore. Pictures grow to hold their text.
+A picture is an array (H, W, 3), uint8, RGB; a label map is (H, W), uint8, 255 = ignore. Pictures grow to hold their
+text.
 """
 
 import contextlib

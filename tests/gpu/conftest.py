@@ -3,7 +3,7 @@ SCHNET_TEST_DEVICE=cpu the same comparisons run on a small network, so that they
 
 import os
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                # before cuBLAS is loaded: deterministic products
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")            # before cuBLAS is loaded: deterministic products
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

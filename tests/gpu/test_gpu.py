@@ -1,4 +1,6 @@
-"""The GPU against the CPU: numbers, kernels, memory, synchronisation, programs. `make test-gpu`, about three minutes."""
+"""The GPU against the CPU: numbers, kernels, memory, synchronisation, programs. `make test-gpu`, about three
+minutes.
+"""
 
 import contextlib
 import json
