@@ -147,7 +147,7 @@ def claim(folder: Path, identity: dict):
         return
     different = [key for key in identity if held.get(key) != json.loads(json.dumps(identity[key]))]
     if different:
-        raise UserError(f"{folder / RESULTS} holds scores of other data or settings ({', '.join(different)}): choose --out")
+        raise UserError(f"{folder / RESULTS} holds other scores ({', '.join(different)}): choose --out")
 
 
 def run(args: argparse.Namespace, world: World):
@@ -220,7 +220,8 @@ def _main_scores(result: dict) -> dict:
 
 def versions(device: torch.device) -> dict[str, str | None]:
     """Commit of this code, versions and device, for a record."""
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
+                         capture_output=True, text=True)
     return {"commit": git.stdout.strip() or None, "python": platform.python_version(), "torch": torch.__version__,
             "device": device_name(device)}
 

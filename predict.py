@@ -183,7 +183,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--map", type=user_path, metavar="FILE",
                         help="merge the classes into another label set: a file of configs/maps, or your own")
     parser.add_argument("--skip-existing", action="store_true",
-                        help="skip files whose results are there, made from the same file with the same run and options")
+                        help="skip files whose results were made from the same file, run and options")
     parser.add_argument("--size", type=int, help="long side of a photo as the network sees it; the run's if not given")
     parser.add_argument("--masks", action="store_true", help="photos: also a black and white picture for each class")
     parser.add_argument("--probs", action="store_true", help="photos: also the probabilities, as .npy")

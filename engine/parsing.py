@@ -46,7 +46,8 @@ class Report:
     def print(self, seconds: float, out: Path):
         print(f"{len(self.parsed)} parsed in {seconds:.1f} s" + (f", in {out}" if self.parsed else ""), flush=True)
         if self.failed:
-            print(f"{len(self.failed)} not parsed:\n  " + "\n  ".join(map(printable, self.failed)), file=sys.stderr, flush=True)
+            failed = "\n  ".join(map(printable, self.failed))
+            print(f"{len(self.failed)} not parsed:\n  {failed}", file=sys.stderr, flush=True)
 
 
 def printable(line: str) -> str:
@@ -132,7 +133,7 @@ class Job:
                         if writer.error and not results.frames:
                             break
                 if not writer.count:
-                    raise UserError(f"{found.path}: no frame could be read" + (f" ({reader.fault})" if reader.fault else ""))
+                    raise UserError(f"{found.path}: no frame could be read" + f" ({reader.fault})" * bool(reader.fault))
                 if writer.error:
                     raise UserError(f"{found.path}: {writer.error}" + f"; label maps are in {frames}" * results.frames)
                 if video.count_frames(part) != writer.count:             # the writer reports no errors

@@ -96,7 +96,7 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_NTASKS") or 1) > 1:
-            print(f"warning: SLURM_NTASKS is {os.environ['SLURM_NTASKS']}, but this is a run of one process: start several "
+            print(f"warning: SLURM_NTASKS is {os.environ['SLURM_NTASKS']}, but this is one process: start several "
                   "with `srun torchrun ...` (docs/training.md)", file=sys.stderr, flush=True)
         if self.size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=timeout)

@@ -25,7 +25,9 @@ from viz import pictures  # noqa: E402
 def record(model, image: torch.Tensor) -> tuple[np.ndarray, list[dict[str, torch.Tensor]]]:
     """f_sim (K,), and for each site of SRM the maps (h, w, C): "block", "FTM", "SRM" and "f_cv"."""
     ftm, sites, f_sims = [], [], []
-    hooks = [model.ftm.register_forward_hook(lambda _, args, out: ftm.append((args[0][0], out[0])))] if model.cfg.ftm else []
+    hooks = []
+    if model.cfg.ftm:
+        hooks.append(model.ftm.register_forward_hook(lambda _, args, out: ftm.append((args[0][0], out[0]))))
 
     def at_site(_, args, out):
         f_sv, f_cv, f_sim = args

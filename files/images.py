@@ -41,7 +41,7 @@ T = TypeVar("T")
 LABEL_KINDS = ("L", "P", "P;1", "P;2", "P;4")
 TO_8_BITS = {"1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}        # what Pillow multiplies their values by
 
-# Pillow's limits against small files that unpack into all of the memory hold for the complete process, its threads and forks.
+# Pillow's limits against small files that fill the memory are for the process, its threads and forks.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2                   # it refuses twice as many, and would warn from here on
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY           # image generators keep a workflow in one

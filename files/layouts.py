@@ -14,7 +14,7 @@ from errors import UserError, reading
 from files.images import PHOTO_SUFFIXES
 
 LABEL_SUFFIXES = (".png",)
-TWO_PATHS = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, PHOTO_SUFFIXES))}))\s+(.+\.png)", re.IGNORECASE)    # photo, label
+TWO_PATHS = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, PHOTO_SUFFIXES))}))\s+(.+\.png)", re.IGNORECASE)
 
 def _below(folders: str, *names: str) -> tuple[str, ...]:
     """Every name below every one of the folders, "." for the data root itself."""
@@ -150,7 +150,8 @@ def _listed(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
 def _pair(line: str, photos: "_Finder", labels: "_Finder") -> tuple[str, Path, Path]:
     both = None if photos.find(line) else TWO_PATHS.fullmatch(line)      # a name may have a blank
     photo = photos.only(line if both is None else both[1])
-    below = next((folder for folder in (photos.below, photos.below.resolve()) if photo.is_relative_to(folder)), photo.anchor)
+    folders = (photos.below, photos.below.resolve())
+    below = next((folder for folder in folders if photo.is_relative_to(folder)), photo.anchor)
     if not both and below == photo.anchor:
         raise UserError(f"{photo} is not in {photos.below}: name its label too, as in `PHOTO LABEL`")
     name = photo.relative_to(below).with_suffix("").as_posix()

@@ -30,7 +30,7 @@ class Reader:
         wide, high = capture.get(cv2.CAP_PROP_SAR_NUM) or 1, capture.get(cv2.CAP_PROP_SAR_DEN) or 1
         capture.release()
         if changes:                                        # OpenCV would squeeze all frames into the first size
-            raise UserError(f"{path}: the size or aspect of its frames changes from {width}x{height} pixels: split it there")
+            raise UserError(f"{path}: the size or aspect of its frames changes from {width}x{height}: split it there")
         self.stored = height, width                        # pixels that are not square are stretched, never shrunk
         self.shown = (height, round(width * wide / high)) if wide >= high else (round(height * high / wide), width)
 

@@ -296,13 +296,13 @@ def test_fusion():
             up[:, :, i::2, j::2] = torch.einsum("co,bchw->bohw", net.up.weight[:, :, i, j], c2)
     maps = [c1 + up + net.up.bias.view(1, -1, 1, 1), c2, c3, c4]
     x1, x2, x3, x4 = (out.permute(0, 3, 1, 2) for out in outs)
-    levels = [F.interpolate(x1, scale_factor=4, mode="bilinear"), F.interpolate(x2, scale_factor=2, mode="bilinear"), x3,
-              F.avg_pool2d(x4, 2)]                         # half size: the mean of 2 x 2
+    x1, x2 = (F.interpolate(x, scale_factor=k, mode="bilinear") for x, k in ((x1, 4), (x2, 2)))
+    levels = [x1, x2, x3, F.avg_pool2d(x4, 2)]             # half size: the mean of 2 x 2
     for f, m, x, norm in zip(net.fuse(c1, c, outs), maps, levels, net.norms, strict=True):
         close(f, batch_norm(m + x, norm))
 
 
-# ------------------------------------------------------------------------------------------------------------ the complete adapter
+# ------------------------------------------------------------------------------------------------ the complete adapter
 
 
 def run(net, image):

@@ -26,7 +26,7 @@ def group(runs: list[Path]) -> dict[str, list[Path]]:
     """{name: runs}: those whose config differs in seed and folder alone are together."""
     groups: dict[tuple, list[Path]] = {}
     for run in runs:
-        settings = {key: value for key, value in vars(load_config(run / "config.yaml")).items() if key not in ("seed", "out")}
+        settings = vars(load_config(run / "config.yaml")) | {"seed": 0, "out": ""}
         groups.setdefault(tuple(settings.items()), []).append(run)
     return {some[0].name + (f" ({len(some)} seeds)" if len(some) > 1 else ""): some for some in groups.values()}
 
@@ -74,7 +74,7 @@ def curves(groups: dict[str, list[Path]]):
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", type=user_path, default=Path("runs/compare.png"), help="the picture (runs/compare.png)")
+    parser.add_argument("--out", type=user_path, default=Path("runs/compare.png"), help="the picture")
     args = parser.parse_args(argv)
     for run in args.runs:
         if not (run / "config.yaml").exists():

@@ -111,7 +111,8 @@ def font(text: str, size: int) -> ImageFont.FreeTypeFont:
         with contextlib.suppress(OSError):                 # this machine does not have it
             found = ImageFont.truetype(name, size) if name else built_in
             missing = bytes(found.getmask(NO_GLYPH))
-            if text.isascii() or all(letter.isspace() or bytes(found.getmask(letter)) != missing for letter in set(text)):
+            letters = "" if text.isascii() else "".join(set(text)).replace(" ", "")
+            if all(bytes(found.getmask(letter)) != missing for letter in letters):
                 return found
     return built_in
 
