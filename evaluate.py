@@ -73,8 +73,8 @@ def scores(matrix: Tensor) -> dict:
 # evaluation
 
 def evaluate_split(model: SCHNet, pairs: PairSet | DrawnSet, num_classes: int, world: World,
-                   scales: Sequence[float] = (1.0,), flip_pairs: Sequence[tuple[int, int]] | None = None, batch: int = 4,
-                   progress: bool = False,
+                   scales: Sequence[float] = (1.0,), flip_pairs: Sequence[tuple[int, int]] | None = None,
+                   batch: int = 4, progress: bool = False,
                    interrupted: Callable[[], bool] = lambda: False) -> tuple[Tensor, list[tuple[float, int]]]:
     """The confusion matrix (K, K) over a complete set and (mIoU, index) of each image, the same on every process.
 
@@ -173,7 +173,8 @@ def run(args: argparse.Namespace, world: World):
         world.print0(f"warning: {warning}")
 
     def score() -> tuple[Tensor, list[tuple[float, int]]]:
-        return evaluate_split(model, pairs, len(labels.classes), world, scales, flip_pairs, args.batch, progress=world.main)
+        return evaluate_split(model, pairs, len(labels.classes), world, scales, flip_pairs, args.batch,
+                              progress=world.main)
 
     start = time.monotonic()
     matrix, per_image = score()
@@ -184,7 +185,8 @@ def run(args: argparse.Namespace, world: World):
     progress, last = content.get("progress", {}), path.with_name(checkpoint.LAST)
     chosen = path.name == checkpoint.BEST and progress.get("val") == fingerprint(pairs)
     record = {"identity": identity, "checkpoint": str(path), "sha256": sha256, "iteration": progress.get("iteration"),
-              "chosen_on_this_set": chosen, "last": None, "images": len(pairs), "data": labels.name, "split": args.split,
+              "chosen_on_this_set": chosen, "last": None, "images": len(pairs), "data": labels.name,
+              "split": args.split,
               "training": {"hours": round(progress.get("seconds", 0) / 3600, 3), "machine": progress.get("machine")},
               "seconds_per_image": seconds, "processes": world.size, **versions(world.device), **_main_scores(result),
               "classes": {name: {"iou": iou, "acc": acc}
@@ -205,8 +207,8 @@ def run(args: argparse.Namespace, world: World):
             result = scores(score()[0])
         if world.main:
             record["last"] = {"iteration": newest["progress"]["iteration"], **_main_scores(result)}
-            print(f"{path.name} (iteration {progress['iteration']}) was chosen on this very set; {last.name} (iteration "
-                  f"{record['last']['iteration']}), which was not: mIoU {100 * result['miou']:.2f}")
+            print(f"{path.name} (iteration {progress['iteration']}) was chosen on this very set; {last.name} "
+                  f"(iteration {record['last']['iteration']}), which was not: mIoU {100 * result['miou']:.2f}")
             write_record(folder, record)
 
 

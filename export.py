@@ -75,7 +75,8 @@ def _whole(target: Path):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def export(model: nn.Module, labels: LabelSet, source: Path, target: Path, size: tuple[int, int]) -> tuple[float, float]:
+def export(model: nn.Module, labels: LabelSet, source: Path, target: Path,
+           size: tuple[int, int]) -> tuple[float, float]:
     """Write `target` (and `target`.data beside it if it is large); returns the largest difference and the agreement."""
     model = Deployed(model).eval().requires_grad_(False)
     with _whole(target) as part:
@@ -97,7 +98,8 @@ def quantize(source: Path, target: Path, size: tuple[int, int], drawings: int = 
     with _whole(target) as part:
         logging.getLogger().setLevel(logging.ERROR)        # it recommends a preparation that changes nothing here
         quantization.quantize_dynamic(
-            source, part, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=quantization.QuantType.QInt8,
+            source, part, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
+            weight_type=quantization.QuantType.QInt8,
             reduce_range=True,                             # 7 bits: CPUs without VNNI add up two products in 16
             use_external_data_format=source.with_name(f"{source.name}.data").exists())
         model = onnx.load(part, load_external_data=False)
@@ -106,8 +108,8 @@ def quantize(source: Path, target: Path, size: tuple[int, int], drawings: int = 
         onnx.save(model, part)
         before, after = (session(path).run for path in (source, part))
         images = [{"image": draw(1, n, size)[0][None]} for n in range(drawings)]
-        agreement = np.mean([before(["probabilities"], image)[0].argmax(1) == after(["probabilities"], image)[0].argmax(1)
-                             for image in images])
+        first, second = ([run(["probabilities"], image)[0].argmax(1) for image in images] for run in (before, after))
+        agreement = np.mean(np.equal(first, second))
         kept = f"{agreement:.2%} of the pixels of {drawings} drawings keep their class"
         if agreement < MIN_INT8_AGREEMENT:
             raise UserError(f"{target} was not written: {kept}, {MIN_INT8_AGREEMENT:.0%} are needed")

@@ -221,8 +221,8 @@ def run(args: argparse.Namespace, world: World, report: Report):
         report.failed += inputs.missing
         if ignored:
             world.print0(f"ignored: {printable(ignored)}")
-    world.print0(f"{parser.path}: {len(parser.classes)} classes of {parser.labels.name}" + (", with TTA" if args.tta else "")
-                 + (f"; {len(done)} already done" if done else ""))
+    world.print0(f"{parser.path}: {len(parser.classes)} classes of {parser.labels.name}"
+                 + (", with TTA" if args.tta else "") + (f"; {len(done)} already done" if done else ""))
     parser.batch = args.batch
     try:
         work(Job(parser, results, report), inputs.photos, inputs.videos, done, world)

@@ -140,8 +140,8 @@ class Job:
                     raise UserError(f"{target} could not be written completely: is the disk full?")
                 append_mp4_record(part, origin | {"Frames": str(writer.count)})
             if reader.fault:
-                raise UserError(f"{found.path}: damaged or cut off ({reader.fault}); the {writer.count} frames that could be "
-                                "read were parsed")
+                raise UserError(f"{found.path}: damaged or cut off ({reader.fault}); the {writer.count} frames that "
+                                "could be read were parsed")
             self.report.parsed.append(found.name)
 
     def _labelled(self, frames: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

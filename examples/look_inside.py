@@ -86,8 +86,8 @@ def main(argv: list[str] | None = None):
     rows = ["SAM's tokens", "after FTM (Eqs. 5, 6)", "after SRM (Eqs. 2, 4)", "CLIP's f_cv"]
     label = parser.parse(photo)
     sheet = pictures.sheet(list(map(list, zip(*columns))), titles, rows, height=180)
-    first = pictures.sheet([[photo, parser.overlay(photo, label)], [bars(f_sim, parser.classes), None]], ["photo", "prediction"],
-                           height=360)
+    left = [[photo, parser.overlay(photo, label)], [bars(f_sim, parser.classes), None]]
+    first = pictures.sheet(left, ["photo", "prediction"], height=360)
     height = max(len(first), len(sheet))
     both = [np.pad(part, ((0, height - len(part)), (0, 0), (0, 0)), constant_values=255) for part in (first, sheet)]
     pictures.save_png(args.out, np.hstack(both))

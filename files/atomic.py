@@ -58,8 +58,8 @@ def results_folder(folder: str | Path):
     """`mark_folder` of a new or empty folder, or of one that is marked already; UserError for any other."""
     names = sorted(name for name in os.listdir(folder) if not name.startswith(".")) if os.path.isdir(folder) else []
     if names and not os.path.exists(os.path.join(folder, MARK)):
-        raise UserError(f"{folder} holds other files ({', '.join(names[:3])}{', ...' * (len(names) > 3)}): results need a new "
-                        "or empty folder, choose another --out")
+        raise UserError(f"{folder} holds other files ({', '.join(names[:3])}{', ...' * (len(names) > 3)}): results "
+                        "need a new or empty folder, choose another --out")
     mark_folder(folder)
 
 

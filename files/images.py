@@ -67,8 +67,8 @@ def read_label(path: str | Path, num_classes: int) -> np.ndarray:
 
     kind, label = _decoded(path, ("PNG",), decode)
     if kind not in LABEL_KINDS:                            # Pillow rescales low-bit grey, destroying class numbers
-        raise UserError(f"{path}: has {kind} pixels; a label is an 8-bit grey or palette PNG of class numbers (docs/data.md "
-                        "converts colours)")
+        raise UserError(f"{path}: has {kind} pixels; a label is an 8-bit grey or palette PNG of class numbers "
+                        "(docs/data.md converts colours)")
     if label.max() < num_classes:                          # fast path
         return label
     wrong = (label >= num_classes) & (label != IGNORE)

@@ -20,8 +20,8 @@ from files.walk import walk
 VIDEO_SUFFIXES = frozenset(".3g2 .3gp .asf .avi .divx .f4v .flv .m2ts .m2v .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf "
                            ".ogv .ts .vob .webm .wmv".split())
 INPUT_SUFFIXES = ALL_SUFFIXES | VIDEO_SUFFIXES | {".heic", ".heif"}      # HEIC is listed to be reported, not ignored
-SYSTEM_FOLDERS = ("@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "__macosx",
-                  "lost+found")                            # thumbnails and deleted files, in small letters
+SYSTEM_FOLDERS = ("@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "system volume information",
+                  "__macosx", "lost+found")                            # thumbnails and deleted files, in small letters
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def list_inputs(arguments: list[str]) -> Inputs:
         for found in kind:                                 # some file systems ignore case, or how an accent is stored
             other = taken.setdefault(unicodedata.normalize("NFC", found.name).casefold(), found)
             if other is not found:
-                raise UserError(f"{other.path} and {found.path} would both be saved as {found.name}: parse them with an "
-                                "--out folder each, or rename one")
+                raise UserError(f"{other.path} and {found.path} would both be saved as {found.name}: parse them with "
+                                "an --out folder each, or rename one")
     return inputs
 
 
@@ -84,7 +84,8 @@ def _below(folder: str, inputs: Inputs) -> Iterator[tuple[str, str]]:
         inputs.ignored.update([f"{path}: {reason}"] if reason else [])
         return bool(reason)
 
-    for where, _, names in walk(folder, left_out, lambda error: inputs.missing.append(f"{error.filename}: {error.strerror}")):
+    for where, _, names in walk(folder, left_out,
+                                lambda error: inputs.missing.append(f"{error.filename}: {error.strerror}")):
         for name in [name for name in names if not name.startswith(".")]:
             path = os.path.join(where, name)
             if _suffix(name) not in INPUT_SUFFIXES:
@@ -100,8 +101,8 @@ def _is_file(path: str, inputs: Inputs) -> bool:
     if os.path.exists(path):
         inputs.ignored[f"{'folder' if os.path.isdir(path) else 'named pipe or device'} ({path})"] += 1
     else:
-        link = f"a link to {os.readlink(path)}, which does not exist" if os.path.islink(path) else "no such file or folder"
-        inputs.missing.append(f"{os.path.normpath(path)}: {link}")
+        link = os.path.islink(path) and f"a link to {os.readlink(path)}, which does not exist"
+        inputs.missing.append(f"{os.path.normpath(path)}: {link or 'no such file or folder'}")
     return False
 
 

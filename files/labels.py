@@ -139,8 +139,8 @@ def label_warning(stats: LabelStats, classes: Sequence[str]) -> str:
     """A warning if labels may not be what they should be; "" if they look right."""
     seen = np.count_nonzero(stats.counts[:len(classes)])
     if len(classes) > 2 and stats.edges and stats.between > 0.08 * stats.edges:
-        return (f"{stats.between / stats.edges:.0%} of the edges between two classes show a class between them: were the labels "
-                "resized with interpolation? Use nearest neighbour")
+        return (f"{stats.between / stats.edges:.0%} of the edges between two classes show a class between them: were "
+                "the labels resized with interpolation? Use nearest neighbour")
     if len(classes) >= 8 and stats.labels >= 8 and stats.numbered > 0.9 * stats.labels:
         return "each label holds the values 1, 2, ... without a gap: are they numbers of persons (Human_ids)?"
     if len(classes) >= 6 and 2 * seen < len(classes):
@@ -157,15 +157,16 @@ def load_class_map(path: str | Path, labels: LabelSet) -> tuple[LabelSet, Merge]
     targets = _read_targets(path)
     for target in targets:
         for name in target["from"]:
-            if name not in CUSTOM_CLASSES and not any(name in known.classes for known in (labels, *LABEL_SETS.values())):
+            known = {*CUSTOM_CLASSES, *labels.classes}.union(*(other.classes for other in LABEL_SETS.values()))
+            if name not in known:
                 near = difflib.get_close_matches(name, labels.classes, n=1)
                 raise UserError(f"{path}: {target['name']} takes {name!r}, which is not a class of {labels.name}"
                                 + (f"; did you mean {near[0]!r}?" if near else ""))
     taken = [name for target in targets for name in target["from"]]
     for name in labels.classes:
         if taken.count(name) != 1:
-            raise UserError(f"{path}: {name} of {labels.name} appears {taken.count(name)} times; each class of the network "
-                            "must appear exactly once")
+            raise UserError(f"{path}: {name} of {labels.name} appears {taken.count(name)} times; each class of the "
+                            "network must appear exactly once")
     merge = tuple(tuple(labels.classes.index(name) for name in target["from"] if name in labels.classes)
                   for target in targets)
     names, palette = (tuple(target[key] for target in targets) for key in ("name", "colour"))

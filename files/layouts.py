@@ -100,16 +100,16 @@ def match_files(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
 def _unlisted(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
     """Every photo of the folder, with the label of its name."""
     if os.path.samefile(place.images, place.labels):
-        return [], [f"{place.images}: has photos and labels: move the labels into a folder of their own, or give a list that "
-                    "names the photos with their extensions"]
+        return [], [f"{place.images}: has photos and labels: move the labels into a folder of their own, or give a "
+                    "list that names the photos with their extensions"]
     photos, labels = _files(place.images, PHOTO_SUFFIXES), _files(place.labels, LABEL_SUFFIXES)
     faults = [f"{folder / other}: {first} has the same name; remove one of them"
               for folder, files in ((place.images, photos), (place.labels, labels))
               for first, *others in files.values() for other in others]
     suffix = _common_suffix(photos, labels)
     if suffix:
-        return [], faults + [f"{place.labels}: the labels are named NAME{suffix}.png: name them as their photos, or pair them "
-                             f"with a list (train_list, val_list) of lines `NAME.jpg NAME{suffix}.png`"]
+        return [], faults + [f"{place.labels}: the labels are named NAME{suffix}.png: name them as their photos, or "
+                             f"pair them with a list (train_list, val_list) of lines `NAME.jpg NAME{suffix}.png`"]
     faults += [f"{place.labels / name}.png: no such label" for name in photos if name not in labels]
     faults += [f"{place.labels / files[0]}: no photo for this label in {place.images}"
                for name, files in labels.items() if name not in photos]

@@ -42,7 +42,8 @@ class Results:
         status = os.stat(source)
         path = os.fsencode(os.path.abspath(source)).decode(errors="backslashreplace")
         return {"Software": SOFTWARE, "Source": path, "Source bytes": str(status.st_size),
-                "Source modified": str(status.st_mtime_ns), "Settings": self.settings, "Classes": json.dumps(self.classes)}
+                "Source modified": str(status.st_mtime_ns), "Settings": self.settings,
+                "Classes": json.dumps(self.classes)}
 
     # ---- photos
 
@@ -52,7 +53,8 @@ class Results:
     def paths(self, kind: str, name: str, classes: Sequence[str]) -> list[Path]:
         """The files of a kind: one, or a mask for each class."""
         if kind == "masks":
-            return [self.path(kind, f"{name}/{k:02d}_" + re.sub(r"[^\w-]+", "_", title)) for k, title in enumerate(classes)]
+            return [self.path(kind, f"{name}/{k:02d}_" + re.sub(r"[^\w-]+", "_", title))
+                    for k, title in enumerate(classes)]
         return [self.path(kind, name)]
 
     def record(self, origin: Record, label: np.ndarray, kept: Sequence[str] = ()) -> Record:
@@ -74,7 +76,8 @@ class Results:
         returned.
         """
         record, label = _own_label(self.path("labels", name))
-        old = {kind: self.paths(kind, name, json.loads(record["Classes"])) for kind in record.get("Results", "").split()}
+        old = {kind: self.paths(kind, name, json.loads(record["Classes"]))
+               for kind in record.get("Results", "").split()}
         written = {path for paths in old.values() for path in paths}
         for path in [path for kind in self.kinds for path in self.paths(kind, name, self.classes)]:
             if path not in written and os.path.lexists(path):

@@ -246,7 +246,8 @@ def test_mistakes_are_one_line_before_the_work(run, tmp_path, capsys, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("")
-    for argv, words in (([], "runs: no checkpoint"), (["--run", "runs/x"], "runs/x: no "), (["--run", __file__], "checkpoint"),
+    for argv, words in (([], "runs: no checkpoint"), (["--run", "runs/x"], "runs/x: no "),
+                        (["--run", __file__], "checkpoint"),
                         (["--run", str(run), "--out", "mine/notes.txt/x"], "mine/notes.txt/x is not writable"),
                         (["--run", str(run), "--out", "mine"], "mine holds other files (notes.txt)")):
         with pytest.raises(SystemExit, match="1"):

@@ -31,7 +31,8 @@ def test_polygons_become_label_maps(tmp_path: Path, kind: str):
         source.write_text(json.dumps({
             "categories": [{"id": 7, "name": "Coat"}, {"id": 3, "name": "Hair"}],
             "images": [{"id": 1, "file_name": "a/x.jpg", "width": 16, "height": 20}],
-            "annotations": [{"image_id": 1, "category_id": {"Coat": 7, "Hair": 3}[name], "segmentation": [sum(points, [])]}
+            "annotations": [{"image_id": 1, "category_id": {"Coat": 7, "Hair": 3}[name],
+                             "segmentation": [sum(points, [])]}
                             for name, points in shapes]}))
     else:
         source = tmp_path / "json"
@@ -72,7 +73,8 @@ def test_the_inside_of_the_network_in_one_picture(small: Path, tmp_path: Path, c
         if not p.any():                                    # initialised to zero: the module would change nothing
             look_inside.torch.nn.init.normal_(p, std=0.1)
     f_sim, sites = look_inside.record(parser.model, image)
-    assert f_sim.shape == (20,) and f_sim.sum() == pytest.approx(1, abs=1e-4) and len(sites) == parser.model.cfg.srm_sites
+    assert f_sim.shape == (20,) and f_sim.sum() == pytest.approx(1, abs=1e-4)
+    assert len(sites) == parser.model.cfg.srm_sites
     assert all((maps["block"] != maps["FTM"]).any() and (maps["FTM"] != maps["SRM"]).any() for maps in sites[1:])
 
 

@@ -27,8 +27,8 @@ pytestmark = pytest.mark.skipif(not Path(VOCAB).is_file(), reason="the vocabular
 sam_vit.SIZES["regime"], clip_vit.SIZES["regime"] = (32, 8, 2, 2, 4), (24, 4, 2, 4, 16, 16, 1, 2)
 SMALL = dict(dataset="synthetic", synthetic_size=(64, 64), synthetic_train=40, crop_size=(64, 64), base_size=64,
              workers=0, vocab=VOCAB, sam="regime", clip="regime", clip_taps=(0, 1, 2, 3), ftm_tokens=8, prior_dim=8,
-             clip_activation="quick_gelu", deform_heads=2, deform_points=2, head_dim=16, aux_dim=8, batch_size=4, lr=2e-3,
-             iters=100, warmup_iters=5, precision="fp32")
+             clip_activation="quick_gelu", deform_heads=2, deform_points=2, head_dim=16, aux_dim=8, batch_size=4,
+             lr=2e-3, iters=100, warmup_iters=5, precision="fp32")
 
 
 @pytest.fixture(scope="module")

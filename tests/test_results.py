@@ -49,7 +49,8 @@ def test_inputs_are_found_once_by_folder_pattern_and_name(here: Path):
 @pytest.mark.parametrize("first, second, arguments", [
     ("p/a.jpg", "q/a.jpg", ["p/a.jpg", "q/a.jpg"]), ("p/a.jpg", "q/a.jpg", ["p", "q"]),
     ("p/a.jpg", "q/A.jpg", ["*/*.jpg"]), ("p/a.jpg", "p/a.png", ["p"]),
-    ("p/x/a.mp4", "q/x/a.avi", ["p", "q"]), ("p/x/a.jpg", "x/a.jpg", ["p", "."]), ("p/\u00e9.jpg", "q/e\u0301.jpg", ["p", "q"])])
+    ("p/x/a.mp4", "q/x/a.avi", ["p", "q"]), ("p/x/a.jpg", "x/a.jpg", ["p", "."]),
+    ("p/\u00e9.jpg", "q/e\u0301.jpg", ["p", "q"])])
 def test_two_files_that_would_get_one_name_are_refused(here: Path, first: str, second: str, arguments: list[str]):
     for name in (first, second):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +76,8 @@ def test_what_is_not_parsed_is_counted(parse, here: Path, monkeypatch, capsys):
     assert parse(".", "pipe.jpg", "sub/*", "predictions/labels/*", "--out", "all") == 1
     printed = capsys.readouterr()
     assert files("all/labels") == ["sub/y.png", "x.png"] and "gone.png: a link to nowhere" in printed.err
-    for words in (r"named pipe or device \(pipe.jpg\)", r"device \(./pipe.jpg\)", "@eaDir: ", "predictions: results", "null.png",
+    for words in (r"named pipe or device \(pipe.jpg\)", r"device \(./pipe.jpg\)", "@eaDir: ", "predictions: results",
+                  "null.png",
                   r"folder \(sub/tta\)", "2 results of", "1 without ext"):
         assert re.search(f"ignored: .*{words}", printed.out), words
     assert parse("predictions/labels/x.png", "--out", "again") == 1      # by its name, too

@@ -40,11 +40,13 @@ def table(groups: dict[str, list[Path]]) -> str:
             paths = [run / kind / "results.json" for run in runs if (run / kind / "results.json").exists()]
             found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
             rows.append((name, kind + (f", {len(found)} of {len(runs)} runs" if len(found) < len(runs) else ""),
-                         *(spread([100 * result[key] for result in found]) for key in ("miou", "mean_acc", "pixel_acc")),
+                         *(spread([100 * result[key] for result in found])
+                           for key in ("miou", "mean_acc", "pixel_acc")),
                          ", ".join(sorted({str(result.get("iteration")) for result in found})),
                          spread([result.get("training", {}).get("hours") or math.nan for result in found])))
         if not kinds:
-            scores = [max((entry["miou"] or 0 for entry in log(run) if "miou" in entry), default=math.nan) for run in runs]
+            scores = [max((entry["miou"] or 0 for entry in log(run) if "miou" in entry), default=math.nan)
+                      for run in runs]
             rows.append((name, "best validation", spread([100 * score for score in scores]), "", "", "", ""))
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -131,7 +131,8 @@ def inspect_files(source, i: int) -> Pair:
         return pair
     way = orientation(photo)
     if way in (2, 3, 4) or (way != 1 and label.shape[0] == label.shape[1]):
-        pair.notes.append(("photos with an EXIF orientation that the label's size does not show, read as stored", photo))
+        pair.notes.append(("photos with an EXIF orientation that the label's size does not show, read as stored",
+                           photo))
     return _measured(pair, rgb, label)
 
 
@@ -188,7 +189,8 @@ def absent_notes(splits: list[Split], labels: LabelSet) -> list[Note]:
 def ignored_notes(splits: list[Split]) -> list[Note]:
     """Files next to the photos of a split without a list that are not read."""
     places = [split.source.place for split in splits if split.source is not None and split.source.place is not None]
-    return [("beside the photos, not read: folders, which only a list can name, and files with other extensions", str(path))
+    return [("beside the photos, not read: folders, which only a list can name, and files with other extensions",
+             str(path))
             for place in places if not place.listing for path in sorted(place.images.iterdir())
             if not path.name.startswith(".") and (path.is_dir() or path.suffix.lower() not in PHOTO_SUFFIXES)]
 

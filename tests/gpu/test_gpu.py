@@ -188,7 +188,8 @@ def test_several_gpus_train_like_one(tmp_path):
     config = make_config(tmp_path)
     for count in (1, cards):
         folder = tmp_path / f"run{count}"
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), ROOT / "train.py",
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count),
+                        ROOT / "train.py",
                         "--cfg", config, f"out={folder}", *overrides], check=True, cwd=ROOT, timeout=300)
         logs.append([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()])
     for one, many in zip(*logs, strict=True):
@@ -271,4 +272,5 @@ def test_out_of_memory_ends_in_one_line(tmp_path, capsys):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert end.value.code == 1 and "out of GPU memory" in line and "checkpointing=true" in line and "accum_steps" in line
+    assert end.value.code == 1
+    assert all(words in line for words in ("out of GPU memory", "checkpointing=true", "accum_steps"))
