@@ -32,11 +32,11 @@ $(VENV)/dev: requirements-dev.txt $(VENV)/run
 	@touch $@
 
 demo: $(VENV)/run
-	@rm -rf runs/demo
+	@rm -rf runs/demo runs/drawings
 	@# two processes on the CPU, also where there is a GPU
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 train.py
-	$(BIN)/python -m synthetic.draw --out runs/demo/drawings --count 6
-	$(BIN)/python predict.py --run runs/demo --out runs/demo/parsed runs/demo/drawings
+	$(BIN)/python -m synthetic.draw --out runs/drawings --count 6
+	$(BIN)/python predict.py --run runs/demo --out runs/demo/parsed runs/drawings
 	$(BIN)/python evaluate.py --run runs/demo --tta
 	@echo "Done: a small SCHNet, trained on drawn people, scored on others: without TTA at its last iteration, with TTA in the table."
 	@echo "Its encoders are small, randomly initialised and trained with the rest: neither SAM nor CLIP."
@@ -61,5 +61,5 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf runs/demo .pytest_cache .ruff_cache
+	rm -rf runs/demo runs/drawings .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

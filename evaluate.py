@@ -207,8 +207,8 @@ def run(args: argparse.Namespace, world: World):
             result = scores(score()[0])
         if world.main:
             record["last"] = {"iteration": newest["progress"]["iteration"], **_main_scores(result)}
-            print(f"{path.name} (iteration {progress['iteration']}) was chosen on this very set; {last.name} "
-                  f"(iteration {record['last']['iteration']}), which was not: mIoU {100 * result['miou']:.2f}")
+            print(f"{path.name} (iteration {progress['iteration']}) was chosen on this very set; mIoU of {last.name} "
+                  f"(iteration {record['last']['iteration']}): {100 * result['miou']:.2f}")
             write_record(folder, record)
 
 
