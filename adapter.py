@@ -39,10 +39,10 @@ def cell_centres(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Te
         y = (torch.arange(h, device=device, dtype=dtype) + 0.5) / h
         x = (torch.arange(w, device=device, dtype=dtype) + 0.5) / w
         maps.append(torch.stack([x.repeat(h), y.repeat_interleave(w)], dim=-1))
-    return torch.cat(maps)                                              # (Q, 2)
+    return torch.cat(maps)                                  # (Q, 2)
 
 
-@fast.replaced_by(fast.ms_deform_attn, on=("cpu",), in_onnx=False)   # ONNX lacks embedding_bag
+@fast.replaced_by(fast.ms_deform_attn, on=("cpu",), in_onnx=False)      # ONNX lacks embedding_bag
 def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of bilinear samples, zero outside the maps, in fp32 or better as the original.
 
@@ -52,12 +52,12 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
     b, s, m, d = value.shape
     dtype = torch.promote_types(value.dtype, torch.float32)
     grids = 2 * locations.to(dtype) - 1
-    grids = grids.permute(3, 0, 2, 1, 4, 5).flatten(1, 2)               # (L, B*M, Q, P, 2)
+    grids = grids.permute(3, 0, 2, 1, 4, 5).flatten(1, 2)   # (L, B*M, Q, P, 2)
     maps = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)            # (B*M, D, S)
     maps = maps.split([h * w for h, w in shapes], dim=-1)
     samples = [F.grid_sample(level.unflatten(-1, shape), grid, align_corners=False)
                for level, shape, grid in zip(maps, shapes, grids)]
-    samples = torch.cat(samples, dim=-1)                                # (B*M, D, Q, LP)
+    samples = torch.cat(samples, dim=-1)                    # (B*M, D, Q, LP)
     weights = weights.to(dtype).transpose(1, 2).flatten(3).flatten(0, 1).unsqueeze(1)
     out = (samples * weights).sum(-1).view(b, m * d, -1)
     return out.transpose(1, 2).to(value.dtype)
@@ -84,7 +84,7 @@ class MSDeformAttn(nn.Module):
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
         direction = direction / direction.abs().amax(dim=-1, keepdim=True)                  # (M, 2)
         steps = torch.arange(1, self.points + 1).view(1, 1, -1, 1)
-        offsets = direction.view(-1, 1, 1, 2) * steps                   # (M, 1, P, 2)
+        offsets = direction.view(-1, 1, 1, 2) * steps       # (M, 1, P, 2)
         nn.init.zeros_(self.sampling_offsets.weight)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.expand(-1, self.levels, -1, -1).flatten())
@@ -194,7 +194,7 @@ class SpatialPrior(nn.Module):
         self.fc4 = nn.Conv2d(4 * width, dim, 1)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        c1 = self.stem(image.contiguous(memory_format=torch.channels_last))  # like the tokens
+        c1 = self.stem(image.contiguous(memory_format=torch.channels_last))        # like the tokens
         c2 = self.conv2(c1)
         c3 = self.conv3(c2)
         c4 = self.conv4(c3)
@@ -217,7 +217,7 @@ class ViTAdapter(nn.Module):
         self.level_embed = nn.Parameter(torch.empty(3, dim))
         self.injectors = nn.ModuleList(
             [Injector(dim, heads, points, deform_ratio) for _ in range(STAGES)])
-        self.extractors = nn.ModuleList(                        # the last stage has two extra
+        self.extractors = nn.ModuleList(                    # the last stage has two extra
             [Extractor(dim, heads, points, deform_ratio, cffn_ratio, drop_path)
              for _ in range(STAGES + 2)])
         self.up = nn.ConvTranspose2d(dim, dim, 2, 2)

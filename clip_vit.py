@@ -24,8 +24,8 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 SIZES = {
     #           dim  depth heads grid embed | text: dim  depth heads
-    "vit_b16": (768, 12,   12,   14,  512,          512, 12,   8),  # grid: side of position table
-    "small":   (64,  4,    2,    16,  64,           64,  2,    2),  # embed: width of the outputs
+    "vit_b16": (768, 12,   12,   14,  512,          512, 12,   8),    # grid: side of position table
+    "small":   (64,  4,    2,    16,  64,           64,  2,    2),     # embed: width of the outputs
     "demo":    (32,  4,    2,    8,   64,           64,  2,    2),
 }
 
@@ -46,14 +46,14 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)               # (B, N, 3D)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)       # (B, N, 3D)
         qkv = qkv.unflatten(2, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, heads, N, D/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                # (B, heads, N, D/heads)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)   # softmax(q k^T / sqrt(d)) v
-        return self.out_proj(x.transpose(1, 2).flatten(2))                      # (B, N, D)
+        return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
-ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's; LAION's and DataComp's
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}    # OpenAI's; LAION's and DataComp's
 
 
 class MLP(nn.Module):
@@ -75,7 +75,7 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp = MLP(dim, activation)
         self.ln_2 = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, causal: bool = False) -> Tensor:                      # (B, N, D)
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:       # (B, N, D)
         x = x + self.attn(self.ln_1(x), causal)
         return x + self.mlp(self.ln_2(x))
 
@@ -85,7 +85,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(
             ResidualAttentionBlock(dim, heads, activation) for _ in range(depth))
-        for block in self.resblocks:  # CLIP's initialisation; attention biases are zero
+        for block in self.resblocks:              # CLIP's initialisation; attention biases are zero
             nn.init.normal_(block.attn.in_proj_weight, std=dim**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * depth * dim) ** -0.5)
             nn.init.zeros_(block.attn.out_proj.bias)
@@ -101,7 +101,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.dim, self.depth, self.grid = dim, depth, grid
         self.taps, self.activation = tuple(taps), activation
-        self.content = ""  # hash of the file's tensors, see files/foundations.py
+        self.content = ""                     # hash of the file's tensors, see files/foundations.py
         scale = dim**-0.5
         self.conv1 = nn.Conv2d(3, dim, 16, stride=16, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(dim))
@@ -119,11 +119,11 @@ class VisionTransformer(nn.Module):
         x = self.embed(image)
         B, h, w, D = x.shape
         cls = self.ln_pre(self.class_embedding + self.positional_embedding[0])
-        x = torch.cat([cls.expand(B, 1, D), x.flatten(1, 2)], dim=1)  # (B, 1 + hw, D)
+        x = torch.cat([cls.expand(B, 1, D), x.flatten(1, 2)], dim=1)    # (B, 1 + hw, D)
         taps = []
         for n, block in enumerate(self.transformer.resblocks):
             x = block(x)
-            if n in self.taps:  # contiguous: nn.Linear is slow on a 4-D tensor that is not
+            if n in self.taps:           # contiguous: nn.Linear is slow on a 4-D tensor that is not
                 taps.append(x[:, 1:].unflatten(1, (h, w)).contiguous())
         f_cls = self.ln_post(x[:, 0]) @ self.proj
         return F.normalize(f_cls, dim=-1), taps
@@ -138,7 +138,7 @@ class VisionTransformer(nn.Module):
 
     def embed(self, image: Tensor) -> Tensor:
         """Input of the first block without the class token: (B, 3, H, W) -> (B, h, w, D)."""
-        x = self.conv1(self.normalize(image)).permute(0, 2, 3, 1)                   # (B, h, w, D)
+        x = self.conv1(self.normalize(image)).permute(0, 2, 3, 1)       # (B, h, w, D)
         table = self.positional_embedding[1:].unflatten(0, (self.grid, self.grid))
         return self.ln_pre(x + resample_positions(table, *x.shape[1:3]))
 
@@ -160,17 +160,17 @@ class CLIP(nn.Module):
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(CONTEXT, text_dim))
         self.ln_final = nn.LayerNorm(text_dim)
         self.text_projection = nn.Parameter(text_dim**-0.5 * torch.randn(text_dim, embed))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # ln 100 after training
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))    # ln 100 after training
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """`tokens` (K, 77) of `tokenizer.tokenize` -> (K, E) of unit length."""
-        end = tokens.argmax(dim=1)               # the end token has the largest id
+        end = tokens.argmax(dim=1)                          # the end token has the largest id
         tokens = tokens[:, :int(end.max()) + 1]  # causal: tokens after the end token have no effect
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         for block in self.transformer.resblocks:
             x = block(x, causal=True)
-        x = x[torch.arange(len(x), device=x.device), end]                              # (K, text D)
+        x = x[torch.arange(len(x), device=x.device), end]   # (K, text D)
         return F.normalize(self.ln_final(x) @ self.text_projection, dim=-1)
 
 
@@ -186,7 +186,7 @@ def load_clip(path: str | Path, taps: tuple[int, ...] = (3, 5, 7, 11), size: str
     if activation not in ACTIVATIONS:
         raise UserError(f"{path}: the activation of this CLIP is unknown: set "
                         "clip_activation=quick_gelu for OpenAI's, gelu for LAION's or DataComp's")
-    with torch.device("meta"):                             # skips the random initialisation
+    with torch.device("meta"):                              # skips the random initialisation
         clip = CLIP(*SIZES[size], taps, activation)
     foundations.load(clip, foundations.clip_tensors(tensors), path, f"clip={size}")
     clip.visual.content = foundations.content_hash(clip.visual.state_dict())

@@ -48,8 +48,8 @@ def similarity(f_cls: Tensor, f_txt: Tensor, scale: float) -> Tensor:
     CLIP's similarities are always computed with its learned scale, 100, and so they are here;
     `sim_scale: 1.0` in a config is the literal equation.
     """
-    cosine = (f_cls[:, None] * f_txt).sum(-1)  # (B, K); no matmul: autocast would round it
-    return (scale * cosine).softmax(-1)        # (B, K)        Eq. 1
+    cosine = (f_cls[:, None] * f_txt).sum(-1)           # (B, K); no matmul: autocast would round it
+    return (scale * cosine).softmax(-1)                     # (B, K)        Eq. 1
 
 
 class SRM(nn.Module):
@@ -57,19 +57,19 @@ class SRM(nn.Module):
 
     def __init__(self, num_classes: int, clip_dim: int, dim: int, ratio: float):
         super().__init__()
-        hidden = max(1, int(dim * ratio))         # width not in the paper; C/4 as ViT-Adapter's FFN
-        self.expand = nn.Linear(num_classes, clip_dim)  # "increase the dimension of f_sim"
+        hidden = max(1, int(dim * ratio))                   # C/4: as ViT-Adapter's FFN
+        self.expand = nn.Linear(num_classes, clip_dim)      # "increase the dimension of f_sim"
         self.to_sam = nn.Linear(clip_dim, dim)
         self.squeeze = nn.Linear(dim, hidden)
         self.unsqueeze = nn.Linear(hidden, dim)
         init_linears(self)
-        _zero(self.to_sam, self.unsqueeze)  # at the start SAM's features pass unchanged
+        _zero(self.to_sam, self.unsqueeze)                  # SAM's features pass at first
 
     def forward(self, f_sv: Tensor, f_cv: Tensor, f_sim: Tensor) -> Tensor:
-        gate = self.expand(f_sim)[:, None, None]                        # (B, 1, 1, D)
-        f_prime = self.to_sam(f_cv * gate) + f_sv                       # (B, h, w, C)  Eq. 2: f'_sv
+        gate = self.expand(f_sim)[:, None, None]            # (B, 1, 1, D)
+        f_prime = self.to_sam(f_cv * gate) + f_sv           # (B, h, w, C)  Eq. 2: f'_sv
         refined = self.unsqueeze(F.gelu(self.squeeze(f_prime)))
-        return f_prime + refined                   # (B, h, w, C)  Eq. 4: f''_sv
+        return f_prime + refined                            # (B, h, w, C)  Eq. 4: f''_sv
 
 
 class FTM(nn.Module):
@@ -82,35 +82,35 @@ class FTM(nn.Module):
     def __init__(self, depth: int, dim: int, tokens: int, ratio: float, rho: float,
                  scale_logits: bool, residual: str, init: str):
         super().__init__()
-        hidden = max(1, int(dim * ratio))                        # width not in the paper; as in SRM
-        bound = (6 / (3 * 16 * 16 + dim)) ** 0.5                      # Rein's, with a 16 x 16 patch
+        hidden = max(1, int(dim * ratio))                   # width not in the paper; as in SRM
+        bound = (6 / (3 * 16 * 16 + dim)) ** 0.5            # Rein's, with a 16 x 16 patch
         # T and rho of Eq. 5; one rho for all layers: "a learnable parameter"
         self.tokens = nn.Parameter(torch.empty(depth, tokens, dim).uniform_(-bound, bound))
         self.rho = nn.Parameter(torch.tensor(float(rho)))
-        self.value = nn.Linear(dim, dim)                  # inner MLP of Eq. 5, shared by the layers
-        self.out = nn.Linear(dim, dim)                    # outer MLP of Eq. 5, shared by the layers
-        self.first = nn.Linear(dim, hidden)           # Eq. 6: "the first and third MLPs are shared"
+        self.value = nn.Linear(dim, dim)                    # inner MLP of Eq. 5, for all layers
+        self.out = nn.Linear(dim, dim)                      # outer MLP of Eq. 5, for all layers
+        self.first = nn.Linear(dim, hidden)                 # Eq. 6: "first and third ... shared"
         self.second = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
         self.third = nn.Linear(hidden, dim)
-        self.logit_scale = dim ** -0.5 if scale_logits else 1.0    # Eq. 5: none; Rein: 1/sqrt(C)
-        self.residual = residual                        # Eq. 6 prints f_i; Rein has f'_i
+        self.logit_scale = dim ** -0.5 if scale_logits else 1.0         # as in Rein; Eq. 5: 1
+        self.residual = residual                            # Eq. 6 prints f_i; Rein has f'_i
         init_linears(self)
-        for mlp in (self.value, self.out):  # Rein leaves these two at torch's default
+        for mlp in (self.value, self.out):                  # at torch's default, as in Rein
             mlp.reset_parameters()
         if init == "zero":
-            _zero(self.third)  # SAM's features pass at first; with f_i, Eq. 5 then hardly learns
+            _zero(self.third)                               # with f_i, Eq. 5 then hardly learns
         else:
             for mlp in (self.first, *self.second, self.third):
                 mlp.reset_parameters()
 
     def forward(self, f: Tensor, i: int) -> Tensor:
         # The rows of a softmax sum to 1: Eq. 5's outer MLP may act on m values, not on h w pixels.
-        values = self.out(self.value(self.tokens[i]))                                  # (m, C)
-        logits = self.logit_scale * matmul_fp32(f, self.tokens[i].T)                  # (B, h, w, m)
-        f_prime = self.rho * (logits.softmax(-1) @ values) + f                        # Eq. 5: f'_i
-        squeezed = F.gelu(self.second[i](F.gelu(self.first(f_prime))))              # (B, h, w, C/4)
+        values = self.out(self.value(self.tokens[i]))       # (m, C)
+        logits = self.logit_scale * matmul_fp32(f, self.tokens[i].T)    # (B, h, w, m)
+        f_prime = self.rho * (logits.softmax(-1) @ values) + f          # Eq. 5: f'_i
+        squeezed = F.gelu(self.second[i](F.gelu(self.first(f_prime))))  # (B, h, w, C/4)
         residual = f if self.residual == "f" else f_prime
-        return self.third(squeezed) + residual                                        # Eq. 6: f''_i
+        return self.third(squeezed) + residual              # Eq. 6: f''_i
 
 
 class SCHNet(nn.Module):
@@ -126,15 +126,15 @@ class SCHNet(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.sam, self.clip = sam, clip
-        if cfg.freeze:                                                   # §4.3
+        if cfg.freeze:                                      # §4.3
             for encoder in filter(None, (sam, clip)):
                 encoder.requires_grad_(False)
             self.encoder.patch_embed.requires_grad_(True)
-        if cfg.backbone == "clip":  # a plain backbone has no class token (ViT-Adapter)
+        if cfg.backbone == "clip":               # a plain backbone has no class token (ViT-Adapter)
             for unused in (clip.class_embedding, clip.proj, *clip.ln_post.parameters()):
                 unused.requires_grad_(False)
         dim, depth = self.encoder.dim, self.encoder.depth
-        ends = [depth * s // 4 for s in range(1, 5)]                # ViT-L: 0-5, 6-11, 12-17, 18-23
+        ends = [depth * s // 4 for s in range(1, 5)]        # ViT-L: 0-5, 6-11, 12-17, 18-23
         if cfg.backbone == "clip":
             ends = [tap + 1 for tap in cfg.clip_taps]
         self.stages = [range(a, b) for a, b in zip([0, *ends], ends)]
@@ -178,18 +178,18 @@ class SCHNet(nn.Module):
         there is no f_cv^5.
         """
         if self.cfg.srm:
-            f_sim, f_cv = self.clip_features(image)  # (B, K), 4 x (B, h, w, D)     Eq. 1
-        x = self.encoder.embed(image)                # (B, h, w, C)  f_sv^0
+            f_sim, f_cv = self.clip_features(image)         # (B, K), 4 x (B, h, w, D)     Eq. 1
+        x = self.encoder.embed(image)                       # (B, h, w, C)  f_sv^0
         if self.cfg.srm:
-            x = self.srm(x, f_cv[0], f_sim)                        #               Eqs. 2, 4
-        c1, c = self.adapter.prior(self.encoder.normalize(image))  # (B, C, H/4, W/4), (B, N, C)
+            x = self.srm(x, f_cv[0], f_sim)                 #               Eqs. 2, 4
+        c1, c = self.adapter.prior(self.encoder.normalize(image))      # (B, C, H/4, W/4), (B, N, C)
         outs = []
         for stage, layers in enumerate(self.stages):
             x = self.adapter.inject(stage, x, c)
             for i in layers:
-                x = self._layer(x, i)                                    # f''_i         Eqs. 5, 6
+                x = self._layer(x, i)                       # f''_i         Eqs. 5, 6
             if self.cfg.srm and stage + 1 < self.cfg.srm_sites:
-                x = self.srm(x, f_cv[min(stage + 1, 3)], f_sim)          # f''_sv^1..4   Eqs. 2, 4
+                x = self.srm(x, f_cv[min(stage + 1, 3)], f_sim)         # f''_sv^1..4   Eqs. 2, 4
             c = self.adapter.extract(stage, x, c)
             outs.append(x)
         return self.adapter.fuse(c1, c, outs)
@@ -197,7 +197,7 @@ class SCHNet(nn.Module):
     def clip_features(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         """CLIP's view of the image: f_sim (B, K) and f_cv^1..4, each (B, h, w, D)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.cfg.freeze):
-            f_cls, f_cv = self.clip(image)                               # (B, E), 4 x (B, h, w, D)
+            f_cls, f_cv = self.clip(image)                  # (B, E), 4 x (B, h, w, D)
         return similarity(f_cls, self.f_txt, self.sim_scale), f_cv
 
     def _layer(self, x: Tensor, i: int) -> Tensor:

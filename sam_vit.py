@@ -19,11 +19,11 @@ from files import foundations
 from files.weights import read_tensors
 from layers import init_linears, relative_positions, resample_positions
 
-MEAN = (123.675, 116.28, 103.53)  # SAM's preprocessing: ImageNet's, for values from 0 to 255
+MEAN = (123.675, 116.28, 103.53)         # SAM's preprocessing: ImageNet's, for values from 0 to 255
 STD = (58.395, 57.12, 57.375)
 SIZES = {
     #         dim   depth heads window grid
-    "vit_b": (768,  12,   12,   14,    64),  # grid: side of the position table; 64: 1024 px images
+    "vit_b": (768,  12,   12,   14,    64),   # grid: side of the position table; 64: 1024 px images
     "vit_l": (1024, 24,   16,   14,    64),
     "vit_h": (1280, 32,   16,   14,    64),
     "small": (96,   4,    4,    8,     16),                 # configs/custom.yaml
@@ -34,7 +34,7 @@ SIZES = {
 def window_partition(x: Tensor, size: int) -> Tensor:
     """(B, h, w, C) -> windows (B w', size, size, C); zero-padded at the bottom and right."""
     x = F.pad(x, (0, 0, 0, -x.shape[2] % size, 0, -x.shape[1] % size))
-    x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))  # (B, rows, size, columns, size, C)
+    x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))      # (B, rows, size, columns, size, C)
     return x.transpose(2, 3).flatten(0, 2)
 
 
@@ -42,7 +42,7 @@ def window_unpartition(x: Tensor, h: int, w: int) -> Tensor:
     """Windows (B w', size, size, C) back to (B, h, w, C); drops the padding."""
     size = x.shape[1]
     x = x.unflatten(0, (-1, -(-h // size), -(-w // size)))
-    x = x.transpose(2, 3)                                        # (B, rows, size, columns, size, C)
+    x = x.transpose(2, 3)                                   # (B, rows, size, columns, size, C)
     return x.flatten(3, 4).flatten(1, 2)[:, :h, :w]
 
 
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, dim // heads))
 
     @fast.replaced_by(fast.sam_attention, on=("cpu",))
-    def forward(self, x: Tensor) -> Tensor:                         # (B, h, w, C)
+    def forward(self, x: Tensor) -> Tensor:                 # (B, h, w, C)
         # SAM does not mask the padding of a window: `qkv` turns zeros into its bias, so the bias is
         # key and value of a padded position in the softmax. The weights were trained that way.
         if self.window:
@@ -71,13 +71,13 @@ class Attention(nn.Module):
         """softmax(q.k / sqrt(d) + q.Rh[y - y'] + q.Rw[x - x']) v for all pairs of (B, h, w, C)."""
         B, h, w, C = x.shape
         qkv = self.qkv(x).view(B, h * w, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, n, h w, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                # (B, n, h w, d)
         at = q.unflatten(2, (h, w))
         by_row = torch.einsum("bnhwd,hkd->bnhwk", at, relative_positions(self.rel_pos_h, h))
         by_column = torch.einsum("bnhwd,wkd->bnhwk", at, relative_positions(self.rel_pos_w, w))
-        distance = by_row.unsqueeze(-1) + by_column.unsqueeze(-2)               # (B, n, h, w, h, w)
+        distance = by_row.unsqueeze(-1) + by_column.unsqueeze(-2)       # (B, n, h, w, h, w)
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + distance.flatten(4).flatten(2, 3)
-        x = logits.softmax(-1) @ v                                              # (B, n, h w, d)
+        x = logits.softmax(-1) @ v                          # (B, n, h w, d)
         return self.proj(x.transpose(1, 2).reshape(B, h, w, C))
 
 
@@ -99,7 +99,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, 4 * dim)
 
-    def forward(self, x: Tensor) -> Tensor:                         # (B, h, w, C)
+    def forward(self, x: Tensor) -> Tensor:                 # (B, h, w, C)
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -110,7 +110,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, 16, stride=16)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.proj(image).permute(0, 2, 3, 1).contiguous()  # (B, h, w, C), also in memory
+        return self.proj(image).permute(0, 2, 3, 1).contiguous()      # (B, h, w, C), also in memory
 
 
 class SAMViT(nn.Module):
@@ -120,17 +120,17 @@ class SAMViT(nn.Module):
                  grid: int = 64):
         super().__init__()
         self.dim, self.depth = dim, depth
-        self.content = ""  # hash of the file's tensors, see files/foundations.py
+        self.content = ""                     # hash of the file's tensors, see files/foundations.py
         self.patch_embed = PatchEmbed(dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dim))
         self.blocks = nn.ModuleList()
         for i in range(depth):
-            wide = (i + 1) % (depth // 4) == 0  # the last of a quarter is global
+            wide = (i + 1) % (depth // 4) == 0              # the last of a quarter is global
             self.blocks.append(Block(dim, heads, 0 if wide else window, grid if wide else window))
-        for name, values in (("mean", MEAN), ("std", STD)):  # not in the file, so never "meta"
+        for name, values in (("mean", MEAN), ("std", STD)):       # not in the file, so never "meta"
             value = torch.tensor(values, device="cpu").view(3, 1, 1) / 255
             self.register_buffer(name, value, persistent=False)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)  # relative positions start at zero
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)     # relative positions start at zero
         init_linears(self)
 
     def normalize(self, image: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class SAMViT(nn.Module):
 def load_sam(path: str | Path, size: str = "vit_l") -> SAMViT:
     """SAM's image encoder in fp32, from a file or folder in any format of files/foundations.py.
     `size`: a name in SIZES. Raises `UserError`."""
-    with torch.device("meta"):  # skips the random initialisation
+    with torch.device("meta"):                              # skips the random initialisation
         sam = SAMViT(*SIZES[size])
     foundations.load(sam, foundations.sam_tensors(read_tensors(path)), path, f"sam={size}")
     sam.content = foundations.content_hash(sam.state_dict())

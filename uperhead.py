@@ -75,7 +75,7 @@ class UPerHead(nn.Module):
             maps[i] = maps[i] + resize(maps[i + 1], maps[i].shape[2:])
         maps = [conv(m) for conv, m in zip(self.fpn_convs, maps)] + maps[3:]
         fused = conv_of_resized(maps, self.fpn_bottleneck.conv.weight, maps[0].shape[2:])
-        fused = F.relu(self.fpn_bottleneck.bn(fused))                   # (B, O, H/4, W/4)
+        fused = F.relu(self.fpn_bottleneck.bn(fused))       # (B, O, H/4, W/4)
         return self.conv_seg(self.dropout(fused))
 
 
