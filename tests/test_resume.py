@@ -313,11 +313,11 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_used(config, uninterrupt
 
 
 def test_a_full_disk_is_reported_and_training_continues(config, uninterrupted, tmp_path, capsys, monkeypatch):
-    """The files are links to /dev/full, where every write fails as on a full disk."""
+    """The parts of last.pt and the log are links to /dev/full, where every write fails as on a full disk."""
     folder = tmp_path / "run"
 
     def fill():
-        for name in (".last-x.part.pt", ".log-x.part.jsonl", ".best-x.part.pt"):
+        for name in (".last-x.part.pt", ".log-x.part.jsonl"):
             (folder / name).symlink_to("/dev/full")
 
     monkeypatch.setattr(atomic.secrets, "token_hex", lambda _: "x")

@@ -184,7 +184,7 @@ def logged(folder: Path) -> list[dict]:
 
 
 def differences(a, b, where: str = "") -> list[str]:
-    """Where two checkpoints differ, bit by bit; times and the folder's name are left out."""
+    """Where two checkpoints differ, bit by bit, except for times, the folder and when it was saved."""
     if isinstance(a, torch.Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
     if isinstance(a, (list, tuple)):
@@ -192,7 +192,7 @@ def differences(a, b, where: str = "") -> list[str]:
     if not isinstance(a, dict):
         return [] if a == b else [where]
     assert a.keys() == b.keys(), where
-    keys = [key for key in a if key not in ("seconds", "out")]
+    keys = [key for key in a if key not in ("seconds", "out", "save_every")]
     return [place for key in keys for place in differences(a[key], b[key], f"{where}.{key}")]
 
 
