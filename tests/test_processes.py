@@ -319,7 +319,9 @@ def torchrun(output: Path, argv: list[str]):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "3",
                "--nproc_per_node", "2", program, *argv]
     with output.open("w") as file:
-        agent = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        # a new store for each start: in the shared one, torch leaves the addresses of the processes before (2.13)
+        environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        agent = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     try:
         yield agent
     finally:
