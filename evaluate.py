@@ -36,7 +36,7 @@ from engine.workers import read_ahead
 from errors import UserError
 from files import weights
 from files.atomic import results_folder, write_text
-from inference import add_run_options, load_run, predict_labels, tta_views
+from inference import add_run_options, load_content, open_run, predict_labels, tta_views
 from model import SCHNet
 from viz import reports
 
@@ -129,7 +129,7 @@ def open_labelled(model: SCHNet, labels: LabelSet, path: Path, split: str) -> Pa
 def results_name(args: argparse.Namespace, cfg: Config, trained: Config) -> str:
     """The name of the results' folder: "evaluation" and what differs from the plain evaluation of a run."""
     changed = [key for key in OVERRIDABLE - NO_EFFECT if getattr(cfg, key) != getattr(trained, key)]
-    if "precision" not in parse_overrides(args.overrides):               # a CPU's fp32 is no choice of the user's
+    if "precision" not in parse_overrides(args.overrides):               # fp32 on a CPU was not the user's choice
         changed = [key for key in changed if key != "precision"]
     words = [f"_{key}-{os.path.basename(str(getattr(cfg, key)).rstrip('/'))}" for key in sorted(changed)
              if args.tta or key != "tta_scales"]
@@ -152,20 +152,21 @@ def claim(folder: Path, identity: dict):
 
 def run(args: argparse.Namespace, world: World):
     with world.all_or_none():
-        model, labels, path = load_run(args.run, args.overrides, world.device)
-        content = checkpoint.read(path)
-        sha256, trained = weights.sha256(path), from_dict(content["config"], str(path))
-        pairs = open_labelled(model, labels, path, args.split)
+        content, path = open_run(args.run, args.overrides)
+        model, labels = load_content(content, path, args.overrides, world.device)
+        progress, trained = content.get("progress", {}), from_dict(content["config"], str(path))
+        sha256, pairs = weights.sha256(path), open_labelled(model, labels, path, args.split)
+        data = fingerprint(pairs)
         scales, flip_pairs = tta_views(model.cfg, labels.flip_pairs, args.tta)
         folder = args.out or path.parent / results_name(args, model.cfg, trained)
-        identity = {"run": str(path.parent.resolve()), "checkpoint": path.name, "data": fingerprint(pairs),
+        identity = {"run": str(path.parent.resolve()), "checkpoint": path.name, "data": data,
                     "data_root": model.cfg.data_root, "split": args.split, "scales": scales, "flip": args.tta,
                     **{key: getattr(model.cfg, key) for key in ("base_size", "crop_size", "precision")}}
         if world.main:
             claim(folder, identity)
             warning = sample_warning(pairs, labels.classes)
     world.check_same(sha256, "checkpoint")
-    world.check_same(fingerprint(pairs), f"{args.split} split")
+    world.check_same(data, f"{args.split} split")
     labels = dataclasses.replace(labels, name=model.cfg.dataset)         # of the scored data, not of the training data
     how = f"scales {' '.join(map(str, scales))} and flips" if args.tta else "single scale"
     world.print0(f"{path}: {len(pairs)} images of {labels.name} {args.split}, {how}")
@@ -180,10 +181,8 @@ def run(args: argparse.Namespace, world: World):
     matrix, per_image = score()
     seconds = (time.monotonic() - start) / len(pairs)
     result = scores(matrix)
-    shown = [(caption.format(pairs.name(i)), *pairs.read(i)) for caption, i in reports.best_and_worst(per_image)]
-    shown = [(*one, predict_labels(model, [one[1]], scales, flip_pairs)[0]) for one in shown] if world.main else []
-    progress, last = content.get("progress", {}), path.with_name(checkpoint.LAST)
-    chosen = path.name == checkpoint.BEST and progress.get("val") == fingerprint(pairs)
+    last = path.with_name(checkpoint.LAST)
+    chosen = path.name == checkpoint.BEST and progress.get("val") == data
     record = {"identity": identity, "checkpoint": str(path), "sha256": sha256, "iteration": progress.get("iteration"),
               "chosen_on_this_set": chosen, "last": None, "images": len(pairs), "data": labels.name,
               "split": args.split,
@@ -194,6 +193,8 @@ def run(args: argparse.Namespace, world: World):
               "confusion": matrix.tolist(), "config": dataclasses.asdict(model.cfg)}
     if world.main:                                    # files first: a lost terminal loses nothing, nor does a full disk
         title = f"{path.parent.name} on {labels.name} {args.split}, {how}: mIoU {100 * result['miou']:.2f}"
+        shown = [(caption.format(pairs.name(i)), *pairs.read(i)) for caption, i in reports.best_and_worst(per_image)]
+        shown = [(*one, predict_labels(model, [one[1]], scales, flip_pairs)[0]) for one in shown]
         try:
             write_record(folder, record)
             drawn = reports.draw(folder, title, labels, matrix.numpy(), shown)

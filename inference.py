@@ -56,13 +56,26 @@ def load_run(run: str | Path | None = None, overrides: Sequence[str] = (),
 
     On a CPU the network runs in fp32 unless `precision=bf16` is among the overrides: few CPUs have bf16 units.
     """
-    given, path = config.parse_overrides(overrides), checkpoint.find(run)
+    content, path = open_run(run, overrides)
+    return *load_content(content, path, overrides, device), path
+
+
+def open_run(run: str | Path | None, overrides: Sequence[str]) -> tuple[dict, Path]:
+    """A run's checkpoint and its path; an error in `overrides` is reported first."""
+    config.parse_overrides(overrides)
+    path = checkpoint.find(run)
+    return checkpoint.read(path), path
+
+
+def load_content(content: dict, path: Path, overrides: Sequence[str] = (),
+                 device: str | torch.device = "") -> tuple[SCHNet, LabelSet]:
+    """As `load_run`, of a checkpoint that has been read."""
     target = device if isinstance(device, torch.device) else pick_device(device)
-    if target.type == "cpu" and "precision" not in given:
+    if target.type == "cpu" and "precision" not in config.parse_overrides(overrides):
         overrides = [*overrides, "precision=fp32"]
-    model, labels = restore(checkpoint.read(path), path, overrides)
+    model, labels = restore(content, path, overrides)
     cast_frozen(model, model.cfg.precision)
-    return model.to(target), labels, path
+    return model.to(target), labels
 
 
 def restore(content: dict, path: Path, overrides: Sequence[str] = ()) -> tuple[SCHNet, LabelSet]:
@@ -106,9 +119,7 @@ def canvas(image: np.ndarray, cfg: Config, scale: float) -> tuple[np.ndarray, tu
 
 def views(model: nn.Module, images: list[np.ndarray], scales: Sequence[float],
           flip_pairs: Sequence[tuple[int, int]] | None) -> list[list[Tensor]]:
-    """For each image a list of logits (K, h, w): one per scale and, unless `flip_pairs` is None, one of its mirror
-    image, flipped back.
-    """
+    """For each image a list of logits (K, h, w), one per scale; with `flip_pairs` also of its mirror image."""
     device = next(model.parameters()).device
     result = [[] for _ in images]
     for scale in scales:
