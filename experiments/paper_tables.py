@@ -6,7 +6,7 @@
 
 `key=value` goes to train.py, as in data_root=/data/LIP. An interrupted run is resumed, a finished run is scored, a
 score that exists is kept. Where best.pt was chosen by its score on the very images that are scored, the number shown
-is that of last.pt, and best.pt's stands beside it. Tables 4 and 5 and half of Tables 1 to 3 are with --tta. The hours
+is that of last.pt, with best.pt's beside it. Tables 4 and 5 and half of Tables 1 to 3 are with --tta. The hours
 are those that a run recorded; other methods' rows are in the paper.
 """
 

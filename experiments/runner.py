@@ -1,6 +1,6 @@
 """Runs the jobs of an experiment and reports on them: one training run per job, one JSON file per finished job.
 
-PROCESSES jobs are trained at a time, each in a process of its own with one thread. A job is scored at its end, or at
+PROCESSES jobs are trained at a time, each in a separate process with one thread. A job is scored at its end, or at
 some looks evenly spread over its run. Its clock is its process's own CPU time, batches included and scoring not, so
 that it does not depend on what else the machine does. A finished job is kept: the same command continues with the
 missing ones, and a file that was made with other settings is an error.
@@ -249,6 +249,13 @@ def write_looks(path: Path, records: Sequence[dict], classes: Sequence[str]):
             values = [*(look[key] for key in KEYS), *look["iou"]]
             lines.append([record["name"], record["seed"], *(f"{value:.5g}" for value in values)])
     _write_csv(path, lines)
+
+
+def write_report(folder: Path, text: Sequence[str], found: dict[tuple[str, str], Difference]):
+    """Writes the lines of `text` into table.txt and the differences into differences.csv; prints the lines."""
+    write_text(folder / "table.txt", "\n".join(text) + "\n")
+    write_differences(folder / "differences.csv", found)
+    print("\n".join(text))
 
 
 def write_differences(path: Path, found: dict[tuple[str, str], Difference]):

@@ -12,7 +12,7 @@ All rows are SAM + CLIP with SRM on the foundations of foundations.py; what diff
   * Eq. 4 alone: f_cv = 0, so that nothing of CLIP reaches SAM.
 
 Every row is scored twice: as it is, and without the logits of the classes that the image does not show. The gain is
-what knowing the classes is still worth to that network. The area under the ROC curve (AUC; chance 50) tells how well
+the value of knowing the classes. The area under the ROC curve (AUC; chance 50) shows how well
 the presence of each class can be read from f_sim itself.
 """
 
@@ -24,17 +24,17 @@ from pathlib import Path
 import numpy as np
 import runner
 import torch
-from runner import ROOT, Job, final, spread
+from runner import Job, final, spread
 from timing import processor
 from torch import Tensor
 
 import foundations
 import table6
-from config import load_config, user_path
+from config import user_path
 from datasets import open_split
 from errors import run_program
 from evaluate import confusion_matrix, scores
-from files.atomic import mark_folder, write_text
+from files.atomic import mark_folder
 from files.labels import label_set
 from layers import autocast
 from train import Learner
@@ -167,9 +167,7 @@ def settings(name: str, seed: int, args: argparse.Namespace):
     eq_6 = table6.ROWS["full"].overrides
     made = args.out.parent / "foundations" if not args.quick else args.out / "foundations"
     quick = ["warmup_iters=1", "synthetic_train=64", "synthetic_val=20"] if args.quick else ["synthetic_val=1000"]
-    return load_config(ROOT / "configs" / f"{config}.yaml", [
-        *table6.SMALL, f"sam_weights={made / foundations.SAM_FILE}", f"clip_weights={made / foundations.CLIP_FILE}",
-        f"vocab={foundations.vocabulary()}", *eq_6, *quick, f"iters={args.iters}", f"seed={seed}"])
+    return table6.small_config(config, made, [*eq_6, *quick, f"iters={args.iters}", f"seed={seed}"])
 
 
 def main(argv: list[str] | None = None):
@@ -197,11 +195,7 @@ def main(argv: list[str] | None = None):
         lines.append(f"{ROWS[name]:32}{columns}{len(plain):4}{seconds:7.0f}")
     pairs = [pair for pair in PAIRS if set(pair) <= set(args.rows)]
     found = runner.differences(records, pairs)
-    lines += ["", *runner.difference_table(found, ROWS), "", *auc(args)]
-    text = "\n".join(lines) + "\n"
-    write_text(args.out / "table.txt", text)
-    runner.write_differences(args.out / "differences.csv", found)
-    print(text, end="")
+    runner.write_report(args.out, [*lines, "", *runner.difference_table(found, ROWS), "", *auc(args)], found)
 
 
 if __name__ == "__main__":

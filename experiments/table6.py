@@ -31,7 +31,7 @@ from timing import processor
 import foundations
 from config import Config, load_config, user_path
 from errors import run_program
-from files.atomic import mark_folder, write_text
+from files.atomic import mark_folder
 from files.labels import label_set
 from model import SCHNet, build_model
 
@@ -85,15 +85,20 @@ def build(cfg: Config, classes: Sequence[str]) -> SCHNet:
     return model
 
 
-def settings(name: str, seed: int, args: argparse.Namespace) -> Config:
-    """The config of a row with small sizes and its foundations."""
-    row, made = ROWS[name], args.out / "foundations"
+def small_config(name: str, made: Path, overrides: Sequence[str], weights: Sequence[str] = ("sam", "clip")) -> Config:
+    """configs/NAME.yaml with small sizes and the foundations in `made` of the encoders `weights`."""
     files = {"sam": made / foundations.SAM_FILE, "clip": made / foundations.CLIP_FILE}
-    weights = [f"{encoder}_weights={path if encoder in row.weights else ''}" for encoder, path in files.items()]
+    given = [f"{encoder}_weights={path if encoder in weights else ''}" for encoder, path in files.items()]
+    return load_config(ROOT / "configs" / f"{name}.yaml",
+                       [*SMALL, *given, f"vocab={foundations.vocabulary()}", *overrides])
+
+
+def settings(name: str, seed: int, args: argparse.Namespace) -> Config:
+    """The config of a row."""
+    row = ROWS[name]
     quick = ["warmup_iters=1", "synthetic_train=64", "synthetic_val=8"] if args.quick else []
-    return load_config(ROOT / "configs" / f"{row.config}.yaml", [
-        *SMALL, *weights, f"vocab={foundations.vocabulary()}", *quick, f"iters={args.iters}", *row.overrides,
-        *args.overrides, f"seed={seed}"])
+    return small_config(row.config, args.out / "foundations", [
+        *quick, f"iters={args.iters}", *row.overrides, *args.overrides, f"seed={seed}"], row.weights)
 
 
 def train_rows(args: argparse.Namespace) -> list[dict]:
@@ -134,11 +139,8 @@ def report(records: Sequence[dict], made: dict, args: argparse.Namespace):
     lines = [f"{processor()}, torch {torch.__version__}, {runner.PROCESSES} processes of one thread",
              *["--quick: the numbers mean nothing"] * args.quick, foundations.summary(made), "", *row_table(records),
              "", *runner.difference_table(found, TITLES, paper)]
-    text = "\n".join(lines).rstrip() + "\n"
-    write_text(args.out / "table.txt", text)
-    runner.write_differences(args.out / "differences.csv", found)
+    runner.write_report(args.out, lines, found)
     runner.write_looks(args.out / "table6.csv", records, label_set(settings("full", 0, args)).classes)
-    print(text, end="")
 
 
 def main(argv: list[str] | None = None):
