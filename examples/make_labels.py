@@ -9,6 +9,7 @@ Labels are numbered in the order of the classes. Pixels of a colour that is not 
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +34,11 @@ def from_labelme(source: Path, classes: list[str]):
 def from_coco(source: Path, classes: list[str]):
     data = json.loads(source.read_text(encoding="utf-8"))
     names = {category["id"]: category["name"] for category in data["categories"]}
+    shapes = defaultdict(list)
+    for one in data["annotations"]:
+        shapes[one["image_id"]] += [(names[one["category_id"]], polygon) for polygon in one["segmentation"]]
     for image in data["images"]:
-        shapes = [(names[one["category_id"]], polygon) for one in data["annotations"] if one["image_id"] == image["id"]
-                  for polygon in one["segmentation"]]
-        yield image["file_name"], drawn((image["width"], image["height"]), shapes, classes)
+        yield image["file_name"], drawn((image["width"], image["height"]), shapes[image["id"]], classes)
 
 
 def drawn(size: tuple[int, int], shapes: list[tuple[str, list]], classes: list[str]) -> np.ndarray:
