@@ -37,6 +37,7 @@ from layers import autocast, cast_frozen
 from losses import parsing_loss
 from model import SCHNet, build_model
 
+SHOWN_ABOVE = ("dataset", "data_root", "out", "iters", "batch_size", "precision")       # in the first screen
 NOT_DECAYED = ("tokens", "level_embed", "pos_embed", "positional_embedding", "rel_pos_h", "rel_pos_w")
 
 
@@ -78,8 +79,7 @@ def uses_sync_bn(cfg: Config, world: World) -> bool:
 
 
 def check_batch(cfg: Config, world: World):
-    """Rejects an uneven batch, and one image per process: BatchNorm over UperNet's 1x1 pool would see a single
-    value."""
+    """Rejects an uneven batch, and one image per process: BatchNorm over UperNet's 1x1 pool needs two values."""
     each, left = divmod(cfg.batch_size, world.size * cfg.accum_steps)
     if left:
         raise UserError(f"batch_size ({cfg.batch_size}) must be a multiple of processes x accum_steps "
@@ -264,7 +264,8 @@ def first_screen(model: SCHNet, cfg: Config, world: World, counts: tuple[int, in
     parts = [encoder(key) for key in ("sam", "clip") if getattr(model, key) is not None]
     parts += [key.upper() for key in ("srm", "ftm") if getattr(cfg, key)]
     each = cfg.batch_size // (world.size * cfg.accum_steps)
-    changed = [f"{key}={value}" for key, value in vars(cfg).items() if value != getattr(Config, key)]
+    changed = [f"{key}={value}" for key, value in vars(cfg).items()
+               if value != getattr(Config, key) and key not in SHOWN_ABOVE]
     lines = [f"run      {cfg.out or 'runs/demo'}",
              f"data     {cfg.dataset}: {counts[0]:,} training images, {counts[1]:,} validation images",
              f"network  {', '.join(parts)}: {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen",
