@@ -150,9 +150,7 @@ class Parser:
 
     @torch.inference_mode()
     def write_probabilities(self, path: Path, photo: Photo) -> np.ndarray:
-        """Writes the probabilities as .npy in float16, strip by strip, so that memory stays bounded; returns the label
-        map.
-        """
+        """Writes the probabilities as .npy in float16, strip by strip to bound memory; returns the label map."""
         image = self.read(photo)
         height, width = image.shape[:2]
         with self.lock:

@@ -5,7 +5,7 @@
 FOLDER: images/train, labels/train. Both sides take the same photos in turn, round by round; counted is processor time,
 the median round. Same steps: random scale, crop or pad to the size, flip, brightness, contrast, saturation and hue with
 probability one half each, and a uint8 tensor (3, h, w). albumentations neither swaps left and right labels nor draws a
-crop again while one class fills it; the retries are therefore off, and measured in a line of their own.
+crop again while one class fills it; the retries are therefore off, and measured separately.
 """
 
 import dataclasses

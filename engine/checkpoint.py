@@ -3,8 +3,8 @@
 A checkpoint is a plain dict: the trained tensors (BatchNorm statistics and text features included), the optimizer's
 state by parameter name, the progress, the configuration and the label set. Tensors that came unchanged out of an
 official file (§4.3: CLIP and SAM are frozen) are left out; a hash of their names, shapes and values is recorded and
-checked when the run is loaded. There is no random state to save: every random number of training is a function of
-(seed, iteration, place in the batch).
+checked when the run is loaded. No random state is saved: every random number of training is a function of (seed,
+iteration, place in the batch).
 
     runs/cihp/last.pt       the newest state: model, optimizer, iteration
     runs/cihp/previous.pt   the one before, used when last.pt is damaged
@@ -135,8 +135,7 @@ def read_last(folder: Path) -> tuple[dict, Path, list[tuple[Path, str]]]:
 
 
 def find(run: str | Path | None) -> Path:
-    """The checkpoint file of `--run`: a file, or a folder (its best.pt, else last.pt); None: the newest run below
-    runs/."""
+    """The checkpoint file of `--run`: a file, or a folder (best.pt, else last.pt); None: the newest run in runs/."""
     path = user_path(run) if run is not None else Path("runs")
     if run is None:
         found = [Path(folder) / name for folder, _, names in walk(path) for name in names if name in (LAST, BEST)]
@@ -150,8 +149,7 @@ def find(run: str | Path | None) -> Path:
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: Path):
-    """`state` into `model`, which may be on the meta device. UserError unless it has all tensors but the frozen ones of
-    the official files."""
+    """Loads `state`; `model` may be on the meta device. UserError unless it has all but the official files' tensors."""
     own = model.state_dict()
     wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
     wrong += sorted(own.keys() - state.keys() - set(official_names(model)))

@@ -152,9 +152,7 @@ class Job:
 
 
 def _groups(batch: Iterable[tuple[Input, Photo | None]]) -> Iterator[list[Photo]]:
-    """The photos of a batch that could be read, in parts of at most `BATCH_PIXELS` pixels (a single photo may have
-    more).
-    """
+    """The photos of a batch that could be read, in parts of at most BATCH_PIXELS pixels or a single photo."""
     group, pixels = [], 0
     for _, photo in batch:
         if photo is None:

@@ -76,7 +76,7 @@ def pick_device(name: str = "") -> torch.device:
     if name in ("", "cuda") and torch.cuda.is_available():
         index = int(os.environ.get("LOCAL_RANK", 0))
         if torch.cuda.device_count() == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
-            index = 0                                      # a scheduler gave each process a GPU of its own
+            index = 0                                      # one visible GPU per process, as schedulers set it
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False        # fp32 means fp32
         return torch.device("cuda", index)
     try:
@@ -138,8 +138,7 @@ class World:
 
     @contextlib.contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """Wraps code that may fail on some processes only (and holds no collective): if one fails, all raise its
-        error."""
+        """Around code that may fail on some processes (and has no collective): if one fails, all raise its error."""
         mine = None
         try:
             yield

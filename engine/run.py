@@ -39,8 +39,7 @@ MAX_SKIPPED = 20                                           # consecutive steps w
 
 @dataclass
 class Progress:
-    """Training progress. Saved with the weights, so that log and best score continue as if the run had never
-    stopped."""
+    """Training progress, saved with the weights, so that log and best score continue after a stop."""
     iteration: int = 0                                     # done, or skipped
     skipped: int = 0                                       # steps whose loss or gradient was not finite
     in_a_row: int = 0                                      # of these, since the last step that was taken
@@ -70,8 +69,7 @@ class Run:
     # ---- before training
 
     def open(self, resume: bool) -> dict | None:
-        """Locks the folder, making it if need be; returns the checkpoint to resume from. An existing run is never
-        overwritten."""
+        """Makes and locks the folder; returns the checkpoint to resume from. No run is ever overwritten."""
         with self.world.all_or_none():
             content = self._open(resume) if self.world.main else None
         return self.world.broadcast(content)

@@ -63,8 +63,7 @@ def clip_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _renamed(tensors: dict[str, Tensor], anchor: str, table: tuple) -> dict[str, Tensor]:
-    """The tensors with the same prefix as `anchor`, without the prefix and renamed by the table; {} if there is no
-    `anchor`."""
+    """The tensors with the prefix of `anchor`, which is removed, renamed by the table; {} without `anchor`."""
     name = next((name for name in tensors if name == anchor or name.endswith(f".{anchor}")), None)
     if name is None:
         return {}

@@ -2,8 +2,8 @@
 
     python files/frame_times.py clip.mp4                   # a line with milliseconds for each frame, on stderr
 
-A program of its own, because FFmpeg prints its messages only, and a bad file can crash it. The messages up to the first
-"Statistics:" are about opening the file, those behind it about opening and decoding all of it.
+A separate program, because FFmpeg prints its messages only, and a bad file can crash it. The messages up to the first
+"Statistics:" are about opening the file, the later ones about opening and decoding all of it.
 """
 
 import os

@@ -82,9 +82,7 @@ def label_set(cfg: Config) -> LabelSet:
 
 
 def distinct_colours(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Black, then each time the colour farthest (in CIELAB) from all chosen before and from the grey of ignored
-    pixels.
-    """
+    """Black, then always the colour farthest (in CIELAB) from the colours before and the grey of ignored pixels."""
     levels = np.linspace(0, 1, 9, dtype=np.float32)
     rgb = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 1, 3)
     lab = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB).reshape(-1, 3)

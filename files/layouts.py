@@ -84,7 +84,7 @@ def _candidates(cfg: Config, split: str) -> tuple[tuple[str, ...], ...]:
 
 
 def _first(root: Path, places: tuple[str, ...], exists) -> Path | None:
-    bases = (root, root / root.name)                       # archives often unpack into a folder of their own name
+    bases = (root, root / root.name)                       # archives often unpack into a folder of the same name
     return next(filter(exists, (Path(os.path.normpath(base / place)) for base in bases for place in places)), None)
 
 
@@ -100,7 +100,7 @@ def match_files(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
 def _unlisted(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
     """Every photo of the folder, with the label of its name."""
     if os.path.samefile(place.images, place.labels):
-        return [], [f"{place.images}: has photos and labels: move the labels into a folder of their own, or give a "
+        return [], [f"{place.images}: has photos and labels: move the labels into another folder, or give a "
                     "list that names the photos with their extensions"]
     photos, labels = _files(place.images, PHOTO_SUFFIXES), _files(place.labels, LABEL_SUFFIXES)
     faults = [f"{folder / other}: {first} has the same name; remove one of them"
@@ -162,7 +162,7 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, list[str]]:
     """{name without extension: files} of a folder, of these extensions in any case; hidden files (._x.jpg) do not
     count.
 
-    Names are compared in Unicode's composed form: a Mac stores an accent as a character of its own.
+    Names are compared in Unicode's composed form: a Mac stores an accent as a separate character.
     """
     files: dict[str, list[str]] = {}
     with reading(folder, "folder"):

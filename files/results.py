@@ -7,7 +7,7 @@
     labels/NAME.mp4/*    with --frames: the label map of each frame of the video NAME.mp4, with the record in each
 
 A file that has no record is never replaced, nor is a label map or mask whose pixels were changed since. A photo's label
-map is written before its other results, so that it vouches for them.
+map is written before its other results, whose record it is.
 """
 
 import hashlib

@@ -52,9 +52,7 @@ class Reader:
 
 
 class Writer:
-    """Writes RGB frames of one size into `path`. The encoder is opened with the first frame; `error`: why it cannot
-    be.
-    """
+    """Writes RGB frames of one size. The encoder is opened with the first; `error` says why it could not be."""
 
     def __init__(self, path: Path, rate: float):
         self.path, self.rate, self.writer, self.count, self.error = path, _writable(rate), None, 0, ""
@@ -113,9 +111,7 @@ def _open(path: str | Path) -> cv2.VideoCapture:
 
 
 def _look_through(path: str | Path) -> tuple[list[float], str, bool]:
-    """Timestamps of the frames in ms, the decoder's first error or "", and whether the frames' format changes
-    midway.
-    """
+    """Timestamps of the frames in ms, the decoder's first error or "", whether the frames' format changes."""
     command = [sys.executable, Path(__file__).with_name("frame_times.py"), os.path.abspath(path)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:

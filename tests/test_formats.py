@@ -163,9 +163,7 @@ def test_the_activation_is_not_guessed(small, tmp_path):
 
 
 def test_a_run_continues_with_the_same_numbers_in_another_format(small, tmp_path, capsys):
-    """Begun with the official names, killed, resumed with the hub's files: equal to the last bit. Others are
-    refused.
-    """
+    """Begun with the official names, killed, resumed with the hub's files: equal bits. Other numbers are refused."""
     official = {"sam_weights": str(small / "sam.pth"), "clip_weights": str(small / "clip.pt"),
                 "clip_activation": "quick_gelu"}
     hub = [f"sam_weights={small / 'sam_hub'}", f"clip_weights={small / 'clip_hub'}", "clip_activation="]

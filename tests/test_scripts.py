@@ -1,5 +1,4 @@
-"""Every script of benchmarks/, experiments/ and examples/ can be imported, uses names that exist, and prints its
---help.
+"""Every script of benchmarks/, experiments/ and examples/: imports, names that exist, --help.
 
 One process per folder imports the libraries once for all of its scripts. What a script does is not tested here.
 """

@@ -39,9 +39,7 @@ def transformers_names(state):
 
 
 def heads(in_dim=8, dim=6, num_classes=5):
-    """(this repository's, transformers') heads of both kinds with the same random weights, in double precision, no
-    dropout.
-    """
+    """(this repository's, transformers') heads of both kinds, same random weights, double precision, no dropout."""
     config = UperNetConfig(hidden_size=dim, auxiliary_channels=dim, auxiliary_num_convs=1, num_labels=num_classes,
                            auxiliary_in_channels=in_dim)
     pairs = []

@@ -243,8 +243,7 @@ def free_port() -> int:
 
 
 class Processes:
-    """`count` processes that run `action(*args)` in torchrun's environment, but without its agent, which ends all when
-    one dies."""
+    """`count` processes that run `action(*args)` in torchrun's environment, without its agent."""
 
     def __init__(self, folder: Path, action, *args, count: int = 1, **environment: str):
         port = free_port()

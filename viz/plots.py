@@ -150,9 +150,7 @@ def _running_mean(values: np.ndarray, half: int) -> np.ndarray:
 # confusion matrix
 
 def confusion_picture(matrix: np.ndarray, classes: Sequence[str], title: str = "") -> np.ndarray:
-    """A confusion matrix (rows: ground truth, columns: prediction), each row in percent of its pixels; empty rows are
-    grey.
-    """
+    """A confusion matrix (rows: ground truth, columns: prediction) in percent of each row; empty rows are grey."""
     matrix = np.asarray(matrix, float)
     size, cell, gap, caption = 13, 36, 8, "% of the true class's pixels; grey: the class does not occur"
     names = max(text_width(name, size) for name in classes)

@@ -1,6 +1,4 @@
-"""The GPU against the CPU: numbers, kernels, memory, synchronisation, programs. `make test-gpu`, about three
-minutes.
-"""
+"""The GPU against the CPU: numbers, kernels, memory, synchronisation, programs. `make test-gpu`."""
 
 import contextlib
 import json

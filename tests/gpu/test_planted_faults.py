@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import fast
 from sam_vit import Attention
 
-with mock.patch.dict("os.environ", SCHNET_TEST_DEVICE="cpu"):            # a copy of its own: the tests' may use a GPU
+with mock.patch.dict("os.environ", SCHNET_TEST_DEVICE="cpu"):            # a separate copy: the tests' may use a GPU
     spec = importlib.util.spec_from_file_location("compare_on_cpu", Path(__file__).with_name("compare.py"))
     compare = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(compare)
