@@ -54,6 +54,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_run(tmp_path_factory.mktemp("runs") / "small")
 
 
+@pytest.fixture(scope="module")
+def parser(small: Path):
+    """A `predict.Parser` of that run."""
+    from predict import Parser
+    return Parser(small)
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)

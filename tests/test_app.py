@@ -17,11 +17,6 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 @pytest.fixture(scope="module")
-def parser(small: Path) -> Parser:
-    return Parser(small)
-
-
-@pytest.fixture(scope="module")
 def address(parser: Parser):
     """Of the page, which a thread of this process serves."""
     from examples import app

@@ -26,11 +26,6 @@ MAPS = Path(predict.__file__).with_name("configs") / "maps"
 PHOTOS = Path(predict.__file__).parents[1] / "shared/data/photos"
 
 
-@pytest.fixture(scope="module")
-def parser(small: Path) -> Parser:
-    return Parser(small)
-
-
 def save(path: str | Path, image=None, **options):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

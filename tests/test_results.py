@@ -24,11 +24,6 @@ from predict import Parser
 from viz import pictures
 
 
-@pytest.fixture(scope="module")
-def parser(small: Path) -> Parser:
-    return Parser(small)
-
-
 # ---- inputs
 
 def found(*arguments: str) -> list[str]:
