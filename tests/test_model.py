@@ -1,4 +1,4 @@
-"""model.py against section 3 of the paper: Eqs. 1-6 in naive code, what is trained, an untrained network."""
+"""model.py against section 3 of the paper: Eqs. 1-6 in naive code, gradients, shapes, parameter counts."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TINY
+from tiny import TINY, shake
 
 import clip_vit
 import model as model_file
@@ -31,14 +31,6 @@ def small(**changes):
     return build_model(Config(**SMALL | changes), CLASSES)
 
 
-def shake(module):
-    """Moves every parameter, so that no factor of an equation is zero or one."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) * 0.2)
-
-
 def mlp(linear, vector):
     """Eq. 3: f_out = W f_in + b, written out."""
     return [sum(w * v for w, v in zip(row, vector)) + b for row, b in zip(linear.weight.tolist(), linear.bias.tolist())]
@@ -59,16 +51,6 @@ def test_eq_1_similarity():
         naive = [softmax([scale * sum(a * b for a, b in zip(cls, txt)) for txt in f_txt.tolist()])
                  for cls in f_cls.tolist()]
         torch.testing.assert_close(similarity(f_cls, f_txt, scale), torch.tensor(naive, dtype=torch.float64))
-
-
-def test_eq_1_without_temperature_is_flat():
-    """With cosines as CLIP's, 0.15 to 0.32, scale 1 gives all classes the same probability."""
-    cosines = torch.linspace(0.15, 0.32, 20)
-
-    def entropy(scale):
-        p = (scale * cosines).softmax(0)
-        return -(p * p.log()).sum() / math.log(20)
-    assert entropy(1.0) > 0.999 and entropy(100.0) < 0.6
 
 
 def test_eqs_2_and_4_srm():
@@ -114,8 +96,8 @@ def test_eqs_5_and_6_ftm(scale_logits, residual, init):
 
 @pytest.mark.parametrize("changes, bound", [({"ftm_residual": "f"}, 0), ({"ftm_residual": "f'", "rho_init": 0.0}, 0),
                                              ({"ftm_residual": "f'"}, 5e-3)])
-def test_an_untrained_network_passes_sams_features(monkeypatch, changes, bound):
-    """From zero: unchanged, except for rho of Eq. 5, where Eq. 6 adds f'_i: to within a fraction of their norm."""
+def test_an_untrained_network_leaves_sams_features_unchanged(monkeypatch, changes, bound):
+    """With ftm_init=zero. Where Eq. 6 adds f'_i, rho of Eq. 5 changes them by a small fraction of their norm."""
     model = small(ftm_init="zero", **changes).eval()
     with torch.no_grad():
         for p in model.sam.parameters():
@@ -130,20 +112,11 @@ def test_an_untrained_network_passes_sams_features(monkeypatch, changes, bound):
     assert len(seen) == len(expected) == 4
     for ours, sams in zip(seen, expected):
         assert torch.equal(ours, sams) == (bound == 0) and (ours - sams).norm() <= bound * sams.norm()
-    with torch.no_grad():                                                # the modules are in the path
+    with torch.no_grad():                                                # FTM is really used
         model.ftm.third.bias.add_(1.0)
         seen.clear()
         model.forward_features(image)
     assert not torch.equal(seen[0], expected[0])
-
-
-def test_trained_is_what_section_4_3_says():
-    """"We set the inserted SRM and FTM modules, patch-embedding block, the spatial prior module, the injector module,
-    the multi-scale feature extractor, and UpperNet decoder tunable"; "the weights of CLIP and SAM are frozen"."""
-    trained = ("srm.", "ftm.", "sam.patch_embed.proj.", "adapter.", "head.", "aux.")
-    for name, p in small().named_parameters():
-        assert p.requires_grad == name.startswith(trained), name
-        assert p.requires_grad or name.startswith(("sam.", "clip.")), name
 
 
 @pytest.mark.parametrize("changes", [
@@ -153,7 +126,7 @@ def test_trained_is_what_section_4_3_says():
     {"checkpointing": True},
 ], ids=lambda c: " ".join(f"{k}={v}" for k, v in c.items()) or "full")
 def test_gradient_reaches_every_trained_parameter(changes):
-    """So that DDP needs no search for unused parameters. Initial zeros, which stop the gradient, are changed first."""
+    """DDP then needs no search for unused parameters. Initial zeros, which would stop the gradient, are replaced first."""
     model = small(**changes)
     shake(model)
     model.train()
@@ -167,11 +140,10 @@ def test_gradient_reaches_every_trained_parameter(changes):
             assert p.grad is None, name
 
 
-@pytest.mark.parametrize("changes", [{}, {"checkpointing": True}], ids=["full", "checkpointing"])
-def test_a_step_stays_on_its_device_and_waits_for_nothing(monkeypatch, changes):
-    """On "meta", instead of a GPU, a tensor of the CPU is an error, and so is the use of a value."""
+def test_a_step_never_synchronises_with_the_cpu(monkeypatch):
+    """On the "meta" device, which replaces a GPU here, a CPU tensor is an error, and so is reading a value."""
     monkeypatch.setattr(model_file, "matmul_fp32", torch.matmul)         # autocast does not know "meta"
-    model = small(**changes).to("meta").train()
+    model = small(checkpointing=True).to("meta").train()
     logits, aux = model(torch.rand(8, 3, 64, 96, device="meta"))
     labels = torch.zeros(8, 64, 96, dtype=torch.uint8, device="meta")
     losses = [parsing_loss(x, labels, 1.0, 4) for x in (logits, aux)]
@@ -180,8 +152,8 @@ def test_a_step_stays_on_its_device_and_waits_for_nothing(monkeypatch, changes):
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("height, width", [(64, 64), (32, 32), (50, 70), (33, 31), (96, 160), (1, 1)])
-def test_any_size_in_the_same_size_out(height, width):
+@pytest.mark.parametrize("height, width", [(32, 32), (50, 70), (33, 31), (1, 1)])
+def test_logits_have_the_size_of_the_image(height, width):
     model = small().eval()
     with torch.no_grad():
         assert model(torch.rand(1, 3, height, width)).shape == (1, len(CLASSES), height, width)
@@ -195,8 +167,8 @@ def test_padding_is_the_mean_colour():
     assert torch.allclose(padded[0, :, 40:].amax((1, 2)), model.sam.mean.flatten())
 
 
-def test_the_last_two_sites_take_the_last_clip_map(monkeypatch):
-    """D1: Eq. 2 counts five sites, CLIP gives four maps."""
+def test_the_last_two_srm_sites_share_the_last_clip_map(monkeypatch):
+    """D1: Eq. 2 has five sites, but CLIP only four maps."""
     for sites in (5, 4):
         model = small(srm_sites=sites).eval()
         taken = []
@@ -211,8 +183,8 @@ def test_the_last_two_sites_take_the_last_clip_map(monkeypatch):
             assert torch.equal(f_cv, maps[min(site, 3)])
 
 
-def test_text_features_are_computed_once(monkeypatch):
-    """From the prompts in lower case; the network keeps them, and not the text tower."""
+def test_text_features_are_stored_and_the_text_tower_is_dropped(monkeypatch):
+    """The prompts are in lower case."""
     model, seen = small(), []
     assert model.f_txt.shape == (4, 16) and torch.allclose(model.f_txt.norm(dim=-1), torch.ones(4))
     assert "f_txt" in model.state_dict() and not any("token_embedding" in name for name in model.state_dict())
@@ -224,7 +196,7 @@ def test_text_features_are_computed_once(monkeypatch):
     assert seen == ["a photo of a background.", "a photo of a left arm."]
 
 
-# ---- weight files: of the size that the config names
+# ---- weight files
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, str]:
@@ -237,12 +209,12 @@ def files(tmp_path_factory) -> dict[str, str]:
 
 
 def from_files(files, **changes):
-    """The text features are a checkpoint's, so no vocabulary is needed."""
+    """The network of these weight files; given text features need no vocabulary."""
     cfg = Config(**SMALL | {"clip": "six", "clip_taps": (1, 2, 3, 5), "clip_activation": "gelu"} | files | changes)
     return build_model(cfg, CLASSES, {"f_txt": F.normalize(torch.ones(4, 16)), "sim_scale": torch.tensor(100.0)})
 
 
-def test_weights_and_taps_take_effect(files):
+def test_weight_files_and_clip_taps_are_used(files):
     model, other = from_files(files), from_files(files, clip_taps=(0, 1, 2, 5))
     for name, tensor in torch.load(files["sam_weights"]).items():
         assert torch.equal(model.sam.state_dict()[name.removeprefix("image_encoder.")], tensor)
@@ -279,7 +251,7 @@ def test_full_size(monkeypatch):
 
     assert count(model.clip) == 86_192_640
     assert count(model.sam) == 308_278_272 - 852_992                     # the encoder without its neck
-    assert abs(count(model.adapter) - 23.238e6) < 2e3
+    assert count(model.adapter) == 23_236_800
     assert count(model.head) == 34_363_412
     assert count(model.aux) == 2_364_948
     assert count(model.srm) == 16_128 + 787_456 + 525_568                # K -> 768 -> 1024; Eq. 4's bottleneck: 256

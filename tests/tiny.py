@@ -1,4 +1,4 @@
-"""A data set and a network small enough to train in a test, and processes to train them in."""
+"""A data set and a network small enough to train in a test, and processes that train it."""
 
 import atexit
 import contextlib
@@ -74,6 +74,24 @@ def make_config(folder: Path) -> str:
     make_data(folder / "data")
     (folder / "tiny.yaml").write_text(to_yaml(Config(**RUN, data_root=str(folder / "data"), out=str(folder / "run"))))
     return str(folder / "tiny.yaml")
+
+
+# ---- values
+
+def close(a, b, tolerance: float = 1e-10):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@torch.no_grad()
+def shake(module: torch.nn.Module) -> torch.nn.Module:
+    """Adds noise to the parameters and BatchNorm statistics: initial zeros and ones would hide errors."""
+    torch.manual_seed(1)
+    for p in module.parameters():
+        p.add_(0.2 * torch.randn_like(p))
+    for name, buffer in module.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.uniform_(0.5, 2)
+    return module
 
 
 # ---- one step
