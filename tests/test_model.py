@@ -126,7 +126,7 @@ def test_an_untrained_network_leaves_sams_features_unchanged(monkeypatch, change
     {"checkpointing": True},
 ], ids=lambda c: " ".join(f"{k}={v}" for k, v in c.items()) or "full")
 def test_gradient_reaches_every_trained_parameter(changes):
-    """DDP then needs no search for unused parameters. Initial zeros, which would stop the gradient, are replaced first."""
+    """So that DDP has no unused parameters. Initial zeros, which would stop the gradient, are replaced first."""
     model = small(**changes)
     shake(model)
     model.train()

@@ -1,4 +1,4 @@
-"""Drawn people: reproducible, exact labels, class frequencies, left and right are the person's."""
+"""Drawn people: reproducible, with exact labels, known class frequencies and the person's own left and right."""
 
 import hashlib
 import os
@@ -34,6 +34,7 @@ def counts(drawn) -> np.ndarray:
 def test_same_bytes_in_any_order_process_and_thread_count():
     cases = [(0, 0, SIZE), (3, 17, (96, 96)), (5, 123456, (200, 330)), (0, 1, (480, 480))]
     here = [digest(*case) for case in cases]
+    assert len(set(here)) == 4
     assert [digest(*case) for case in reversed(cases)] == here[::-1]
     code = ("import cv2, test_synthetic as t\nfor threads in (1, 4):\n    cv2.setNumThreads(threads)\n"
             f"    print([t.digest(*c) for c in {cases!r}])")
@@ -52,10 +53,6 @@ def test_global_random_generators_are_neither_read_nor_advanced():
     assert digest(2, 5, SIZE) == first
 
 
-def test_all_indices_and_seeds_differ():
-    assert len({digest(seed, index, (64, 64)) for seed in (0, 1, 2) for index in range(60)}) == 180
-
-
 @pytest.mark.parametrize("size", [(96, 96), (480, 480), (64, 200), (333, 121)])
 def test_sizes_types_and_values(size):
     for index in range(6):
@@ -65,8 +62,8 @@ def test_sizes_types_and_values(size):
             assert array.dtype == np.uint8 and array.flags.c_contiguous and array.flags.writeable
 
 
-def test_the_label_is_what_is_painted(monkeypatch):
-    """With one flat colour per class and no backdrop or exposure, the image is the label except at smooth edges."""
+def test_the_label_matches_the_painted_shapes(monkeypatch):
+    """With one flat colour per class, no background and no exposure, image and label agree except at smooth edges."""
     def flat(self, points, cls, colour):
         if cls is not None:
             fill(self, points, cls, np.full(3, cls * 12.0))
@@ -95,8 +92,8 @@ def test_every_class_is_frequent_and_large_enough(counts):
 
 
 def test_the_side_of_the_image_predicts_little(drawn, counts):
-    """Seven in ten people face the viewer, anywhere in the image: guessing the side from the half of the image is wrong
-    three times in ten or more. Left and right limbs are equally large."""
+    """Guessing left or right from the half of the image is wrong at least three times in ten: only seven in ten people
+    face the viewer. Left and right limbs are equally large."""
     labels = np.stack([label for _, label in drawn])
     for left, right in zip(LEFT, RIGHT):
         for cls in (left, right):
@@ -106,26 +103,14 @@ def test_the_side_of_the_image_predicts_little(drawn, counts):
 
 
 def test_left_is_the_persons_left():
-    """The left shoulder and hip are on the image's right exactly when the person faces the viewer."""
+    """The left shoulder and hip are on the right of the image exactly when the person faces the viewer."""
     dice, towards = Dice(np.random.default_rng(0)), 0
     for _ in range(300):
         person = Person(dice)
         person.place(100, 100, True)
-        ahead = person.view[2, 2]                          # cosine between the person's forward axis and the viewer's
+        ahead = person.view[2, 2]                          # cosine of the angle to the viewer
         if abs(ahead) > 0.5:
             towards += ahead > 0
             for left, right in (person.legs, person.arms):
                 assert (person.disc(left[0], 0)[0] > person.disc(right[0], 0)[0]) == (ahead > 0)
-    assert 170 < towards < 230                             # and both kinds are common
-
-
-def test_faces_predict_the_side(drawn):
-    """In the labels: with a large face the right shoe is mostly on the image's left, with hair alone on its right."""
-    right_first = {True: [], False: []}
-    for _, label in drawn:
-        face, hair = (label == 13).sum(), (label == 2).sum()
-        shoes = [np.nonzero(label == cls)[1] for cls in (18, 19)]
-        if min(map(len, shoes)) > 40 and (face > 60 and face > hair / 2 or face == 0 and hair > 60):
-            right_first[bool(face)].append(shoes[1].mean() < shoes[0].mean())
-    assert min(map(len, right_first.values())) > 15
-    assert np.mean(right_first[True]) > 0.8 and np.mean(right_first[False]) < 0.2
+    assert 170 < towards < 230                             # both views are common

@@ -1,6 +1,5 @@
-"""files/weights.py: every container, every kind of broken file reported in one line; nothing is executed."""
+"""files/weights.py: every file format; broken files are reported in one line; no code in a file is executed."""
 
-import hashlib
 import io
 import json
 import os
@@ -26,7 +25,7 @@ NAMES = ("script.pt", "zip.pth", "legacy.pth", "x.safetensors")
 
 
 class Call:
-    """A pickle of this calls `os.system` when it is read carelessly."""
+    """Unpickling this object calls `os.system`."""
 
     def __init__(self, witness):
         self.command = f"touch {witness}"
@@ -42,7 +41,7 @@ def saved(tensors, **options):
 
 
 def scripted():
-    """A TorchScript archive of TENSORS, one of them a view, with attributes that are not tensors."""
+    """A TorchScript archive of TENSORS, including a view, and of attributes that are not tensors."""
     class Part(nn.Module):
         def forward(self, x):
             return x
@@ -73,7 +72,7 @@ def formats():
 
 
 def replaced(archive, member, content):
-    """A zip archive with other content in one member, and correct checksums."""
+    """A zip archive with one member replaced and correct checksums."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(buffer, "w") as new:
         for name in old.namelist():
@@ -101,7 +100,7 @@ def test_outer_keys(outer, options, tmp_path):
 
 
 def test_folders_and_shards(tmp_path):
-    """As the hub has them; a shard that is not there is named."""
+    """In the layout of the Hugging Face hub; a missing shard is named."""
     safetensors, names = pytest.importorskip("safetensors.torch"), list(TENSORS)
     for suffix, save in (("safetensors", safetensors.save_file), ("bin", torch.save)):
         stem = "model" if suffix == "safetensors" else "pytorch_model"
@@ -122,7 +121,7 @@ def test_folders_and_shards(tmp_path):
             read_tensors(folder)
 
 
-def test_every_number_type(tmp_path):
+def test_every_dtype(tmp_path):
     kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
              torch.int8, torch.uint8, torch.bool)
     tensors = {str(kind): torch.tensor([0, 1, 1]).to(kind) for kind in kinds}
@@ -138,11 +137,8 @@ def test_every_number_type(tmp_path):
 
 
 def broken_files(witness):
-    """name -> (content, pattern that the message must match)."""
+    """{name: (content, regular expression for the message)}."""
     (script, plain, _, safe), call = formats().values(), Call(witness)
-    photos = io.BytesIO()
-    with zipfile.ZipFile(photos, "w") as archive:
-        archive.writestr("photos/1.jpg", "x")
     flipped = bytearray(plain)
     flipped[plain.index(TENSORS["a.weight"].numpy().tobytes()) + 5] ^= 64
     script_flipped = bytearray(script)
@@ -151,34 +147,25 @@ def broken_files(witness):
         "empty": (b"", "begins with b''"),
         "html": (b"<!DOCTYPE html><html><title>Sign in</title>", "<!DOCTYPE html>"),
         "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:58\nsize 350837078\n", "version https"),
-        "photo": (b"\xff\xd8\xff\xe0" + bytes(600), "xff"),
-        "zip-of-photos": (photos.getvalue(), "damaged"),
         "zip-cut": (plain[:len(plain) // 2], "zip"),
         "zip-flipped": (bytes(flipped), "checksum"),
-        "script-cut": (script[:-100], "zip"),
         "script-flipped": (bytes(script_flipped), "CRC"),
         "safetensors-cut": (safe[:-4], "is cut off"),
-        "safetensors-cut-in-header": (safe[:40], "damaged"),
         "safetensors-wrong-header": (safe.replace(b'"shape"', b'"shapf"'), "shape"),
         "fp8": (safe.replace(b'"F32"', b'"F8E"'), "a.weight .*F8E"),
         "call-zip": (saved({"a": call}), "would call .*system"),
         "call-legacy": (saved({"a": call}, **LEGACY), "would call .*system"),
         "call-pickle-2": (pickle.dumps({"a": call}, protocol=2), "damaged"),
-        "call-pickle-4": (pickle.dumps({"a": call}, protocol=4), "damaged"),
         "call-script": (replaced(script, "data.pkl", pickle.dumps(call, protocol=2)), "would call .*system"),
         "eval-script": (replaced(script, "data.pkl", b"\x80\x02c__builtin__\neval\nX\x03\0\0\x001+1\x85R."), "eval"),
         "load-script": (replaced(script, "data.pkl", b"\x80\x02ctorch\nload\n."), "would call torch.load"),
         "whole-module": (saved(nn.Linear(2, 2)), "would call torch.nn"),
         "arguments-inside": (saved({"model": TENSORS, "args": Namespace(lr=1)}), "would call .*Namespace"),
-        "script-bad-storage": (replaced(script, "data/0", b"short"), "5 bytes"),
-        "list": (saved([torch.zeros(2)]), "no tensors"),
-        "bare-tensor": (saved(torch.zeros(2)), "no tensors"),
-        "no-tensors": (saved({}), "no tensors"),
         "module-without-tensors": (replaced(script, "data.pkl", b"\x80\x02N."), "no tensors|__dict__"),
     }
 
 
-def test_a_legacy_file_cut_anywhere_is_damaged(tmp_path):
+def test_a_legacy_file_cut_anywhere_is_refused(tmp_path):
     legacy, path = formats()["legacy.pth"], tmp_path / "cut.pt"
     for size in range(20, len(legacy) - 1, 9):
         path.write_bytes(legacy[:size])
@@ -197,7 +184,7 @@ def test_broken_files_end_in_one_line(tmp_path):
         found = re.fullmatch(rf"{path}: (.{{,250}}); `python download.py` .*", str(caught.value))
         assert found and re.search(message, found[1]), (name, str(caught.value))
     assert not witness.exists()
-    pickle.loads(cases["call-pickle-2"][0])                # pickle's own reader does execute it
+    pickle.loads(cases["call-pickle-2"][0])                # pickle itself does execute it
     assert witness.exists()
 
 
@@ -210,7 +197,7 @@ def test_system_errors_are_one_line(tmp_path, monkeypatch, read):
     def forbidden(path, mode):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(weights, "open", forbidden, raising=False)       # root may read every real file
+    monkeypatch.setattr(weights, "open", forbidden, raising=False)       # root can read every real file
     with pytest.raises(UserError, match="a.pt: cannot be read .Permission denied"):
         read(tmp_path / "a.pt")
 
@@ -218,7 +205,7 @@ def test_system_errors_are_one_line(tmp_path, monkeypatch, read):
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", NAMES)
 def test_random_damage(name, tmp_path):
-    """Cut anywhere or with some bytes changed: the right tensors, or one line. Only zip archives have checksums."""
+    """A cut or some changed bytes give the right tensors or a one-line error. Only zip archives have checksums."""
     content, rng, path, refused = formats()[name], random.Random(0), tmp_path / name, 0
     for round in range(100):
         damaged = bytearray(content[:rng.randrange(len(content))] if round % 2 else content)
@@ -234,8 +221,3 @@ def test_random_damage(name, tmp_path):
             assert all(isinstance(t, torch.Tensor) for t in tensors.values())
             assert same(tensors) or name in ("legacy.pth", "x.safetensors")
     assert refused > 50
-
-
-def test_sha256(tmp_path):
-    (tmp_path / "a").write_bytes(b"abc" * 1_000_000)
-    assert weights.sha256(tmp_path / "a") == hashlib.sha256(b"abc" * 1_000_000).hexdigest()

@@ -1,6 +1,6 @@
-"""Random weights of CLIP ViT-B/16 and SAM ViT-B in every format that SCHNet reads, written by the projects that use it.
+"""Random weights of CLIP ViT-B/16 and SAM ViT-B in every format SCHNet reads, written by the projects that use it.
 
-    python tests/write_weights.py FOLDER        # 5 GB: a subfolder per format; prints sizes, and errors of the features
+    python tests/write_weights.py FOLDER        # 5 GB, a subfolder per format; prints their sizes and feature errors
 """
 
 import functools
@@ -24,7 +24,7 @@ from sam_vit import SAMViT, load_sam  # noqa: E402
 
 @torch.no_grad()
 def randomize(model: nn.Module) -> nn.Module:
-    """Adds noise, so that no bias, norm or position is left out unnoticed; half precision holds the values exactly."""
+    """Adds noise, so that an ignored bias, norm or position is noticed; half precision holds the values exactly."""
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.add_(torch.randn(p.shape, generator=generator), alpha=0.1 if p.ndim < 2 else 0.02).copy_(p.half())
@@ -57,7 +57,7 @@ def transformers_sam() -> nn.Module:
     return randomize(SamModel(SamConfig(vision_config=SamVisionConfig().to_dict())))
 
 
-# ---- how each project saves
+# ---- the writers of the other projects
 
 def save_archive(model: nn.Module, folder: Path):
     """A TorchScript archive with the names and types of OpenAI's: half precision except for norms and embeddings."""
@@ -92,13 +92,13 @@ def save_hub_bin(model: nn.Module, folder: Path):
 
 
 def save_training(model: nn.Module, folder: Path):
-    """As fine-tuning programs do: names with a prefix, beside other things."""
+    """As fine-tuning programs do: names with a prefix, next to other objects."""
     names = {f"module.sam.{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"model": names, "optimizer": {"lr": 1e-4}, "epoch": 3}, folder / "finetuned.pth")
 
 
 GELU, QUICK_GELU = "ViT-B-16", "ViT-B-16-quickgelu"
-CLIP_FORMATS = {                                           # name -> random model, how it is saved, what to load
+CLIP_FORMATS = {                                           # {name: (random model, writer, file to load)}
     "openai": (lambda: open_clip_model(QUICK_GELU), save_archive, "ViT-B-16.pt"),
     "open_clip": (lambda: open_clip_model(GELU), lambda *args: save_open_clip(*args, GELU, True), ""),
     "open_clip_bin": (lambda: open_clip_model(QUICK_GELU), lambda *args: save_open_clip(*args, QUICK_GELU, False),
@@ -122,7 +122,7 @@ def write(name: str, folder: Path) -> Path:
     return folder / name / file
 
 
-# ---- the features of both
+# ---- feature errors
 
 def relative_error(ours: list, theirs: list) -> float:
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True))
@@ -130,7 +130,7 @@ def relative_error(ours: list, theirs: list) -> float:
 
 @torch.no_grad()
 def clip_error(name: str, clip: CLIP) -> float:
-    """The largest relative error of f_cls, the four taps and f_txt beside the model that was saved."""
+    """The largest relative error of f_cls, the four taps and f_txt against the saved model."""
     peer, image = CLIP_FORMATS[name][0](), torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     tokens = torch.tensor([[49406, *range(320, 326), 49407] + [0] * 69, [49406, 9, 49407] + [0] * 74])
     pixels = clip.visual.normalize(image)
@@ -150,11 +150,11 @@ def clip_error(name: str, clip: CLIP) -> float:
 
 @torch.no_grad()
 def sam_error(name: str, sam: SAMViT) -> float:
-    """The largest relative error of the four outputs beside the encoder that was saved, at a small grid."""
+    """The largest relative error of the four outputs against the saved encoder, at a small grid."""
     model, h, w = SAM_FORMATS[name][0](), 6, 10
     encoder = model.vision_encoder if hasattr(model, "vision_encoder") else model.image_encoder
     blocks = encoder.layers if hasattr(encoder, "layers") else encoder.blocks
-    table = encoder.pos_embed                              # the peers take one size alone
+    table = encoder.pos_embed                              # the reference encoders accept one size only
     small = interpolate(table.permute(0, 3, 1, 2), (h, w), mode="bicubic").permute(0, 2, 3, 1)
     encoder.pos_embed, encoder.patch_embed.image_size = nn.Parameter(small, requires_grad=False), (16 * h, 16 * w)
     image, theirs = torch.rand(1, 3, 16 * h, 16 * w, generator=torch.Generator().manual_seed(1)), []
