@@ -1,4 +1,4 @@
-"""files/layouts.py: where the photos, labels and lists of a data set are found, and which belong together."""
+"""files/layouts.py: where the photos, labels and lists of a data set are found and how they are paired."""
 
 from pathlib import Path
 
@@ -15,28 +15,23 @@ from errors import UserError
 SAMPLES = Path(__file__).parents[2] / "shared/data/samples"
 NEST, PART, TRAIN = "instance-level_human_parsing", "pascal_person_part", "TrainVal_images"
 NOTES, VOC = "TrainVal_parsing_annotations", "VOCdevkit/VOC2010"
-LAYOUTS = [                                                # (data set, photos, labels, list) of the train split
+LAYOUTS = [                                                # data set; photos, labels and list of the train split
     ("lip", "train_images", "train_segmentations", "train_id.txt"),
     ("lip", f"{TRAIN}/train_images", f"{NOTES}/train_segmentations", f"{TRAIN}/train_id.txt"),
     ("lip", f"{TRAIN}/{TRAIN}/train_images", f"{NOTES}/{NOTES}/train_segmentations", f"{TRAIN}/{TRAIN}/train_id.txt"),
     ("lip", "data/train_images", f"{NOTES}/train_segmentations", "data/train_id.txt"),
-    ("lip", "images/train_images", "segmentations/train_segmentations", None),
-    ("lip", "Training/Images", "Training/Category_ids", None),
-    ("lip", "top/train_images", "top/train_segmentations", "top/train_id.txt"),            # below its own name again
+    ("lip", "top/train_images", "top/train_segmentations", "top/train_id.txt"),            # the root's name again
     ("cihp", f"{NEST}/Training/Images", f"{NEST}/Training/Category_ids", f"{NEST}/Training/train_id.txt"),
     ("cihp", f"{NEST}/{NEST}/Training/Images", f"{NEST}/{NEST}/Training/Category_ids", f"{NEST}/{NEST}/train_id.txt"),
-    ("cihp", "Training/Images", "Training/Category_ids", "Training/train_id.txt"),
-    ("cihp", "train_images", "train_segmentations", "train_id.txt"),
     ("cihp", "CIHP_4w/Images", "CIHP_4w/Category_ids", "CIHP_4w/lists/train_id.txt"),
-    ("ppp", "JPEGImages", f"{PART}_gt", f"{PART}_trainval_list/train_id.txt"),
     ("ppp", "JPEGImages", f"{PART}/{PART}_gt", f"{PART}/{PART}_trainval_list/train_id.txt"),
     ("ppp", f"{VOC}/JPEGImages", f"{PART}/{PART}/{PART}_gt", f"{PART}/{PART}/{PART}_trainval_list/train.txt"),
     ("ppp", "pascal/JPEGImages", "pascal/SegmentationPart", "pascal/list/train_id.txt"),
-    ("ppp", "train_images", "train_segmentations", "train_id.txt")]
+    ("ppp", "train_images", "train_segmentations", None)]
 
 
 @pytest.mark.parametrize("name, photos, labels, listing", LAYOUTS)
-def test_layouts(tmp_path, name, photos, labels, listing):
+def test_published_layouts_are_found(tmp_path, name, photos, labels, listing):
     root = tmp_path / "top"
     order = ["2008_000002", "2008_000003", "2008_000009"]
     for n in order:
@@ -70,25 +65,24 @@ def test_real_samples(name, split, photo, values, shape):
     assert np.array_equal(label, np.array(Image.open(next(root.glob(f"**/{photo}.png")))))
 
 
-@pytest.mark.parametrize("name, missing, says", [
-    ("lip", "train_images", ["train photos", "TrainVal_images/TrainVal_images/train_images", "train_images"]),
-    ("cihp", "Training/Category_ids", ["train labels", f"{NEST}/Training/Category_ids"]),
-    ("ppp", "pascal_person_part_trainval_list", ["train list of names", "list/train_id.txt"])])
-def test_a_missing_folder_is_reported_with_all_places(tmp_path, name, missing, says):
-    for folder in {"lip": LAYOUTS[0], "cihp": LAYOUTS[9], "ppp": LAYOUTS[12]}[name][1:3]:
-        if folder != missing:
-            (tmp_path / folder).mkdir(parents=True)
+@pytest.mark.parametrize("name, present, says", [
+    ("lip", ["train_segmentations"], ["train photos", "TrainVal_images/TrainVal_images/train_images", "train_images"]),
+    ("cihp", ["Training/Images"], ["train labels", f"{NEST}/Training/Category_ids"]),
+    ("ppp", ["JPEGImages", f"{PART}_gt"], ["train list of names", "list/train_id.txt"])])
+def test_a_missing_folder_is_reported_with_all_places_searched(tmp_path, name, present, says):
+    for folder in present:
+        (tmp_path / folder).mkdir(parents=True)
     with pytest.raises(UserError) as error:
         open_split(Config(dataset=name, data_root=str(tmp_path)), "train")
     assert all(text in str(error.value) for text in [str(tmp_path), *says]) and "\n" not in str(error.value)
 
 
-def test_lists_and_odd_names(tmp_path):
+def test_lists_and_unusual_file_names(tmp_path):
     root = make_custom(tmp_path / "real")
     (tmp_path / "link").symlink_to(root)
     save(picture(9), root / "images/train/my photo.v2.JPEG")
     save(numbers(9), root / "labels/train/my photo.v2.PNG")
-    save(picture(10), root / "images/train/._p1.jpg")      # macOS leaves such files
+    save(picture(10), root / "images/train/._p1.jpg")      # macOS writes such files
     lines = "\ufeffp3.jpg", "my photo.v2", "", "images/train/p1.jpg labels/train/p1.png", f"{root}/images/train/p4.jpg"
     written(root / "train.txt", "\r\n".join(lines).encode())
     for data_root in (root, tmp_path / "link"):

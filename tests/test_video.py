@@ -1,4 +1,4 @@
-"""files/video.py and the videos of predict.py: containers, frame rates, odd pixels, damage."""
+"""files/video.py and videos in predict.py: containers, frame rates, non-square pixels, damage."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def read(path: str | Path) -> np.ndarray:
 
 
 def opened(path: str | Path) -> tuple[int, float, tuple[int, int]]:
-    """Number of frames, rate and size of a video."""
+    """(number of frames, frames per second, (height, width)) of a video."""
     capture, frames = cv2.VideoCapture(os.path.abspath(path)), []
     rate = capture.get(cv2.CAP_PROP_FPS)
     while (frame := capture.read())[0]:
@@ -41,8 +41,8 @@ def opened(path: str | Path) -> tuple[int, float, tuple[int, int]]:
     return len(frames), rate, frames[0].shape[:2]
 
 
-def test_a_video_keeps_its_length_and_rate_and_shares_no_name_with_its_stills(parse, here: Path, small: Path):
-    for name in ("a:b.avi", "walk.avi"):                   # a colon is not a protocol
+def test_a_video_keeps_its_length_and_rate_beside_images_of_the_same_name(parse, here: Path, small: Path):
+    for name in ("a:b.avi", "walk.avi"):                   # FFmpeg could read "a:" as a protocol
         clip("x.avi")
         os.rename("x.avi", name)
     Path("walk").mkdir()
@@ -58,7 +58,7 @@ def test_a_video_keeps_its_length_and_rate_and_shares_no_name_with_its_stills(pa
     for n in range(1, 8):
         frame = cv2.cvtColor(capture.read()[1], cv2.COLOR_BGR2RGB)
         assert (read(f"p:1/labels/walk.avi/{n:06d}.png") == Parser(small).parse(frame)).mean() > 0.99
-    Image.fromarray(photo(9, 9)).save("walk.png")          # is not done because a video of its name is
+    Image.fromarray(photo(9, 9)).save("walk.png")          # not done although a video of this name is
     assert parse("walk.png", "--out", "p:1", "--skip-existing") == 0 and Path("p:1/labels/walk.png").exists()
 
 
@@ -76,7 +76,7 @@ def test_a_video_is_parsed_in_every_container(parse, here: Path):
     assert sorted(os.listdir("out/overlays")) == sorted(f"{name}.mp4" for name in names)
     for name in names:
         count, rate, _ = opened(f"out/overlays/{name}.mp4")
-        assert count == 6 and rate == pytest.approx(12, rel=2e-3), name  # some round times to milliseconds
+        assert count == 6 and rate == pytest.approx(12, rel=2e-3), name  # some containers round to milliseconds
 
 
 def join(target: str, *parts: str):
@@ -84,7 +84,7 @@ def join(target: str, *parts: str):
 
 
 @pytest.mark.parametrize("real, declared", [(5, 60), (5, 1000), (0.2, 25), (25, 5)])
-def test_the_rate_is_that_of_the_frames_timestamps(here: Path, real: float, declared: float):
+def test_the_rate_follows_the_timestamps(here: Path, real: float, declared: float):
     clip("x.mkv", 40, (48, 64), "mp4v", real)
     content = bytearray(Path("x.mkv").read_bytes())
     at = content.index(b"\x23\xe3\x83")                    # DefaultDuration; the frames keep their timestamps
@@ -95,23 +95,23 @@ def test_the_rate_is_that_of_the_frames_timestamps(here: Path, real: float, decl
     assert video.Reader("x.mkv").rate == pytest.approx(real, rel=1e-3)
 
 
-@pytest.mark.parametrize("rate", [24000 / 1001, 25, 30000 / 1001, 119.88, 12.5, 0.5])
-@pytest.mark.parametrize("suffix", ["avi", "mkv", "mp4"])
-def test_a_right_declared_rate_is_kept(here: Path, rate: float, suffix: str):
-    clip(f"x.{suffix}", 25, (48, 64), "MJPG" if suffix == "avi" else "mp4v", rate)
+@pytest.mark.parametrize("rate", [24000 / 1001, 25, 119.88, 0.5])
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+def test_a_correct_declared_rate_is_kept(here: Path, rate: float, suffix: str):
+    clip(f"x.{suffix}", 25, (48, 64), "mp4v", rate)
     declared = opened(f"x.{suffix}")[1]
     assert video.Reader(f"x.{suffix}").rate == declared == pytest.approx(video._writable(declared), abs=1e-3)
 
 
-def test_rates_of_odd_timestamps(here: Path):
+def test_rates_of_irregular_timestamps(here: Path):
     times = [0, 100, 200, 300, 1300, 2300, 3300]           # milliseconds, as screen recorders write them
     assert video.frame_rate(times, 1000.0) == pytest.approx(6 / 3.3)
     assert video.frame_rate([40.0], 50.0) == 50 and video.frame_rate([0.0, 0.0], 0.0) == 25
     assert video.frame_rate([*times, *times], 1000.0) == pytest.approx(6 / 3.3)            # two recordings in one file
-    film = [n * 1001 / 30 for n in range(20_000)]          # eleven minutes, in which 30 would lose 0.7 seconds
+    film = [n * 1001 / 30 for n in range(20_000)]          # 11 minutes: 30 would drift by 0.7 s
     assert video.frame_rate(film, 30.0) == pytest.approx(30000 / 1001)
     assert video.frame_rate(film, 30000 / 1001) == 30000 / 1001
-    for rate in (1e-4, 0.0333, 7.77777, 23.976, 65.5359, 71.23456, 217.3942, 655.351, 1e5):
+    for rate in (1e-4, 0.0333, 23.976, 71.23456, 655.351, 1e5):
         clip("x.mp4", 3, (48, 64), "mp4v", video._writable(rate))
         assert opened("x.mp4")[1] == pytest.approx(min(max(rate, 0.01), 1000), rel=1e-3, abs=1e-3)
     for name, count in (("a.ts", 25), ("b.ts", 75)):
@@ -120,11 +120,11 @@ def test_rates_of_odd_timestamps(here: Path):
     assert video.Reader("c.ts").rate == 25
 
 
-def test_pixels_that_are_not_square_are_stretched(parse, here: Path, small: Path):
+def test_non_square_pixels_are_stretched(parse, here: Path, small: Path):
     clip("x.ts", 5, (48, 64), "mpg2")
     content = bytearray(Path("x.ts").read_bytes())
     for match in re.finditer(b"\0\0\1\xb3", content):
-        content[match.start() + 7] = content[match.start() + 7] & 15 | 3 << 4              # the display is 16:9
+        content[match.start() + 7] = content[match.start() + 7] & 15 | 3 << 4              # 16:9 display aspect
     Path("x.ts").write_bytes(content)
     assert parse("x.ts", "--out", "out", "--frames") == 0
     frame = next(iter(video.Reader("x.ts")))
@@ -133,40 +133,17 @@ def test_pixels_that_are_not_square_are_stretched(parse, here: Path, small: Path
     assert (read("out/labels/x.ts/000001.png") == label).mean() > 0.99
 
 
-def h264(size: tuple[int, int], count: int = 20) -> bytes:
-    """A raw stream of grey frames, sides in multiples of 16: OpenCV writes no H.264."""
-    def ue(value: int) -> str:                             # an Exp-Golomb code
-        return f"{value + 1:b}".rjust(2 * (value + 1).bit_length() - 1, "0")
-
-    def unit(kind: int, bits: str) -> bytes:
-        bits = f"{bits}1" + "0" * (-len(bits) % 8 - 1 if len(bits) % 8 else 7)
-        data = int(bits, 2).to_bytes(len(bits) // 8, "big")
-        return b"\0\0\0\1" + bytes([kind]) + re.sub(rb"\0\0(?=[\0-\3])", b"\0\0\3", data)
-
-    high, wide = size[0] // 16, size[1] // 16
-    head = unit(0x67, f"{66:08b}{0xC0:08b}{10:08b}11" + ue(2) + ue(1) + "0" + ue(wide - 1) + ue(high - 1) + "1100")
-    head += unit(0x68, "11" + "00" + "111" + "000111000")
-    stream = b""
-    for n in range(count):
-        bits = ue(0) + ue(7) + ue(0) + "0000" + ue(n % 2) + "001"
-        for _ in range(wide * high):                       # samples without compression
-            bits += ue(25)
-            bits += "0" * (-len(bits) % 8) + "10000000" * 384
-        stream += head + unit(0x65, bits)
-    return stream
-
-
-@pytest.mark.parametrize("code", ["h264", "mpg2", "mp4v"])
+@pytest.mark.parametrize("code", ["mpg2", "mp4v"])
 def test_a_video_whose_size_changes_is_refused(here: Path, code: str):
     for name, size in (("a.ts", (48, 64)), ("b.ts", (64, 48))):
-        Path(name).write_bytes(h264(size)) if code == "h264" else clip(name, 25, size, code)
+        clip(name, 25, size, code)
         assert video.Reader(name).stored == size
     join("c.ts", "a.ts", "b.ts")
     with pytest.raises(UserError, match="c.ts: .*64x48"):
         video.Reader("c.ts")
 
 
-def test_a_trimmed_video_is_complete(parse, here: Path):
+def test_a_video_trimmed_by_an_edit_list(parse, here: Path):
     clip("x.mp4", 48, (48, 64), "mp4v")
     content = bytearray(Path("x.mp4").read_bytes())
     at = content.index(b"elst") + 12                       # halve the duration in the edit list
@@ -176,8 +153,8 @@ def test_a_trimmed_video_is_complete(parse, here: Path):
     assert parse("x.mp4", "--out", "out", "--size", "32") == 0 and opened("out/overlays/x.mp4")[:2] == (24, 12)
 
 
-@pytest.mark.parametrize("name, code", [("x.avi", "MJPG"), ("x.mkv", "mp4v"), ("x.webm", "VP80"), ("x.ts", "mpg2")])
-def test_a_video_that_is_cut_off_is_parsed_as_far_as_it_can_be_read(parse, here: Path, capsys, name, code):
+@pytest.mark.parametrize("name, code", [("x.avi", "MJPG"), ("x.mkv", "mp4v")])
+def test_a_truncated_video_is_parsed_up_to_the_cut(parse, here: Path, capsys, name, code):
     clip(name, 48, (48, 64), code)
     data = Path(name).read_bytes()
     Path(name).write_bytes(data[:len(data) * 6 // 10])
