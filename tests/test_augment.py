@@ -1,4 +1,4 @@
-"""Augmentation against naive loops, CIHP's own mirrored labels and the documented distributions."""
+"""Augmentation against naive loops, CIHP's own mirrored labels and the documented ranges."""
 
 import colorsys
 from pathlib import Path
@@ -9,30 +9,30 @@ from PIL import Image
 
 import augment
 from config import Config
-from datasets import LABEL_SETS, random_numbers
+from datasets import LABEL_SETS
 
 SAMPLES = Path(__file__).parents[2] / "shared/data/samples"
 LEFT_RIGHT = ((14, 15), (16, 17), (18, 19))
 
 
 class Script:
-    """A random generator that returns the given values in order."""
+    """A random generator that returns the given values in order and records the range of each."""
 
     def __init__(self, *values):
-        self.values = list(values)
+        self.values, self.ranges = list(values), []
 
-    def random(self):
+    def draw(self, low, high):
+        self.ranges.append((low, high))
         return self.values.pop(0)
 
+    def random(self):
+        return self.draw(0, 1)
+
     def uniform(self, low, high):
-        value = self.values.pop(0)
-        assert low <= value <= high
-        return value
+        return self.draw(low, high)
 
     def integers(self, low, high=None):
-        value = self.values.pop(0)
-        assert (0 if high is None else low) <= value < (low if high is None else high)
-        return value
+        return self.draw(low, high) if high is not None else self.draw(0, low)
 
 
 def photo(rng, h, w):
@@ -105,11 +105,12 @@ def test_scaled_size_keeps_the_aspect(shape, long_side, size):
 
 def test_crop_is_drawn_again_while_one_class_fills_it():
     label = np.zeros((64, 128), np.uint8)
-    label[:, 64:] = 1
+    label[:, 64:] = 1                                      # only around the middle both are frequent
     cases = (0.75, (0, 32), (0, 0, 0, 10, 0, 32)), (1.0, (0, 0), (0, 0)), (0.75, (0, 0), (0, 0) * 11)
     for share, corner, draws in cases:
         script = Script(*draws)                            # at most ten more draws
         assert augment.choose_crop(label, (64, 64), share, script) == corner and not script.values
+        assert set(script.ranges) == {(0, 1), (0, 65)}
     label[:], label[:4, :4], label[4:8, :4] = augment.IGNORE, 1, 2
     assert augment.largest_share(label) == 0.5             # ignored pixels do not count
     assert augment.largest_share(np.full((8, 8), augment.IGNORE, np.uint8)) == 1.0
@@ -143,85 +144,23 @@ def test_saturation_and_hue_against_colorsys(factor, turn):
         assert np.abs(np.array(expected) * 255 - changed).max() <= 6       # 8-bit HSV: 2 degrees of hue per step
 
 
-# ---- 2,000 draws
+# ---- complete samples
 
-N = 2000
-
-
-def not_uniform(values, low, high):
-    """Kolmogorov-Smirnov: the distance to the uniform distribution in units of its 0.1 % bound."""
-    values = np.sort((np.asarray(values) - low) / (high - low))
-    steps = np.arange(len(values) + 1) / len(values)
-    return max(np.abs(values - steps[1:]).max(), np.abs(values - steps[:-1]).max()) * np.sqrt(len(values)) / 1.95
-
-
-def rate_is(share, expected, count=N):
-    return abs(share - expected) < 3.3 * np.sqrt(expected * (1 - expected) / count)      # 0.1 %
-
-
-def test_scale_flip_and_padding_of_2000_draws():
-    cfg = Config(base_size=60, crop_size=(128, 128), photometric=False)    # every scaled photo fits
+@pytest.mark.parametrize("flip", (True, False))
+def test_scale_flip_padding_and_the_range_of_every_random_number(flip):
     image = np.zeros((100, 80, 3), np.uint8)
     image[:, 40:] = 200
-    label = np.zeros((100, 80), np.uint8)
-    label[:, :40], label[:, 40:] = 14, 3
-    scales, flips = [], []
-    for slot in range(N):
-        out, numbers = augment.augment(image, label, cfg, LEFT_RIGHT, random_numbers("augment", 0, 0, slot))
-        known = numbers != augment.IGNORE
-        h, w = known.any(1).sum(), known.any(0).sum()
-        assert known[:h, :w].all() and (out[~known] == augment.MEAN_COLOUR).all()        # bottom and right
-        assert abs(w - 0.8 * h) <= 1
-        scales.append(h / 60)
-        flips.append(numbers[0, 0] == 3)
-        left, right = (3, 15) if flips[-1] else (14, 3)
-        assert numbers[0, 0] == left and numbers[0, w - 1] == right
-        assert out[0, 0, 0] == (200 if flips[-1] else 0)
-    assert not_uniform(np.array(scales) + np.random.default_rng(0).uniform(-0.5, 0.5, N) / 60, 0.5, 2.0) < 1
-    assert 0.49 < min(scales) < 0.51 and 1.99 < max(scales) < 2.01
-    assert rate_is(np.mean(flips), 0.5)
-    assert rate_is(np.mean(np.array(scales) < 1), 1 / 3)
-
-
-def test_place_of_the_crop_is_uniform():
-    cfg = Config(base_size=96, scale_range=(2.0, 2.0), crop_size=(96, 96), photometric=False, flip_prob=0.0)
-    y, x = np.mgrid[:192, :192]
-    image = np.stack([y, x, 0 * x], axis=-1).astype(np.uint8)
-    label = np.random.default_rng(0).integers(0, 5, (192, 192)).astype(np.uint8)     # no class fills a crop: no retries
-    corners = [augment.augment(image, label, cfg, (), random_numbers("augment", 0, 1, slot))[0][0, 0, :2]
-               for slot in range(N)]
-    top, left = np.array(corners, float).T
-    noise = np.random.default_rng(1).uniform(0, 1, (2, N))
-    assert not_uniform(top + noise[0], 0, 97) < 1 and not_uniform(left + noise[1], 0, 97) < 1
-    assert abs(np.corrcoef(top, left)[0, 1]) < 3.3 / np.sqrt(N)
-
-
-def test_colours_of_2000_draws():
-    """Brightness, contrast, saturation and hue, measured on two greys and one colour."""
-    image = np.array([[(40, 40, 40), (130, 130, 130), (130, 90, 90)]], np.uint8)
-    shifts, contrasts, saturations, hues = [], [], [], []
-    for slot in range(N):
-        dark, light, colour = augment.distort(image, random_numbers("augment", 0, 2, slot))[0].astype(float)
-        contrast = (light[0] - dark[0]) / 90
-        shift = (light[0] + dark[0]) / 2 / contrast - 85
-        contrasts.append(contrast)
-        shifts.append(shift)
-        h, s, _ = colorsys.rgb_to_hsv(*colour / 255)
-        hues.append((h * 180 + 90) % 180 - 90)
-        if abs(shift) < 0.6 and abs(contrast - 1) < 0.006:               # the others change a colour's saturation
-            saturations.append(s / (40 / 130))
-    contrasts, shifts, saturations, hues = map(np.array, (contrasts, shifts, saturations, hues))
-
-    changed = contrasts[np.abs(contrasts - 1) > 0.02]
-    assert rate_is(len(changed) / N, 0.5 * (1 - 0.04)) and not_uniform(changed, 0.495, 1.505) < 1.2
-    assert 0.48 < changed.min() < 0.51 and 1.49 < changed.max() < 1.52
-    exact = np.abs(contrasts - 1) < 0.006
-    brighter = shifts[exact & (np.abs(shifts) > 1)]
-    assert rate_is(len(brighter) / exact.sum(), 0.5 * 62 / 65, exact.sum())
-    assert not_uniform(brighter, -32.5, 32.5) < 1.2 and 31 < -brighter.min() < 33 and 31 < brighter.max() < 33
-    stronger = saturations[np.abs(saturations - 1) > 0.05]
-    assert rate_is(len(stronger) / len(saturations), 0.5 * 0.9, len(saturations))
-    assert not_uniform(stronger, 0.48, 1.52) < 1.2 and 0.47 < stronger.min() < 0.53 and 1.47 < stronger.max() < 1.53
-    turned = hues[np.abs(hues) > 1.5]
-    assert rate_is(len(turned) / N, 0.5 * 33 / 36) and -19.5 < hues.min() < -15 and 14 < hues.max() < 18.5
-    assert not_uniform(turned, -18.5, 17.5) < 1.6                        # 8-bit hues are coarse
+    label = np.full((100, 80), 14, np.uint8)
+    label[:, 40:] = 3
+    yes, no = np.nextafter(0.5, 0), 0.5                    # every probability is 1/2
+    script = Script(1.5, 0, 0, yes if flip else no, yes, 0, yes, yes, 1.0, yes, 1.0, yes, 0)
+    cfg = Config(base_size=60, crop_size=(128, 128))
+    out, numbers = augment.augment(image, label, cfg, LEFT_RIGHT, script)
+    unit = (0, 1)
+    assert script.ranges == [(0.5, 2.0), unit, unit, unit, unit, (-32, 33), unit, unit, (0.5, 1.5), unit, (0.5, 1.5),
+                             unit, (-18, 18)]
+    left, right = (3, 15) if flip else (14, 3)
+    assert (numbers[:90, :36] == left).all() and (numbers[:90, 36:72] == right).all()
+    assert (numbers[90:] == augment.IGNORE).all() and (numbers[:, 72:] == augment.IGNORE).all()
+    assert (out[numbers == augment.IGNORE] == augment.MEAN_COLOUR).all()
+    assert (out[0, 0] == (200 if flip else 0)).all() and (out[0, 71] == (0 if flip else 200)).all()

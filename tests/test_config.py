@@ -1,4 +1,4 @@
-"""config.py: YAML and overrides become one checked dataclass; every mistake is one line that names the key."""
+"""config.py: YAML and overrides give a checked dataclass; every mistake is one line that names the key."""
 
 import dataclasses
 from pathlib import Path
@@ -22,7 +22,7 @@ PATHS = {key for key, kind in config.TYPES.items() if kind == config.Place}
 
 @pytest.mark.parametrize("path", sorted({*CONFIGS.rglob("*.yaml")} - {*CONFIGS.glob("maps/*")}), ids=lambda p: p.stem)
 def test_the_shipped_configs(path):
-    """Each loads, has a folder of its own, and survives a round trip; the paper's have its numbers (§4.2, §4.3)."""
+    """Each loads, has its own run folder and survives a round trip; the paper's have its values (§4.2, §4.3)."""
     cfg = load_config(path)
     assert cfg.out.endswith(path.stem) and config.from_dict(dataclasses.asdict(cfg), "checkpoint") == cfg
     if iters := {"lip": 60_000, "ppp": 30_000, "cihp": 80_000}.get(path.stem):
@@ -32,7 +32,7 @@ def test_the_shipped_configs(path):
         assert cfg.clip_taps == (3, 5, 7, 11) and cfg.freeze and cfg.srm and cfg.ftm
 
 
-def test_rows_of_table_6_are_switches():
+def test_the_rows_of_table_6_differ_in_switches_only():
     names = "ablation/clip", "ablation/sam", "ablation/sam_clip_srm", "lip"
     rows = [load_config(CONFIGS / f"{name}.yaml") for name in names]
     switches = [(row.backbone, row.srm, row.ftm) for row in rows]
@@ -48,11 +48,11 @@ def test_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize("override, value", [
-    ("lr=6e-4", 6e-4), ("weight_decay=0", 0.0),            # PyYAML: the text '6e-4', the integer 0
+    ("lr=6e-4", 6e-4), ("weight_decay=0", 0.0),            # for PyYAML a string and an integer
     ("crop_size=320", (320, 320)), ("scale_range=1", (1.0, 1.0)), ("scale_range=0.5", (0.5, 0.5)),
     ("scale_range=[0.5, 2]", (0.5, 2.0)), ("sim_scale=null", None), ("sim_scale=1", 1.0), ("data_root=", ""),
     (" seed =3", 3)])
-def test_values_have_their_type(override, value):
+def test_values_are_converted_to_the_keys_type(override, value):
     found = getattr(load_config(None, [override]), override.partition("=")[0].strip())
     assert found == value and type(found) is type(value)
 
@@ -62,19 +62,14 @@ def test_values_have_their_type(override, value):
     ("lr=[1", "'lr=[1'"),
     # types
     ("lr=fast", "lr 'fast'"), ("lr=.nan", "lr number 1e-12 nan"), ("sim_scale=inf", "sim_scale inf"),
-    (f"lr=1{400 * '0'}", "lr 1e-12 100"),
     ("iters=1e3", "iters whole '1e3'"), ("srm=1", "srm true false 1"), ("batch_size=true", "batch_size whole True"),
     ("crop_size=[480]", "crop_size 2 [480]"), ("tta_scales=1.0", "tta_scales list 1.0"),
-    ("betas=0.9", "betas list 0.9"),
     ("tta_scales=[1, x]", "tta_scales[1] 'x'"), ("flip_pairs=[1, 2]", "flip_pairs[0] list 1"),
-    # ranges and words
+    # ranges and choices
     ("dataset=ade20k", "dataset lip, cihp, ppp 'ade20k'"), ("precision=int8", "precision bf16 'int8'"),
-    ("batch_size=0", "batch_size 1 4,096 0"), ("drop_path=1.5", "drop_path 0 0.999 1.5"),
-    ("lr=-1", "lr 1e-12 1,000,000 -1"), ("betas=[0.9, 1]", "betas[1] 0 0.999999 1"),
-    ("crop_size=0", "crop_size[0] 32 16,384 0"), ("scale_range=[0, 1]", "scale_range[0] 0.01 16 0"),
-    ("tta_scales=[1, 0]", "tta_scales[1] 0.01 16 0"), ("srm_sites=3", "srm_sites 4 5 3"),
-    ("clip_taps=[-1, 3, 5, 7]", "clip_taps[0] 0 999 -1"), ("sim_scale=-1", "sim_scale 0 -1"),
-    ("seed=2147483646", "seed 2,147,483,645 2147483646"),  # the next two seeds draw validation and demo images
+    ("batch_size=0", "batch_size 1 4,096 0"), ("betas=[0.9, 1]", "betas[1] 0 0.999999 1"),
+    ("srm_sites=3", "srm_sites 4 5 3"), ("sim_scale=-1", "sim_scale 0 -1"),
+    ("seed=2147483646", "seed 2,147,483,645 2147483646"),  # the next two seeds are used for validation and demo images
     # combinations
     ("iters=100", "iters (100) warmup_iters (1500)"), ("crop_size=481", "crop_size 32 481"),
     ("tta_scales=[]", "tta_scales"), ("scale_range=[2, 1]", "scale_range (2.0, 1.0)"),
@@ -83,7 +78,7 @@ def test_values_have_their_type(override, value):
     ("val_list=mine.txt", "val_list custom synthetic"), ("dataset=lip classes=[a,b]", "classes custom lip"),
 ])
 def test_mistakes_are_named(override, words):
-    """In one line, with the key, the limits and the value, in this order."""
+    """In one line that has the key, the limits and the value in this order."""
     with pytest.raises(UserError) as error:
         load_config(None, override.split(" ") if override.count("=") > 1 else [override])
     message, place = str(error.value), 0
@@ -104,7 +99,7 @@ def test_every_number_has_a_range():
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
-    """In every key that is a path, in a file and on the command line, and in the options of every program."""
+    """In every path, in files and on the command line, and in the options of every program."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "my.yaml").write_text("dataset: custom\nout: ~/runs\ndata_root: '~'\nprompt: ~ {class}\n")
     others = PATHS - {"out", "data_root"}
@@ -136,7 +131,7 @@ def test_unusable_files(tmp_path, text, words):
 
 
 @pytest.mark.parametrize("text, overrides", [("#", []), ("out: ''", []), ("out: there", ["out="]), ("", ["out="])])
-def test_a_run_has_a_folder_of_its_own(tmp_path, text, overrides):
-    """Also where `out` is empty, as out=$UNSET is."""
+def test_out_defaults_to_the_name_of_the_config(tmp_path, text, overrides):
+    """Also for an empty `out`, as in out=$UNSET."""
     (tmp_path / "mine.yaml").write_text(text)
     assert load_config(tmp_path / "mine.yaml", overrides) == Config(out="runs/mine")

@@ -1,4 +1,4 @@
-"""download.py against a local server that misbehaves."""
+"""download.py against a local server with planted faults."""
 
 import dataclasses
 import errno
@@ -13,7 +13,6 @@ import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 
@@ -61,7 +60,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 def server():
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     httpd.plan, httpd.requests, httpd.release = [], [], threading.Event()
-    httpd.handle_error = lambda *_: None                   # clients that disconnect early are part of the tests
+    httpd.handle_error = lambda *_: None                   # some tests disconnect early
     threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     httpd.url = f"http://127.0.0.1:{httpd.server_address[1]}"
     yield httpd
@@ -72,7 +71,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def specs(monkeypatch, server):
-    """Two small files instead of the official ones, and no waiting."""
+    """Two small files replace the official ones, and no time is spent waiting."""
     digest = hashlib.sha256(CONTENT).hexdigest()
     found = [FileSpec(name, (f"{server.url}/official/{name}",), len(CONTENT), digest, f"file {name}") for name in NAMES]
     monkeypatch.setattr(download, "FILES", found)
@@ -94,7 +93,7 @@ def complete(folder, name="a.pt"):
     return (folder / name).read_bytes() == CONTENT
 
 
-def test_one_file_of_a_mirror_then_the_others_then_nothing(folder, server, capsys):
+def test_a_mirror_and_files_that_are_already_there(folder, server, capsys):
     assert run(folder, "b.pth", "--mirror", f"{server.url}/mirror/") == 0
     assert server.requests == [("/mirror/b.pth", None)] and complete(folder, "b.pth") and not (folder / "a.pt").exists()
     assert "SHA-256 checked" in capsys.readouterr().out
@@ -104,22 +103,20 @@ def test_one_file_of_a_mirror_then_the_others_then_nothing(folder, server, capsy
 
 
 @pytest.mark.parametrize("plan, ranges", [
-    (["cut", ""], 2), (["cut", "cut", ""], 3), (["cut", "no range"], 2), (["cut", "cut", "no range", ""], 3),
-    (["status 503", "status 429", ""], 3), (["cut at once"] * 2 + [""], 3), (["no length"], 1),
-    (["cut", "other range", ""], 3), (["cut", "status 500", ""], 3)])
+    (["cut", "cut", ""], 3), (["cut", "cut", "no range", ""], 3), (["status 503", "status 429", ""], 3),
+    (["no length"], 1), (["cut", "other range", ""], 3), (["cut", "status 500", ""], 3)])
 def test_transient_faults_are_retried(folder, server, plan, ranges):
     server.plan = list(plan)
     assert run(folder, "a.pt") == 0 and complete(folder) and len(server.requests) == ranges
-    if plan[0] == "cut":                                   # the first half was not requested again
+    if plan[0] == "cut":                                   # the first half is not requested again
         assert server.requests[1][1] == f"bytes={len(CONTENT) // 2}-"
 
 
 @pytest.mark.parametrize("plan, message, requests", [
-    (["status 404"], "HTTP 404", 1), (["status 403"], "HTTP 403", 1), (["page"], r"\b27 bytes", 1),
-    (["short"], f"{len(CONTENT) - 1:,} bytes", 1), (["wrong"], "SHA-256", 1),
+    (["status 404"], "HTTP 404", 1), (["page"], r"\b27 bytes", 1), (["wrong"], "SHA-256", 1),
     (["cut at once"] * 3, "cut.*3 tries", 3), (["status 500"] * 3, "HTTP 500", 3)])
-def test_lasting_faults_leave_no_file_and_do_not_stop_the_others(folder, server, capsys, plan, message, requests):
-    """The line before the error has the address and what was wrong with it."""
+def test_permanent_faults_leave_no_file_and_do_not_stop_the_others(folder, server, capsys, plan, message, requests):
+    """The line before the error names the address and the fault."""
     server.plan = list(plan)
     assert run(folder) == 1 and complete(folder, "b.pth") and not (folder / "a.pt").exists()
     *_, line, error = [line for line in capsys.readouterr().err.splitlines() if "B/s" not in line]
@@ -127,8 +124,8 @@ def test_lasting_faults_leave_no_file_and_do_not_stop_the_others(folder, server,
     assert len(server.requests) == requests + 1
 
 
-def test_the_next_address_resumes_what_the_first_one_began(folder, server, specs, capsys, monkeypatch):
-    """The hub's addresses are those of HF_ENDPOINT; what failed is printed per address."""
+def test_the_next_address_resumes_the_first_ones_download(folder, server, specs, capsys, monkeypatch):
+    """HF_ENDPOINT replaces the hub's address; each failed address is printed."""
     monkeypatch.setattr(download, "HUB", "https://hub.invalid")
     monkeypatch.setenv("HF_ENDPOINT", f"{server.url}/hub/")
     urls = (f"{server.url}/gone/a.pt", *specs[0].urls, "https://hub.invalid/a.pt")
@@ -143,7 +140,7 @@ def test_the_next_address_resumes_what_the_first_one_began(folder, server, specs
     assert f"{server.url}/official/a.pt: the connection was cut (3 tries)" in printed
 
 
-def test_two_downloads_at_once_take_turns(folder, server):
+def test_concurrent_downloads_take_turns(folder, server):
     codes = []
     threads = [threading.Thread(target=lambda: codes.append(run(folder, "a.pt"))) for _ in range(2)]
     for thread in threads:
@@ -165,19 +162,19 @@ def test_waits_grow_and_the_next_call_resumes(folder, server, monkeypatch):
 
 @pytest.mark.parametrize("part, requests", [
     (b"x" * 5000, 2), (CONTENT, 0), (CONTENT + b"more", 1), (b"x" * len(CONTENT), 1), (b"", 1), (CONTENT[:-1], 1)])
-def test_what_an_old_part_may_be(folder, server, part, requests):
+def test_old_partial_files_are_resumed_or_replaced(folder, server, part, requests):
     folder.mkdir()
     (folder / "a.pt.part").write_bytes(part)
     assert run(folder, "a.pt") == 0 and complete(folder) and len(server.requests) == requests
 
 
-def test_wrong_file_in_place_is_replaced(folder, server, capsys):
+def test_a_wrong_file_is_kept_until_it_is_replaced(folder, server, capsys):
     folder.mkdir()
-    (folder / "a.pt").write_bytes(b"<html>")
-    assert run(folder, "a.pt") == 0 and complete(folder) and "6 bytes instead of 3,072,007" in capsys.readouterr().out
     (folder / "a.pt").write_bytes(b"?" + CONTENT[1:])
     server.plan = ["status 404"]
-    assert run(folder, "a.pt") == 1 and (folder / "a.pt").read_bytes() == b"?" + CONTENT[1:]     # kept until then
+    assert run(folder, "a.pt") == 1 and (folder / "a.pt").read_bytes() == b"?" + CONTENT[1:]
+    (folder / "a.pt").write_bytes(b"<html>")
+    assert run(folder, "a.pt") == 0 and complete(folder) and "6 bytes instead of 3,072,007" in capsys.readouterr().out
 
 
 def test_no_connection_and_a_shorter_file(folder, server, capsys):
@@ -197,27 +194,18 @@ def test_disk_full_in_the_middle(folder, server, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(download, "open", lambda *args: (open if args[1] == "rb" else Full)(*args), raising=False)
         assert run(folder, "a.pt") == 1 and "a.pt.part: No space left" in capsys.readouterr().err
-    assert run(folder, "a.pt") == 0 and complete(folder)      # what had been written is used
+    assert run(folder, "a.pt") == 0 and complete(folder)      # the written bytes are kept
     assert server.requests[1][1] == "bytes=1000-"
 
 
-def test_folders_that_cannot_be_used(folder, server, tmp_path, capsys, monkeypatch):
+def test_folders_that_cannot_be_used(folder, server, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert run(tmp_path / "file") == 1 and capsys.readouterr().err.count("error: ") == 2
     (folder / "a.pt").mkdir(parents=True)
     assert run(folder, "a.pt") == 1 and "a.pt.part: Is a directory" in capsys.readouterr().err
-    forbidden = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "w"))
-    monkeypatch.setattr(Path, "mkdir", Mock(side_effect=forbidden))      # root may write into every real folder
-    assert run(tmp_path / "w", "a.pt") == 1 and f"{tmp_path / 'w'}: Permission denied" in capsys.readouterr().err
 
 
-def test_an_unknown_name(folder):
-    with pytest.raises(SystemExit, match="2"):
-        run(folder, "c.pt")
-    assert not folder.exists()
-
-
-def test_ctrl_c_leaves_a_part_to_resume(folder, server, specs):
+def test_ctrl_c_leaves_a_partial_file_to_resume(folder, server, specs):
     server.plan = ["stall"]
     program = (f"import download; download.FILES = [download.{specs[0]}]; "
                f"download.run_program(lambda: download.main(['--dir', {str(folder)!r}]))")
@@ -225,7 +213,7 @@ def test_ctrl_c_leaves_a_part_to_resume(folder, server, specs):
                                stderr=subprocess.PIPE)
     part, deadline = folder / "a.pt.part", time.monotonic() + 60
     while not (part.exists() and part.stat().st_size == len(CONTENT) // 2) and time.monotonic() < deadline:
-        threading.Event().wait(0.05)                       # time.sleep does nothing here
+        threading.Event().wait(0.05)                       # time.sleep is replaced here
     process.send_signal(signal.SIGINT)
     _, text = process.communicate(timeout=60)
     assert process.returncode == 130 and "stopped" in text and "Traceback" not in text
@@ -240,7 +228,7 @@ def test_official_files():
         assert all(url.startswith("https://") and url.endswith(f"/{spec.name}") for url in spec.urls)
     clip, _, vocabulary = OFFICIAL
     assert clip.sha256 in clip.urls[0]
-    package = find_spec("open_clip")                       # it contains the vocabulary
+    package = find_spec("open_clip")                       # contains the vocabulary
     if package:
         path = Path(package.origin).with_name(vocabulary.name)
         assert path.stat().st_size == vocabulary.bytes and sha256(path) == vocabulary.sha256

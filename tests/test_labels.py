@@ -1,4 +1,4 @@
-"""files/labels.py, configs/maps: label sets, class maps against their sources, merged probabilities, faults."""
+"""files/labels.py, configs/maps: label sets, class maps against their sources, merged probabilities, mistakes."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from files.labels import IGNORE_GREY, LABEL_SETS, distinct_colours, label_set, l
 
 MAPS = Path(__file__).parents[1] / "configs" / "maps"
 LIP, CIHP, PPP = (LABEL_SETS[name] for name in ("lip", "cihp", "ppp"))
-# The numberings that their sources publish (see the map files): names, and labels of LIP or CIHP for each.
+# Class names as their sources publish them (see the map files), and the LIP or CIHP labels merged into each.
 ATR = ("Background Hat Hair Sunglasses Upper-clothes Skirt Pants Dress Belt Left-shoe Right-shoe Face Left-leg "
        "Right-leg Left-arm Right-arm Bag Scarf").split()
 TRYON = ("Background Hair (2) (3) Upclothes Left-shoe Right-shoe Noise Pants Left-leg Right-leg "
@@ -28,7 +28,7 @@ FROM_VITON_HD = [[0, 10], [1, 2], [4, 13], [5, 6, 7], [9, 12], [14], [15], [16],
 
 
 def voc_colours(count: int) -> list[tuple[int, ...]]:
-    """The colours of PASCAL VOC, which SCHP's extractor uses: three bits of the label at a time."""
+    """PASCAL VOC's palette, which SCHP's extractor uses: each label gives three bits at a time."""
     return [tuple(sum((k >> (3 * n + c) & 1) << (7 - n) for n in range(8)) for c in range(3)) for k in range(count)]
 
 
@@ -51,7 +51,7 @@ def test_label_sets_are_the_official_ones():
     ({"classes": ("a", "b"), "flip_pairs": ((0, 2),)}, "flip_pairs: .*outside"),
     ({"classes": ("a", "b"), "flip_pairs": ((0, 1), (1, 0))}, "flip_pairs: duplicate"),
     ({"classes": tuple(map(str, range(256)))}, "at most 255")])
-def test_label_sets_check_themselves(values, says):
+def test_mistakes_in_label_sets_are_named(values, says):
     with pytest.raises(UserError, match=says):
         label_set(from_dict({"dataset": "custom", **values}, source="test"))
 
@@ -61,13 +61,13 @@ def test_generated_colours_are_distinct(count):
     colours = np.array(distinct_colours(count), float)
     apart = np.linalg.norm(colours[:, None] - colours[None], axis=2) + 999 * np.eye(count)
     assert colours.shape == (count, 3) and apart.min() > (60 if count <= 20 else 25) and not colours[0].any()
-    assert np.abs(colours - IGNORE_GREY).max(1).min() > (40 if count <= 20 else 15)    # the hatch of ignored pixels
+    assert np.abs(colours - IGNORE_GREY).max(1).min() > (40 if count <= 20 else 15)    # the hatching of ignored pixels
 
 
-# ---- the ready maps
+# ---- shipped class maps
 
 @pytest.mark.parametrize("labels", (LIP, CIHP), ids=("lip", "cihp"))
-def test_ready_maps_are_the_published_tables(labels):
+def test_shipped_maps_match_their_sources(labels):
     """LIP's label 10, Jumpsuits, is CIHP's Torso-skin, the neck."""
     classes, palettes, merges = {}, {}, {}
     for path in MAPS.iterdir():
@@ -80,7 +80,7 @@ def test_ready_maps_are_the_published_tables(labels):
     others = {"Upper-clothes": {"Coat", "Glove"}, "Pants": {"Socks"}, **tenth}
     assert names == [{name} & set(labels.classes) | others.get(name, set()) for name in ATR]
     assert classes["atr"] == ATR and palettes["atr"] == voc_colours(18)
-    neck = [10] if labels is CIHP else []                  # label 18, which OOTDiffusion and IDM-VTON repaint
+    neck = [10] if labels is CIHP else []                  # label 18 in OOTDiffusion and IDM-VTON
     expected = [[k for k in sources if k not in neck] for sources in merges["atr"]]
     assert merges["ootd"] == [*expected, neck] and classes["ootd"] == [*ATR, "Neck"]
     assert palettes["ootd"] == voc_colours(19)
@@ -92,10 +92,10 @@ def test_ready_maps_are_the_published_tables(labels):
     assert classes["coarse"] == COARSE and merges["coarse"] == expected
 
 
-# ---- probabilities are added
+# ---- merged probabilities
 
-def test_merged_labels_are_the_argmax_of_sums_not_renamed_labels(both_forms, monkeypatch):
-    """40 % skirt, 35 % upper clothes, 25 % coat: most likely an upper garment, but the likeliest class is not one."""
+def test_merged_labels_are_the_argmax_of_summed_probabilities(both_forms, monkeypatch):
+    """40 % skirt, 35 % upper clothes, 25 % coat: an upper garment, although the likeliest class is skirt."""
     monkeypatch.setattr(fast, "CPU_STRIP", 4 * 20 * 11 * 3)              # strips of three rows
     shares = torch.tensor([0.4, 0.35, 0.25]).log()[:, None, None].expand(3, 5, 7)
     assert (inference.label_map([shares], (9, 11)) == 0).all()
@@ -119,11 +119,11 @@ ALL = {"name": "all", "colour": [1, 2, 3], "from": list(LIP.classes)}
     ({"from": [*LIP.classes, "Hat"]}, "Hat .* 2 times"), ({"from": list(LIP.classes[:19])}, "Right-shoe .* 0 times"),
     ({"from": "Hat"}, "label 1 .*'Hat'"), ({"from": [1]}, r"label 1 .*\[1\]"), ({"name": False}, "label 1 .*False"),
     ({"colour": [0, 0]}, r"label 1 .*\[0, 0\]"), ({"colour": [0, 0, 256]}, "colours? .*0 to 255"),
-    ({"colour": "red"}, "label 1 .*'red'"), ({"color": [0, 0, 0]}, "label 1 .*'color'"),
+    ({"color": [0, 0, 0]}, "label 1 .*'color'"),
     ({"name": "none"}, "duplicate name"), ({"colour": [9, 9, 9]}, "duplicate colour"), ("", "class map"),
     ("a: 1", "class map"), ("[]", "class map"), ("- 1", "label 0 .*name"), ("- {1: 2}", "label 0 .*name"),
     ("- {name: [", "YAML.*line 1"), ("- {name: a, name: b}", "YAML.*name .*line 1"), ("[" * 500, "YAML")])
-def test_a_fault_is_named_in_one_line(tmp_path, content, says):
+def test_mistakes_in_class_maps_are_one_line(tmp_path, content, says):
     none, path = {"name": "none", "colour": [9, 9, 9], "from": []}, tmp_path / "x.yaml"
     path.write_text(content if isinstance(content, str) else yaml.safe_dump([none, ALL | content]))
     with pytest.raises(UserError, match=rf"\A[^\n]*{path}: [^\n]*{says}[^\n]*\Z"):
