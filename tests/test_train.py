@@ -1,4 +1,4 @@
-"""train.py: schedule, parameter groups, one step, steps that are skipped; engine/processes.py: signals."""
+"""train.py: schedule, parameter groups, one step, skipped steps; engine/processes.py: signals, devices."""
 
 import contextlib
 import copy
@@ -12,15 +12,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from tiny import (ALONE, GRADIENT, before_step, differences, ends, fails, gradients, logged, progress, throw,
-                  with_faults, worst)
+from tiny import (ALONE, GRADIENT, before_step, differences, fails, gradients, logged, progress, throw, with_faults,
+                  worst)
 
 import inference
 import train
 from config import Config, load_config
 from datasets import open_split, train_loader
 from engine import checkpoint, processes, run
-from engine.processes import StopSignal
+from engine.processes import StopSignal, World, pick_device
 from errors import UserError, in_one_line
 from model import build_model
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ---- schedule and groups
 
-def test_learning_rate_at_the_corners():
+def test_learning_rate_schedule():
     cfg = Config(iters=80_000, warmup_iters=1500, lr=6e-4, warmup_ratio=1e-5, poly_power=1.0)
     assert train.get_lr(0, cfg) == pytest.approx(6e-9, rel=1e-9)
     assert train.get_lr(750, cfg) == pytest.approx(6e-4 * (1 - 750 / 80_000) * (0.5 + 0.5e-5), rel=1e-9)
@@ -37,14 +37,10 @@ def test_learning_rate_at_the_corners():
     assert train.get_lr(40_000, cfg) == pytest.approx(3e-4, rel=1e-12)
     assert train.get_lr(79_999, cfg) == pytest.approx(6e-4 / 80_000, rel=1e-9)
     assert train.get_lr(10, dataclasses.replace(cfg, warmup_iters=0, poly_power=0.0)) == 6e-4
-    rates = [train.get_lr(it, cfg) for it in range(0, 80_000, 7)]
-    top = rates.index(max(rates))
-    assert rates[:top + 1] == sorted(rates[:top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
-    assert abs(7 * top - 1500) <= 7
 
 
 @pytest.mark.parametrize("freeze", (True, False))
-def test_groups_hold_every_trained_parameter_once(config, freeze):
+def test_every_trained_parameter_is_in_one_group(config, freeze):
     cfg = load_config(config, [f"freeze={freeze}", "patch_embed_lr_mult=0.5", "weight_decay=0.05"])
     model, found = build_model(cfg, cfg.classes), {}
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
@@ -68,7 +64,7 @@ def test_accumulation_does_not_change_the_gradient(config, dtype, bound):
     cfg = load_config(config)
     assert worst(gradients(cfg, 2, dtype), gradients(cfg, 1, dtype)) < bound
     other = gradients(dataclasses.replace(cfg, loss_group=4), 1, dtype)
-    assert worst(other, gradients(cfg, 1, dtype)) > 1e-4   # thanks to the groups of the loss
+    assert worst(other, gradients(cfg, 1, dtype)) > 1e-4   # without groups in the loss it would
 
 
 @pytest.mark.parametrize("freeze", (True, False))
@@ -90,12 +86,12 @@ def batch_of(it: int) -> list:
 
 
 def state_of(learner: train.Learner) -> dict:
-    """Weights, BatchNorm's statistics, the optimizer's moments; not the learning rate, which changes with `it`."""
+    """Weights, BatchNorm statistics and the optimizer's moments, but not the learning rate, which depends on `it`."""
     moments = checkpoint.optimizer_state(learner.model, learner.optimizer)
     return copy.deepcopy({"model": dict(learner.model.state_dict()), "moments": moments})
 
 
-def test_checkpointing_redraws_the_same_dropout(config):
+def test_checkpointing_repeats_the_same_dropout(config):
     losses = [learner_of(load_config(config, ["drop_path=0.5", "head_dropout=0.5", f"checkpointing={on}"])).gradient(
         batch_of(0), 0) for on in (True, False)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -104,7 +100,7 @@ def test_checkpointing_redraws_the_same_dropout(config):
 @pytest.mark.parametrize("precision, fault", [
     ("fp32", "image"), ("fp16", "loss"), ("fp32", "gradient"), ("bf16", "loss")])
 def test_a_skipped_step_changes_nothing(config, monkeypatch, precision, fault):
-    """... but fp16's scale, which is halved; the next step is the one it would have been."""
+    """Except for the fp16 loss scale, which is halved; later steps are as if it had never happened."""
     cfg = load_config(config, [f"precision={precision}"])
     monkeypatch.setattr(train.Learner, "gradient", with_faults(GRADIENT, {2: fault}))
     learner, states, scales = learner_of(cfg), [], []
@@ -113,19 +109,19 @@ def test_a_skipped_step_changes_nothing(config, monkeypatch, precision, fault):
         states.append(state_of(learner))
         scales.append(learner.scaler.get_scale())
         assert taken == (it != 2) and list(losses) == ["loss", "ce", "lovasz", "aux", "grad"]
-    assert losses["grad"] < 1e3                            # of unscaled gradients in fp16, too
+    assert losses["grad"] < 1e3                            # gradients are unscaled in fp16, too
     assert differences(states[1], states[2]) == [] and differences(states[2], states[3]) != []
     assert scales == ([2.0 ** 16, 2.0 ** 16, 2.0 ** 15, 2.0 ** 15] if precision == "fp16" else [1.0] * 4)
     assert all(t.isfinite().all() for t in states[-1]["model"].values())
-    if precision != "fp16":                                # another scale rounds differently
+    if precision != "fp16":                                # rounding depends on the scale
         learner = learner_of(cfg)
         for it in (0, 1, 3):
             learner.step(batch_of(it), it)
         assert differences(states[-1], state_of(learner)) == []
 
 
-def test_fp16_overflows_are_treated_as_torch_does(config):
-    """Compared with the recipe of torch.amp's documentation, which leaves all decisions to the scaler."""
+def test_fp16_overflows_are_handled_as_in_pytorch(config):
+    """Compared with the recipe in torch.amp's documentation, where the scaler makes every decision."""
     cfg, found = load_config(config, ["precision=fp16"]), []
     for own in (True, False):
         learner, taken = learner_of(cfg), []
@@ -137,7 +133,7 @@ def test_fp16_overflows_are_treated_as_torch_does(config):
                 learner.gradient(batch_of(it), it)
                 learner.scaler.step(learner.optimizer)
                 learner.scaler.update()
-        weights = {name: p.detach() for name, p in learner.model.named_parameters()}     # torch keeps BatchNorm's
+        weights = {name: p.detach() for name, p in learner.model.named_parameters()}     # BatchNorm's statistics differ
         found.append([weights, learner.optimizer.state_dict(), learner.scaler.state_dict()])
         assert not own or (not all(taken[:3]) and True in taken and False in taken[taken.index(True):])
     assert differences(*found) == []
@@ -145,7 +141,7 @@ def test_fp16_overflows_are_treated_as_torch_does(config):
 
 @pytest.mark.parametrize("override", [
     "base_size=1", "scale_range=16", "drop_path=0.999", "srm_ratio=0.01", "tta_scales=[0.01]"])
-def test_a_step_and_a_prediction_at_the_ends_of_the_ranges(config, override):
+def test_a_step_and_a_prediction_at_the_limits_of_the_ranges(config, override):
     cfg = load_config(config, [override])
     learner = learner_of(cfg)
     learner.step([next(train_loader(cfg, open_split(cfg, "train")))], 0)
@@ -153,11 +149,11 @@ def test_a_step_and_a_prediction_at_the_ends_of_the_ranges(config, override):
 
 
 def test_repeated_and_ignored_signals(monkeypatch):
-    """Within GRACE seconds they count once, except for a second Ctrl-C without torchrun; later they end the process."""
+    """Within GRACE seconds they count once, except for a second Ctrl-C without torchrun; later ones end the process."""
     exits = []
     monkeypatch.setattr(os, "_exit", exits.append)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # like nohup
     try:
         with StopSignal() as stop:
             signal.raise_signal(signal.SIGHUP)
@@ -167,7 +163,7 @@ def test_repeated_and_ignored_signals(monkeypatch):
             assert stop.number == signal.SIGTERM and exits == []
             signal.raise_signal(signal.SIGINT)
             assert exits == [130]
-            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")            # torchrun sends its own beside the terminal's
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")            # torchrun sends a second one itself
             signal.raise_signal(signal.SIGINT)
             assert exits == [130]
             stop.since -= processes.GRACE
@@ -183,7 +179,7 @@ def test_repeated_and_ignored_signals(monkeypatch):
     (8, 3, 2, r"batch_size \(8\) .*\(3 x 2\)"), (8, 4, 2, r"batch_size \(8\) is one image .* 4 processes .* 2 steps"),
     (1, 1, 1, r"batch_size \(1\) is one image "), (8, 2, 2, None)])
 def test_a_batch_must_divide_among_processes_and_steps(batch, processes, accum, words):
-    """... into at least two images, except for SyncBatchNorm on GPUs."""
+    """Each part has at least two images, unless SyncBatchNorm is used on GPUs."""
     cfg = Config(batch_size=batch, accum_steps=accum)
     world = SimpleNamespace(size=processes, device=torch.device("cpu"))
     with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
@@ -204,8 +200,8 @@ def test_a_dry_run_leaves_no_file(config, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_skipped_steps_are_counted_and_shown(config, tmp_path, capsys, monkeypatch):
-    """Also where there is no other step between two log entries."""
+def test_skipped_steps_are_counted_and_printed(config, tmp_path, capsys, monkeypatch):
+    """Also if every step between two log entries is skipped."""
     monkeypatch.setattr(train.Learner, "gradient", with_faults(GRADIENT, {0: "loss", 1: "gradient"}))
     train.main(["--cfg", config, f"out={tmp_path / 'run'}"])
     log, out = logged(tmp_path / "run"), capsys.readouterr().out
@@ -226,7 +222,7 @@ def test_a_diverged_network_stops_after_20_skipped_steps(config, tmp_path, capsy
     content = torch.load(folder / "last.pt", weights_only=True)
     assert content["progress"]["iteration"] == 18 and content["progress"]["in_a_row"] == 17
     assert all(t.isfinite().all() for t in content["model"].values())
-    again = fails(capsys, *argv, "--resume")               # the count continues from the checkpoint
+    again = fails(capsys, *argv, "--resume")               # the count is in the checkpoint
     assert again == line and logged(folder) == log
 
 
@@ -249,8 +245,22 @@ def test_out_of_memory_is_one_line(config, tmp_path, capsys, monkeypatch):
     assert "checkpointing=true" in fails(capsys, "--cfg", config, f"out={tmp_path / 'run'}")
 
 
-def test_a_bug_keeps_its_traceback(config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.Learner, "gradient", before_step(0, lambda: throw(RuntimeError("a bug"))))
-    ends(1, "--cfg", config, f"out={tmp_path / 'run'}")
-    printed = capsys.readouterr().err
-    assert "Traceback" in printed and "RuntimeError: a bug" in printed
+def test_every_process_has_its_own_gpu(monkeypatch, capsys):
+    """Also with `--device cuda`; SLURM's tasks without torchrun are named."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert pick_device("") == pick_device("cuda") == torch.device("cuda", rank)
+    assert pick_device("cpu") == torch.device("cpu")
+    monkeypatch.undo()
+    for name in ("cuda", "cuda:1", "gpu"):                 # without a GPU
+        with pytest.raises(UserError, match=f"device '{name}' "):
+            pick_device(name)
+    monkeypatch.setenv("RANK", "3")                        # a single process is the main one
+    for size in ("", "1"):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        assert World("cpu").main and World("cpu").gather(5) == [5]
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert World("cpu").size == 1 and "SLURM_NTASKS" in capsys.readouterr().err
