@@ -100,20 +100,6 @@ def test_text_tower_equals_open_clip(small):
 
 
 @torch.no_grad()
-def test_every_tensor_matters(small):
-    """Zeroing any tensor changes an output by more than a hundred times the tolerance of the tests above."""
-    def outputs(clip):
-        f_cls, taps = clip.visual(photo(96, 128))
-        return [f_cls, *taps, clip.encode_text(token_rows([6, 9])), clip.logit_scale]
-
-    reference = outputs(small)
-    for name in small.state_dict():
-        clip = copy.deepcopy(small)
-        clip.get_parameter(name).zero_()
-        assert max(map(error, outputs(clip), reference)) > 100 * TOLERANCE, name
-
-
-@torch.no_grad()
 def test_lower_precision_and_double(small):
     image = photo(64, 96)
     f_cls, taps = small.visual(image)

@@ -155,6 +155,3 @@ def test_mistakes_are_one_line_before_the_work(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match="onnxruntime is missing: pip install"):
         export.main([])
-    monkeypatch.setattr(export, "OLDEST_TORCH", (99, 1))
-    with pytest.raises(UserError, match="torch>=99.1"):
-        export.main([])

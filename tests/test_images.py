@@ -89,18 +89,6 @@ def test_grey_tiffs_of_12_and_16_bits_and_camera_raw_files(tmp_path):
     assert np.array_equal(read_photo(tmp_path / "pages.tif", ALL_FORMATS), pages[0])
 
 
-@pytest.mark.parametrize("mode, suffix, tolerance", [
-    ("1", "png", 0), ("P", "png", 0), ("L", "bmp", 0), ("CMYK", "jpg", 9), ("RGB", "webp", 12)])
-def test_photo_modes(tmp_path, mode, suffix, tolerance):
-    image = picture(5) if tolerance == 0 else picture(5, (3, 3)).resize((40, 30), Image.BICUBIC)
-    image = image.convert(mode)
-    image.save(tmp_path / f"x.{suffix}", **({"quality": 100} if tolerance else {}))
-    rgb = read_photo(tmp_path / f"x.{suffix}")
-    assert rgb.shape == (30, 40, 3) and rgb.dtype == np.uint8 and rgb.flags.writeable
-    assert np.abs(rgb.astype(int) - np.array(image.convert("RGB"))).max() <= tolerance
-    assert np.array_equal(read_photo((tmp_path / f"x.{suffix}").read_bytes()), rgb)
-
-
 @pytest.mark.parametrize("channels, depth", [(1, 1), (1, 4), *itertools.product((1, 2, 3, 4), (8, 16))])
 def test_pngs_of_every_depth_with_transparent_pixels_white(tmp_path, channels, depth):
     values = np.random.default_rng(0).integers(0, 2**depth, (30, 40, channels))

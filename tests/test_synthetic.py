@@ -43,16 +43,6 @@ def test_same_bytes_in_any_order_process_and_thread_count():
     assert run.stdout.splitlines() == [str(here)] * 2
 
 
-def test_global_random_generators_are_neither_read_nor_advanced():
-    np.random.seed(1)
-    cv2.setRNGSeed(1)
-    before, first = np.random.get_state()[1].copy(), digest(2, 5, SIZE)
-    assert (np.random.get_state()[1] == before).all()
-    cv2.setRNGSeed(2)
-    np.random.seed(2)
-    assert digest(2, 5, SIZE) == first
-
-
 @pytest.mark.parametrize("size", [(96, 96), (480, 480), (64, 200), (333, 121)])
 def test_sizes_types_and_values(size):
     for index in range(6):
@@ -89,17 +79,6 @@ def test_every_class_is_frequent_and_large_enough(counts):
         assert np.median(counts[counts[:, cls] > 0, cls]) >= 60, cls
     assert np.abs(share[[*LEFT]] - share[[*RIGHT]]).max() < 0.06
     assert (counts[:, 1:].sum(1) > 0.01 * SIZE[0] * SIZE[1]).all()       # every image has a person
-
-
-def test_the_side_of_the_image_predicts_little(drawn, counts):
-    """Guessing left or right from the half of the image is wrong at least three times in ten: only seven in ten people
-    face the viewer. Left and right limbs are equally large."""
-    labels = np.stack([label for _, label in drawn])
-    for left, right in zip(LEFT, RIGHT):
-        for cls in (left, right):
-            in_left_half = (labels[:, :, :64] == cls).sum() / (labels == cls).sum()
-            assert 0.3 < in_left_half < 0.7, (cls, in_left_half)
-        assert 0.85 < counts[:, left].sum() / counts[:, right].sum() < 1.18, left
 
 
 def test_left_is_the_persons_left():

@@ -99,26 +99,16 @@ def test_outer_keys(outer, options, tmp_path):
     assert same(read_tensors(tmp_path / "a.pth"))
 
 
-def test_folders_and_shards(tmp_path):
-    """In the layout of the Hugging Face hub; a missing shard is named."""
-    safetensors, names = pytest.importorskip("safetensors.torch"), list(TENSORS)
-    for suffix, save in (("safetensors", safetensors.save_file), ("bin", torch.save)):
-        stem = "model" if suffix == "safetensors" else "pytorch_model"
-        folder = tmp_path / suffix
-        folder.mkdir()
-        shards = [f"{stem}-0000{n}-of-00002.{suffix}" for n in (1, 2)]
-        parts = [{name: TENSORS[name] for name in part} for part in (names[:2], names[2:])]
-        for shard, part in zip(shards, parts):
-            save(part, folder / shard)
-        index = {"metadata": {}, "weight_map": {name: shard for shard, part in zip(shards, parts) for name in part}}
-        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
-        assert same(read_tensors(folder)) and same(read_tensors(folder / f"{stem}.{suffix}.index.json"))
-        (folder / shards[1]).unlink()
-        with pytest.raises(UserError, match=f"{shards[1]}: no such"):
-            read_tensors(folder)
-        (folder / f"{stem}.{suffix}.index.json").write_text("{}")
-        with pytest.raises(UserError, match=f"{stem}.{suffix}.index.json: .*weight_map"):
-            read_tensors(folder)
+def test_a_missing_shard_is_named(tmp_path):
+    """Complete folders of the hub: test_formats.py."""
+    index = tmp_path / "pytorch_model.bin.index.json"
+    torch.save(TENSORS, tmp_path / "one.bin")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(TENSORS, "one.bin") | {"z": "two.bin"}}))
+    with pytest.raises(UserError, match="two.bin: no such"):
+        read_tensors(tmp_path)
+    index.write_text("{}")
+    with pytest.raises(UserError, match="pytorch_model.bin.index.json: .*weight_map"):
+        read_tensors(index)
 
 
 def test_every_dtype(tmp_path):

@@ -1,4 +1,4 @@
-"""The comparisons of the GPU tests, as functions, so that each can be shown to fail for a planted fault."""
+"""The comparisons of the GPU tests, as functions so that test_planted_faults.py can show that each can fail."""
 
 import dataclasses
 import os
@@ -17,13 +17,13 @@ from model import SCHNet, build_model
 from sam_vit import Attention
 
 DEVICE = torch.device(os.environ.get("SCHNET_TEST_DEVICE", "cuda"))
-SMALL = DEVICE.type == "cpu"                               # the same comparisons on a small network, without a GPU
+SMALL = DEVICE.type == "cpu"                               # without a GPU: a small network
 RANDOM = ["sam_weights=", "clip_weights=", "vocab=", "drop_path=0", "head_dropout=0", "precision=fp32"]
 SMALL_SIZES = ["sam=tests", "clip=tests", "clip_taps=[0, 1, 2, 3]", "ftm_tokens=8", "prior_dim=8", "deform_heads=4",
                "head_dim=32", "aux_dim=16", "crop_size=128", "base_size=128"]
 CLASSES = [f"class {n}" for n in range(20)]
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-FP16_SCALE = 2.0 ** 10                                     # the scaler's default overflows for these weights
+FP16_SCALE = 2.0 ** 10                                     # the default overflows with these weights
 
 
 def configuration(*changes: str) -> Config:
@@ -31,7 +31,7 @@ def configuration(*changes: str) -> Config:
 
 
 def network(cfg: Config, seed: int = 0) -> SCHNet:
-    """SCHNet with random weights on the CPU; noise on all parameters, so that none is zero and every path matters."""
+    """SCHNet with random weights on the CPU; noise replaces initial zeros, so that every path matters."""
     torch.manual_seed(seed)
     model = build_model(cfg, CLASSES)
     with torch.no_grad():
@@ -42,7 +42,7 @@ def network(cfg: Config, seed: int = 0) -> SCHNet:
 
 
 def batch(cfg: Config, images: int) -> tuple[torch.Tensor, torch.Tensor, list]:
-    """Smooth colours and blocks of classes, some of them to be ignored: uint8 (b, 3, h, w), uint8 (b, h, w)."""
+    """Smooth images and blocky labels, some ignored: uint8 (b, 3, h, w), uint8 (b, h, w), names."""
     g = torch.Generator().manual_seed(1)
     h, w = cfg.crop_size
     image = F.interpolate(torch.rand(images, 3, h // 8, w // 8, generator=g), (h, w), mode="bilinear") * 255
@@ -52,7 +52,7 @@ def batch(cfg: Config, images: int) -> tuple[torch.Tensor, torch.Tensor, list]:
 
 
 def learner(model: SCHNet, cfg: Config, device: torch.device) -> train.Learner:
-    """A learner whose BatchNorm statistics stay as they are."""
+    """A learner with frozen BatchNorm statistics."""
     model.cfg = cfg
     made = train.Learner(model, cfg, World(device.type))
     made.scaler = torch.amp.GradScaler(device.type, init_scale=FP16_SCALE, enabled=cfg.precision == "fp16")
@@ -78,7 +78,7 @@ def error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
 
 
-# ---- the comparisons: each raises an AssertionError or returns the numbers it found
+# ---- comparisons: each raises an AssertionError or returns its numbers as text
 
 def same_logits(found: torch.Tensor, wanted: torch.Tensor, bound: float) -> str:
     worst = error(found, wanted)
@@ -93,7 +93,7 @@ def same_loss(found: dict, wanted: dict, bound: float) -> str:
 
 
 def same_gradients(found: dict, wanted: dict, bound: float) -> str:
-    """For every trained tensor, relative to its norm (if that is tiny, to a millionth of the complete gradient's)."""
+    """For every trained tensor, relative to its norm or, if larger, a millionth of the complete gradient's norm."""
     assert found.keys() == wanted.keys()
     total = torch.stack([g.double().norm() for g in wanted.values()]).norm().item()
     errors = {}
@@ -106,8 +106,7 @@ def same_gradients(found: dict, wanted: dict, bound: float) -> str:
 
 
 def fused_attention_is_taken(model: SCHNet, cfg: Config) -> str:
-    """Every layer of SAM and CLIP calls the fused attention; where no fused kernel can run, PyTorch raises instead of
-    falling back to the one that keeps an array over all pairs."""
+    """Every layer of SAM and CLIP calls the fused attention; PyTorch raises if it cannot use a fused kernel."""
     model.to(DEVICE).eval()
     image = batch(cfg, 2)[0].to(DEVICE).float() / 255
     forward, kernel, calls = Attention.forward, F.scaled_dot_product_attention, []
@@ -116,7 +115,7 @@ def fused_attention_is_taken(model: SCHNet, cfg: Config) -> str:
         calls.append(0)
         return kernel(*args, **kwargs)
 
-    # a CPU's own form has no fused call: there the GPU's form is tested
+    # a CPU's fast version has no fused call, so the GPU's is tested there
     with (mock.patch.object(F, "scaled_dot_product_attention", counted),
           mock.patch.object(Attention, "forward", forward.plain if DEVICE.type == "cpu" else forward),
           torch.inference_mode(), autocast(DEVICE, "bf16" if DEVICE.type == "cuda" else "fp32"), sdpa_kernel(FUSED)):
@@ -128,7 +127,7 @@ def fused_attention_is_taken(model: SCHNet, cfg: Config) -> str:
 
 
 def frozen_in_half(cfg: Config) -> tuple[tuple, tuple]:
-    """The step of a network whose frozen weights are kept in bf16, and of one that keeps them in fp32."""
+    """A step with the frozen weights stored in bf16, and one with them in fp32."""
     cfg = dataclasses.replace(cfg, precision="bf16")
     half = one_step(network(cfg), cfg, 2, DEVICE)
     with mock.patch.object(train, "cast_frozen", lambda model, precision: None):

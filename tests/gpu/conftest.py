@@ -1,9 +1,9 @@
-"""Set-up of the tests of a GPU: `make test-gpu`. Without CUDA each test is skipped with that reason; with
-SCHNET_TEST_DEVICE=cpu the same comparisons run on a small network, so that they can be tested without a card."""
+"""Set-up of the GPU tests (`make test-gpu`). Without CUDA they are skipped; with SCHNET_TEST_DEVICE=cpu they run on the
+CPU with a small network, to test the comparisons themselves."""
 
 import os
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")            # before cuBLAS is loaded: deterministic products
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")            # must be set before cuBLAS loads: deterministic
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def full_precision():
-    """Disables TF32: the network's arithmetic is compared."""
+    """Disables TF32, which would hide differences."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""The GPU against the CPU: numbers, kernels, memory, synchronisation, programs. `make test-gpu`."""
+"""GPU against CPU: values, kernels, memory, synchronisation, programs. `make test-gpu`."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from compare import DEVICE, SMALL, batch, configuration, error, logits, network, one_step
 from test_fast import BOUNDS, PAIRS, SLOPES, relative
-from tiny import differences, free_port, make_config, small_run
+from tiny import differences, free_port, kill_and_resume, make_config
 
 import evaluate
 import fast
@@ -22,21 +22,20 @@ import predict
 import train
 from engine import checkpoint
 from layers import cast_frozen
-from losses import lovasz_softmax
 from synthetic.draw import draw
 from viz.pictures import save_png
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-needs_cuda = pytest.mark.skipif(DEVICE.type == "cpu", reason="about CUDA itself")
-# GiB of a step, counted from what autograd keeps (docs/reproduce.md): images, checkpointing
+needs_cuda = pytest.mark.skipif(DEVICE.type == "cpu", reason="tests CUDA itself")
+# {(images, checkpointing): GiB of a step}, computed from the tensors autograd saves (docs/reproduce.md)
 COUNTED = {(4, False): 10.7, (4, True): 7.2, (16, False): 37.3, (16, True): 23.2}
 AIMS = {(4, False): 16, (4, True): 10}
 
 
 @pytest.fixture(scope="module")
 def wanted():
-    """Logits, losses and gradients of a step of two images on the CPU, in fp32 with the plain forms."""
+    """Logits, losses and gradients of a step on the CPU, in fp32 with the plain versions."""
     cfg = configuration()
     model = network(cfg)
     with pytest.MonkeyPatch.context() as patch:
@@ -44,7 +43,7 @@ def wanted():
         return logits(model, cfg, 1, CPU), one_step(model, cfg, 2, CPU)
 
 
-# ---- numbers
+# ---- values
 
 @pytest.mark.parametrize("precision, of_logits, of_loss, of_gradient", [
     ("fp32", 1e-4, 1e-4, 1e-4), ("bf16", 0.03, 0.02, 0.2),
@@ -66,7 +65,7 @@ def test_a_step_equals_the_cpus(wanted, precision, of_logits, of_loss, of_gradie
 def test_frozen_weights_kept_in_half_give_the_same_step():
     half, full = compare.frozen_in_half(configuration())
     print(compare.same_loss(half[0], full[0], 1e-6))
-    print(compare.same_gradients(half[1], full[1], 1e-2))  # sums in bf16, in an order that is not fixed on a GPU
+    print(compare.same_gradients(half[1], full[1], 1e-2))  # bf16 sums, whose order varies on a GPU
 
 
 def test_checkpointing_gives_the_same_gradients():
@@ -80,7 +79,7 @@ def test_checkpointing_gives_the_same_gradients():
 def test_fast_versions_equal_the_plain_ones(name, dtype):
     pair, make = PAIRS[name]
     if DEVICE.type not in pair.on:
-        pytest.skip(f"the plain form is used on {DEVICE.type}")
+        pytest.skip(f"the plain version is used on {DEVICE.type}")
     g, inputs = torch.Generator().manual_seed(0), []
 
     def move(value):
@@ -101,19 +100,6 @@ def test_fast_versions_equal_the_plain_ones(name, dtype):
         assert relative(ours, theirs) < SLOPES[dtype]
 
 
-def test_the_lovasz_loss_equals_the_cpus():
-    g = torch.Generator().manual_seed(0)
-    shape = (2, 20, 64, 64) if SMALL else (4, 20, 480, 480)
-    values, labels = torch.randn(shape, generator=g), torch.randint(0, 19, (shape[0], *shape[2:]), generator=g)
-    results = []
-    for device in (CPU, DEVICE):
-        x = values.to(device).requires_grad_()
-        loss = lovasz_softmax(x, labels.to(device))
-        results.append((loss.item(), torch.autograd.grad(loss, x)[0].cpu()))
-    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
-    assert error(results[1][1], results[0][1]) < 1e-4
-
-
 # ---- kernels, memory, synchronisation
 
 def test_fused_attention_is_taken():
@@ -132,12 +118,12 @@ def test_peak_memory(images, checkpointing):
     peak = torch.cuda.max_memory_allocated() / 2 ** 30
     print(f"{images} images, checkpointing {checkpointing}: {peak:.1f} GiB, counted {COUNTED[images, checkpointing]}")
     assert peak < AIMS.get((images, checkpointing), 1e9)
-    assert peak < 1.25 * COUNTED[images, checkpointing] + 1   # the loss and the libraries' workspace come on top
+    assert peak < 1.25 * COUNTED[images, checkpointing] + 1   # plus the loss and the libraries' workspace
 
 
 @needs_cuda
 def test_a_step_synchronises_once():
-    """For the losses and the gradient norm. Every other synchronisation would leave the GPU without work."""
+    """To read the losses and the gradient norm; any other synchronisation would leave the GPU idle."""
     cfg = configuration("precision=bf16")
     learner = compare.learner(network(cfg), cfg, DEVICE)
     images, labels, names = batch(cfg, 2)
@@ -182,7 +168,7 @@ def test_ddp_of_one_process_has_the_same_gradients():
 def test_several_gpus_train_like_one(tmp_path):
     cards, logs = torch.cuda.device_count(), []
     overrides = [f"batch_size={2 * cards}", "loss_group=2", "iters=6", "log_every=1", "precision=fp32", "drop_path=0",
-                 "head_dropout=0", "sam=demo", "clip=demo"]              # sizes that train.py knows
+                 "head_dropout=0", "sam=demo", "clip=demo"]              # sizes known to train.py
     config = make_config(tmp_path)
     for count in (1, cards):
         folder = tmp_path / f"run{count}"
@@ -195,30 +181,15 @@ def test_several_gpus_train_like_one(tmp_path):
             many[key] == pytest.approx(one[key], rel=1e-2) for key in ("loss", "ce") if key in one)
 
 
-class Killed(BaseException):
-    """An exception that no program catches."""
-
-
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
-    """To the last bit if every operator has a deterministic form; otherwise the others are printed, and it is close."""
-    config, real = make_config(tmp_path), train.Learner.gradient
-    common = ["--cfg", config, "iters=8", "save_every=2", "eval_every=8"]
-
-    def gradient(learner, micro_batches, it):
-        if it == 5:
-            raise Killed
-        return real(learner, micro_batches, it)
-
+def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+    """Bit-identical if every operator is deterministic; otherwise close, and the other operators are printed."""
+    argv = ["--cfg", make_config(tmp_path), "iters=8", "save_every=2", "eval_every=8"]
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
-            train.main([*common, f"out={tmp_path / 'uninterrupted'}"])
-            monkeypatch.setattr(train.Learner, "gradient", gradient)
-            with pytest.raises(Killed):
-                train.main([*common, f"out={tmp_path / 'killed'}"])
-            monkeypatch.setattr(train.Learner, "gradient", real)
-            train.main([*common, f"out={tmp_path / 'killed'}", "--resume"])
+            train.main([*argv, f"out={tmp_path / 'uninterrupted'}"])
+            kill_and_resume(argv, tmp_path / "killed", at=5)
         finally:
             torch.use_deterministic_algorithms(False)
     unordered = sorted({str(w.message).split(" ")[0] for w in found if "deterministic" in str(w.message)})
@@ -233,12 +204,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
 
 # ---- the programs
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    return small_run(tmp_path_factory.mktemp("runs") / "small")
-
-
-def test_the_programs_give_the_cpus_results(run, tmp_path):
+def test_the_programs_give_the_cpus_results(small, tmp_path):
     people = [tmp_path / "people" / f"{i}.png" for i in range(3)]
     people[0].parent.mkdir()
     for i, path in enumerate(people):
@@ -246,12 +212,12 @@ def test_the_programs_give_the_cpus_results(run, tmp_path):
     scores, labels = {}, {}
     for device in ("cpu", DEVICE.type):
         out = tmp_path / f"evaluation_{device}"
-        evaluate.main(["--run", str(run), "--tta", "--device", device, "--out", str(out), "precision=fp32",
+        evaluate.main(["--run", str(small), "--tta", "--device", device, "--out", str(out), "precision=fp32",
                        "synthetic_val=12", "synthetic_size=[128, 96]"])
         scores[device] = json.loads((out / evaluate.RESULTS).read_text())["miou"]
-        parser = predict.Parser(run, device=device, overrides=["precision=fp32"])
+        parser = predict.Parser(small, device=device, overrides=["precision=fp32"])
         labels[device] = np.stack([parser.parse(path) for path in people])
-        assert predict.main([str(people[0].parent), "--run", str(run), "--device", device,
+        assert predict.main([str(people[0].parent), "--run", str(small), "--device", device,
                              "--out", str(tmp_path / device)]) == 0
         assert len(list((tmp_path / device / "labels").iterdir())) == 3
     assert scores[DEVICE.type] == pytest.approx(scores["cpu"], abs=2e-3)

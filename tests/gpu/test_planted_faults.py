@@ -1,4 +1,4 @@
-"""The comparisons of compare.py, on the CPU: each is shown to fail for a planted fault."""
+"""Planted faults show, on the CPU, that each comparison of compare.py can fail."""
 
 import importlib.util
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import fast
 from sam_vit import Attention
 
-with mock.patch.dict("os.environ", SCHNET_TEST_DEVICE="cpu"):            # a separate copy: the tests' may use a GPU
+with mock.patch.dict("os.environ", SCHNET_TEST_DEVICE="cpu"):            # a separate copy: the other may use a GPU
     spec = importlib.util.spec_from_file_location("compare_on_cpu", Path(__file__).with_name("compare.py"))
     compare = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(compare)
@@ -27,7 +27,7 @@ def right(cfg):
     return compare.logits(model, cfg, 1, compare.DEVICE), compare.one_step(model, cfg, 2, compare.DEVICE)
 
 
-def test_the_comparisons_pass_without_a_fault(cfg, right):
+def test_no_comparison_fails_without_a_fault(cfg, right):
     model = compare.network(cfg)
     compare.same_logits(compare.logits(model, cfg, 1, compare.DEVICE), right[0], 1e-6)
     losses, gradients = compare.one_step(model, cfg, 2, compare.DEVICE)
@@ -36,7 +36,7 @@ def test_the_comparisons_pass_without_a_fault(cfg, right):
     assert compare.fused_attention_is_taken(model, cfg).startswith("8 layers")
 
 
-def test_a_wrong_scale_in_a_fast_form(cfg, right, monkeypatch):
+def test_a_wrong_scale_in_a_fast_version(cfg, right, monkeypatch):
     wrong = fast.replaced_by(lambda self, x: 1.02 * fast.sam_attention(self, x))(Attention.forward.plain)
     monkeypatch.setattr(Attention, "forward", wrong)
     model = compare.network(cfg)
@@ -45,12 +45,6 @@ def test_a_wrong_scale_in_a_fast_form(cfg, right, monkeypatch):
     losses, gradients = compare.one_step(model, cfg, 2, compare.DEVICE)
     with pytest.raises(AssertionError, match="gradients differ"):
         compare.same_gradients(gradients, right[1][1], 1e-3)
-
-
-def test_a_wrong_loss(right):
-    losses = dict(right[1][0], lovasz=1.01 * right[1][0]["lovasz"])
-    with pytest.raises(AssertionError, match="losses differ"):
-        compare.same_loss(losses, right[1][0], 1e-4)
 
 
 @pytest.mark.parametrize("factor", (0.0, 0.5, 1.01))
@@ -69,7 +63,7 @@ def test_an_attention_that_is_not_fused(cfg, monkeypatch):
 
 
 def test_an_attention_that_falls_back(cfg, monkeypatch):
-    """Dropout is one of the things that no fused kernel of a CPU supports."""
+    """The CPU's fused kernels do not support dropout."""
     kernel = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **more: kernel(*args, **more, dropout_p=0.1))
     with pytest.raises(RuntimeError, match="kernel"):
