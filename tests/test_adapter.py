@@ -31,8 +31,6 @@ def problem(shapes=SHAPES, b=2, q=4, m=3, p=2, d=5, dtype=torch.float64, reach=0
     return value.requires_grad_(), shapes, locations.requires_grad_(), weights.requires_grad_()
 
 
-# ---- deformable attention
-
 @pytest.mark.parametrize("shapes, sizes, tolerance", [
     (SHAPES, dict(dtype=torch.float64), 1e-10),
     ([(60, 60), (30, 30), (15, 15)], dict(b=1, q=900, m=16, p=4, d=32, dtype=torch.float32, reach=0.05), 1e-3)])
@@ -112,8 +110,6 @@ def test_heads_must_divide_the_width(dim, heads, ratio, width):
         MSDeformAttn(dim, 1, heads, 4, ratio)
     assert Extractor(16, 2, 2, 0.5, 0.05, 0.0).ffn.fc1.out_features == 1             # at least one channel
 
-
-# ---- each part, written naively
 
 def layer_norm(x, norm):
     return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, 1e-6)
@@ -230,8 +226,6 @@ def test_fusion():
     for f, m, x, norm in zip(net.fuse(c1, c, outs), maps, levels, net.norms, strict=True):
         close(f, batch_norm(m + x, norm))
 
-
-# ---- the complete adapter
 
 def test_initialisation():
     torch.manual_seed(4)

@@ -39,8 +39,6 @@ def photo(rng, h, w):
     return rng.integers(0, 256, (h, w, 3)).astype(np.uint8)
 
 
-# ---- flip
-
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="needs the real samples")
 @pytest.mark.parametrize("split, name", [("Training", "0005008"), ("Training", "0012008"), ("Validation", "0002190"),
                                          ("Validation", "0026375")])
@@ -62,8 +60,6 @@ def test_flip_against_a_loop_and_twice():
     assert np.array_equal(augment.flip_label(label, LEFT_RIGHT), naive)
     assert np.array_equal(augment.flip_label(augment.flip_label(label, LEFT_RIGHT), LEFT_RIGHT), label)
 
-
-# ---- scale and crop
 
 @pytest.mark.parametrize("size", [(24, 32), (40, 20), (8, 10), (20, 26)])
 def test_label_is_read_at_pixel_centres(size):
@@ -116,8 +112,6 @@ def test_crop_is_drawn_again_while_one_class_fills_it():
     assert augment.largest_share(np.full((8, 8), augment.IGNORE, np.uint8)) == 1.0
 
 
-# ---- photometric distortion
-
 @pytest.mark.parametrize("order", [0.0, 1.0])              # contrast before or after the colours
 @pytest.mark.parametrize("shift, contrast", [(20, 1.37), (-32, 0.5), (32, 1.5), (-9, 1.01)])
 def test_brightness_and_contrast_against_the_formula(order, shift, contrast):
@@ -143,8 +137,6 @@ def test_saturation_and_hue_against_colorsys(factor, turn):
         expected = colorsys.hsv_to_rgb((h + (turn or 0) / 180) % 1, min(1, s * (factor or 1)), v)
         assert np.abs(np.array(expected) * 255 - changed).max() <= 6       # 8-bit HSV: 2 degrees of hue per step
 
-
-# ---- complete samples
 
 @pytest.mark.parametrize("flip", (True, False))
 def test_scale_flip_padding_and_the_range_of_every_random_number(flip):

@@ -102,7 +102,6 @@ def optimized(cfg: Config, seed: int) -> tuple[torch.nn.Module, torch.optim.Opti
 
 
 def test_the_optimizers_state_is_by_name():
-    """It is matched by parameter name, whatever the order of the parameter groups."""
     model, optimizer = optimized(CFG, 0)
     saved = copy.deepcopy(checkpoint.optimizer_state(model, optimizer))
     assert saved.keys() == {name for name, p in model.named_parameters() if p.requires_grad}

@@ -93,7 +93,6 @@ def test_every_number_has_a_range():
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
-    """In every path, in files and on the command line, and in the options of every program."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "my.yaml").write_text("dataset: custom\nout: ~/runs\ndata_root: '~'\nprompt: ~ {class}\n")
     others = PATHS - {"out", "data_root"}

@@ -116,7 +116,6 @@ def test_transient_faults_are_retried(folder, server, plan, ranges):
     (["status 404"], "HTTP 404", 1), (["page"], r"\b27 bytes", 1), (["wrong"], "SHA-256", 1),
     (["cut at once"] * 3, "cut.*3 tries", 3), (["status 500"] * 3, "HTTP 500", 3)])
 def test_permanent_faults_leave_no_file_and_do_not_stop_the_others(folder, server, capsys, plan, message, requests):
-    """The line before the error names the address and the fault."""
     server.plan = list(plan)
     assert run(folder) == 1 and complete(folder, "b.pth") and not (folder / "a.pt").exists()
     *_, line, error = [line for line in capsys.readouterr().err.splitlines() if "B/s" not in line]
@@ -148,16 +147,6 @@ def test_concurrent_downloads_take_turns(folder, server):
     for thread in threads:
         thread.join()
     assert codes == [0, 0] and complete(folder) and len(server.requests) == 1
-
-
-def test_waits_grow_and_the_next_call_resumes(folder, server, monkeypatch):
-    waits = []
-    monkeypatch.setattr(download.time, "sleep", waits.append)
-    server.plan = ["cut"] + ["cut at once"] * 2
-    assert run(folder, "a.pt") == 1 and waits == [2, 4]
-    assert (folder / "a.pt.part").stat().st_size == len(CONTENT) // 2 and not (folder / "a.pt").exists()
-    assert run(folder, "a.pt") == 0 and complete(folder)
-    assert server.requests[3:] == [("/official/a.pt", f"bytes={len(CONTENT) // 2}-")]
 
 
 @pytest.mark.parametrize("part, requests", [

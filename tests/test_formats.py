@@ -37,8 +37,6 @@ def forget_models():
         make.cache_clear()
 
 
-# ---- full size
-
 @pytest.mark.parametrize("names, activation", [
     (("openai", "open_clip_bin"), "quick_gelu"), (("open_clip",), "gelu"),
     (("hub", "hub_shards", "hub_bin"), "quick_gelu")])
@@ -80,8 +78,6 @@ def test_names_of_the_larger_sams(size):
             found = foundations.sam_tensors(peer.state_dict())
             assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in ours.items()}
 
-
-# ---- small: wrong files, the activation, a run
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:

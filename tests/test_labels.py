@@ -64,8 +64,6 @@ def test_generated_colours_are_distinct(count):
     assert np.abs(colours - IGNORE_GREY).max(1).min() > (40 if count <= 20 else 15)    # the hatching of ignored pixels
 
 
-# ---- shipped class maps
-
 @pytest.mark.parametrize("labels", (LIP, CIHP), ids=("lip", "cihp"))
 def test_shipped_maps_match_their_sources(labels):
     """LIP's label 10, Jumpsuits, is CIHP's Torso-skin, the neck."""
@@ -91,8 +89,6 @@ def test_shipped_maps_match_their_sources(labels):
     expected = [[0], [2], [4, 13], [*neck, 14, 15, 16, 17], [5, 6, 7, *suit], [9, 12], [18, 19], [1, 3, 8, 11]]
     assert classes["coarse"] == COARSE and merges["coarse"] == expected
 
-
-# ---- merged probabilities
 
 def test_merged_labels_are_the_argmax_of_summed_probabilities(both_forms, monkeypatch):
     """40 % skirt, 35 % upper clothes, 25 % coat: an upper garment, although the likeliest class is skirt."""

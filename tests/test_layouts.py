@@ -51,12 +51,9 @@ def test_published_layouts_are_found(tmp_path, name, photos, labels, listing):
 
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="needs the real samples")
 @pytest.mark.parametrize("name, split, photo, values, shape", [
-    ("lip", "train", "77_471474", [0, 2, 5, 9, 14, 15, 18, 19], (120, 104)),
     ("lip", "val", "36_453991", [0, 2, 5, 13, 14, 15], (466, 311)),
     ("cihp", "train", "0005008", [0, 1, 2, 5, 7, *range(9, 19)], (313, 576)),
-    ("cihp", "val", "0002190", [0, 2, 5, 10, 13, 15], (200, 300)),
-    ("ppp", "train", "2008_002176", [0, 1, 2, 3, 4, 5], (294, 500)),
-    ("ppp", "val", "2008_007586", [0, 1, 2, 3, 4, 5], (375, 500))])
+    ("ppp", "train", "2008_002176", [0, 1, 2, 3, 4, 5], (294, 500))])
 def test_real_samples(name, split, photo, values, shape):
     root = SAMPLES / name.upper()
     pairs = open_split(Config(dataset=name, data_root=str(root)), split)

@@ -196,8 +196,6 @@ def test_text_features_are_stored_and_the_text_tower_is_dropped(monkeypatch):
     assert seen == ["a photo of a background.", "a photo of a left arm."]
 
 
-# ---- weight files
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("weights")

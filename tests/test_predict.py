@@ -39,8 +39,6 @@ def files(folder: str | Path) -> list[str]:
     return list(contents(folder))
 
 
-# ---- photos
-
 FORMATS = {"jpg": "JPEG", "jpe": "JPEG", "jfif": "JPEG", "mpo": "MPO", "jp2": "JPEG2000", "tga": "TGA", "ppm": "PPM",
            "gif": "GIF", "tif": "TIFF", "pcx": "PCX", "sgi": "SGI", "bmp": "BMP", "webp": "WEBP", "png": "PNG"}
 FORMATS |= {name.lower(): name for name in ("AVIF", "QOI") if name in Image.SAVE}         # not in the oldest Pillow
@@ -204,8 +202,6 @@ def test_a_failed_photo_does_not_stop_the_others(parse, here: Path, monkeypatch,
     monkeypatch.setattr(pictures, "save_palette_png", Mock(side_effect=KeyError("a bug")))
     assert parse("in/a.png", "--out", "new") == 1 and "Traceback" in capsys.readouterr().err
 
-
-# ---- several processes
 
 def parse_in_a_process(argv: list[str]):
     sys.exit(predict.main(argv))

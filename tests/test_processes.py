@@ -233,7 +233,6 @@ def test_a_bad_photo_is_named_once_and_the_run_saved(tmp_path):
 @pytest.mark.parametrize("mine, words", ((["data_root={none}"], r"error.*: data_root {none}.*\(process 1\)"),
                                          ([], r"error.*: batch_size \(4\) .* 2 processes .* 2 steps")))
 def test_a_mistake_is_printed_once(config, tmp_path, mine, words):
-    """By the main process, whether one process or all made it."""
     none = str(tmp_path / "none")
     argv = ["--cfg", config, f"out={tmp_path / 'run'}"] + (["accum_steps=2"] if not mine else [])
     roots = [str(Path(config).parent / "data"), none if mine else str(Path(config).parent / "data")]

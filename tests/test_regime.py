@@ -97,8 +97,6 @@ def test_the_checkpoint_leaves_frozen_tensors_to_their_files(after_50, files, tm
             restore(content, path, [f"{key}={tmp_path / 'other'}"])
 
 
-# ---- SRM and FTM learn
-
 EPS = 1e-8                                                 # AdamW's: smaller gradients have no effect
 PARTS = ("srm.expand", "srm.to_sam", "srm.squeeze", "srm.unsqueeze", "ftm.tokens", "ftm.rho", "ftm.value", "ftm.out",
          "ftm.first", *(f"ftm.second.{i}" for i in range(8)), "ftm.third")

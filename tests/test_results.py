@@ -54,7 +54,6 @@ def test_two_inputs_with_the_same_result_name_are_refused(here: Path, first: str
 
 
 def test_ignored_files_are_counted(parse, here: Path, monkeypatch, capsys):
-    """Results of earlier runs, system folders, pipes, folders matched by a pattern, files that are not photos."""
     for name in ("x.png", "@eaDir/x.png", "sub/$Recycle.Bin/y.png", "sub/y.png"):
         save(name)
     assert found("**/*.png") == ["y", "x"]                 # sub/y.png, x.png
@@ -285,7 +284,6 @@ def test_lists_of_photos_of_mixed_sizes(small: Path, parser: Parser, here: Path)
 
 
 def test_threads_may_share_a_parser(parser: Parser, monkeypatch):
-    """One thread at a time runs the network, and each gets its own results."""
     images = [photo(40 + n, 60, n) for n in range(16)]
     expected = [parser.parse(image) for image in images]
     inside, most, forward = [], [], parser.model.forward

@@ -262,7 +262,6 @@ def test_a_run_with_skipped_steps_resumes_exactly(config, tmp_path, monkeypatch)
 
 
 def test_a_transient_disk_error_is_not_damage(config, uninterrupted, copied, capsys, monkeypatch):
-    """The checkpoint keeps its name, and the run does not fall back to the previous one."""
     def failing(path, *args, **more):
         if Path(path).name == "last.pt":
             raise OSError(errno.EIO, "Input/output error", str(path))

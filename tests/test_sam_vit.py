@@ -88,8 +88,6 @@ def error(got, wanted):
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(got, wanted, strict=True))
 
 
-# ---- full size
-
 def full_size(name):
     with torch.device("meta"):
         model = SAMViT(*SIZES[name])
@@ -104,8 +102,6 @@ def test_full_size_parity():
     assert [out.shape for out in outs] == [(1, 6, 10, 1024)] * 4
     assert error(outs, peer_outputs(official, state, image, SIZES["vit_l"])[0]) <= TOLERANCE
 
-
-# ---- small
 
 @pytest.fixture(scope="module")
 def small():
@@ -176,11 +172,8 @@ def test_no_array_over_all_pairs(small, monkeypatch):
         assert largest.numbers < SMALL[2] * (h * w) ** 2 / 2
 
 
-# ---- training
-
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-11)])
 def test_gradients_equal_segment_anything(small, dtype, tolerance, both_forms):
-    """For every tensor, at a grid that needs resized positions."""
     state = {name: tensor.to(dtype) for name, tensor in small.items()}
     image = picture(dtype=dtype)
     leaf = state["pos_embed"].clone().requires_grad_()
@@ -196,10 +189,7 @@ def test_gradients_equal_segment_anything(small, dtype, tolerance, both_forms):
         assert error([p.grad], [wanted[name]]) < tolerance, name
 
 
-# ---- positions at other grids
-
 def test_resized_positions_are_never_stale(small):
-    """After other image sizes and after a training step."""
     own = {name: tensor.clone() for name, tensor in small.items()}
     model, image = build(own), picture()
     with torch.inference_mode():

@@ -82,7 +82,6 @@ def test_every_class_is_frequent_and_large_enough(counts):
 
 
 def test_left_is_the_persons_left():
-    """The left shoulder and hip are on the right of the image exactly when the person faces the viewer."""
     dice, towards = Dice(np.random.default_rng(0)), 0
     for _ in range(300):
         person = Person(dice)

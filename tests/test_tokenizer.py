@@ -1,4 +1,4 @@
-"""tokenizer.py against open_clip's tokenizer and ids of OpenAI's; open_clip contains the vocabulary file."""
+"""tokenizer.py against open_clip's tokenizer; open_clip contains the vocabulary file."""
 
 import gzip
 import random
@@ -18,12 +18,6 @@ PACKAGE = find_spec("open_clip")                           # the import itself w
 VOCAB = str(Path(PACKAGE.origin).with_name("bpe_simple_vocab_16e6.txt.gz")) if PACKAGE else ""
 needs_vocab = pytest.mark.skipif(not Path(VOCAB).is_file(), reason="needs the vocabulary file of open_clip")
 
-OFFICIAL = {                                               # texts and the ids of OpenAI's tokenizer
-    "hat": [3801], "upper-clothes": [7067, 268, 7080], "a photo of a left arm.": [320, 1125, 539, 320, 1823, 4793, 269],
-    "person's hat, 12 café &amp; naïve 😀 it's":
-        [2533, 568, 3801, 267, 272, 273, 15304, 261, 1097, 35689, 563, 7334, 585, 568]}
-
-
 @pytest.fixture(scope="module")
 def peer():
     return pytest.importorskip("open_clip").SimpleTokenizer()
@@ -31,14 +25,6 @@ def peer():
 
 def words(row):
     return row[1:int(row.argmax())].tolist()
-
-
-@needs_vocab
-def test_official_ids():
-    tokens = tokenize(list(OFFICIAL), VOCAB)
-    assert tokens.shape == (len(OFFICIAL), 77) and tokens.dtype == torch.int64
-    for row, ids in zip(tokens, OFFICIAL.values()):
-        assert row.tolist() == [49406, *ids, 49407] + [0] * (75 - len(ids))
 
 
 @needs_vocab
@@ -57,7 +43,6 @@ def test_prompts_of_all_label_sets(peer):
 
 @needs_vocab
 def test_generated_ascii(peer):
-    """2,000 random texts of letters, digits, punctuation, contractions, HTML entities and spaces."""
     rng = random.Random(0)
     pieces = ["don't", "we'll", "I'VE", "'s", "'S ", "'RE", "''", " ", "   ", "\t", "person", "HAT", "Left-Arm", "...",
               "__", "3.14", "2024", "&amp;", "&lt;", "&gt;", "&quot;", "&#39;", "&#x41;", "&amp;amp;",

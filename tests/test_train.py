@@ -27,8 +27,6 @@ from model import build_model
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# ---- schedule and groups
-
 def test_learning_rate_schedule():
     cfg = Config(iters=80_000, warmup_iters=1500, lr=6e-4, warmup_ratio=1e-5, poly_power=1.0)
     assert train.get_lr(0, cfg) == pytest.approx(6e-9, rel=1e-9)
@@ -56,8 +54,6 @@ def test_every_trained_parameter_is_in_one_group(config, freeze):
             assert found[name] == (0.0 if plain else 0.05, 0.5 if name.startswith("sam.patch_embed") else 1.0), name
     assert {"ftm.rho", "ftm.tokens", "adapter.level_embed"} <= {name for name, (decay, _) in found.items() if not decay}
 
-
-# ---- one step
 
 @pytest.mark.parametrize("dtype, bound", ((torch.float64, 1e-10), (torch.float32, 1e-5)))
 def test_accumulation_does_not_change_the_gradient(config, dtype, bound):
