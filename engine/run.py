@@ -119,6 +119,8 @@ class Run:
             raise UserError(f"{path} was trained with other settings ({', '.join(refused)}): resume with "
                             f"--cfg {self.folder / 'config.yaml'} --resume, or start a new run with out=FOLDER")
         progress = content["progress"]
+        if self.cfg.iters < progress["iteration"]:
+            raise UserError(f"iters ({self.cfg.iters}) is below the {progress['iteration']} iterations of {path}")
         lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
         self.entries = [entry for entry in map(json.loads, filter(str.strip, lines))
                         if entry["iter"] <= progress["validated" if "miou" in entry else "iteration"]]
