@@ -50,12 +50,10 @@ def main(argv: list[str] | None = None):
     parser = options(__doc__, rounds=3, batch=2, size=480, threads=2, device="cpu")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--only", choices=["photo", "step"], help="one of the two")
-    parser.add_argument("--small", action="store_true", help="a small network")
     args = parser.parse_args(argv)
     print_machine(f"{args.size} px, a training step of {args.batch}", args.threads, args.device)
     for precision in args.precision:
-        small = full_size.SMALL if args.small else []
-        cfg = full_size.lip_config(*small, f"precision={precision}", f"crop_size={args.size}")
+        cfg = full_size.lip_config(f"precision={precision}", f"crop_size={args.size}")
         learner = full_size.learner(full_size.network(cfg), args.device)
         batch = full_size.batch(cfg, args.batch, args.device)
 

@@ -234,13 +234,11 @@ def sort_per_class(logits: Tensor, labels: Tensor) -> Tensor:
 LOSSES = {OURS: lovasz_softmax, "one sort per class": sort_per_class}
 
 
-def loss_inputs(images: int, size: int, trained: bool, device: str) -> tuple[Tensor, Tensor]:
-    """Blocks of labels with an ignored border; random logits, or those of a trained network."""
+def loss_inputs(images: int, size: int, device: str) -> tuple[Tensor, Tensor]:
+    """Blocks of labels with an ignored border, and logits like those of a trained network."""
     labels = torch.randint(20, (images, 1, 15, 15)).float()
     labels = F.interpolate(labels, size=(size, size))[:, 0].to(torch.uint8)
-    logits = torch.randn(images, 20, size, size)
-    if trained:
-        logits = 2 * logits + 8 * F.one_hot(labels.long(), 20).movedim(-1, 1)
+    logits = 2 * torch.randn(images, 20, size, size) + 8 * F.one_hot(labels.long(), 20).movedim(-1, 1)
     labels[:, :size // 24] = 255
     return logits.to(device), labels.to(device)
 
@@ -253,15 +251,14 @@ def loss_and_gradient(loss, logits: Tensor, labels: Tensor) -> list[Tensor]:
 
 def loss_cases(args: argparse.Namespace) -> Iterator[Case]:
     """Errors: of the gradient, and in a further column of the loss, against the peer in fp64 on half the size."""
-    for trained in (False, True):
-        logits, labels = loss_inputs(4 * args.batch, args.size // 2, trained, args.device)
-        exact = loss_and_gradient(sort_per_class, logits.double(), labels)
-        found = {name: loss_and_gradient(loss, logits, labels) for name, loss in LOSSES.items()}
-        inputs = loss_inputs(4 * args.batch, args.size, trained, args.device)
-        yield Case("logits of a trained network" if trained else "random logits",
-                   {name: lambda loss=loss: loss_and_gradient(loss, *inputs) for name, loss in LOSSES.items()},
-                   {name: error(outputs[1:], exact[1:]) for name, outputs in found.items()}, 1e-2, "",
-                   {name: f"{error(outputs[:1], exact[:1]):10.1e}" for name, outputs in found.items()})
+    logits, labels = loss_inputs(4 * args.batch, args.size // 2, args.device)
+    exact = loss_and_gradient(sort_per_class, logits.double(), labels)
+    results = {name: loss_and_gradient(loss, logits, labels) for name, loss in LOSSES.items()}
+    inputs = loss_inputs(4 * args.batch, args.size, args.device)
+    yield Case("Lovasz-softmax", {name: lambda loss=loss: loss_and_gradient(loss, *inputs)
+                                  for name, loss in LOSSES.items()},
+               {name: error(outputs[1:], exact[1:]) for name, outputs in results.items()}, 1e-2, "",
+               {name: f"{error(outputs[:1], exact[:1]):10.1e}" for name, outputs in results.items()})
 
 
 PARTS = {"sam": lambda args: encoder_cases("sam", args), "clip": lambda args: encoder_cases("clip", args),

@@ -34,9 +34,9 @@ def normalized(image: Tensor, encoder: str) -> Tensor:
     return (image - mean) / std
 
 
-def sam(name: str, state: dict[str, Tensor], size: int, sizes: tuple = SIZES["vit_l"]) -> tuple[nn.Module, Callable]:
+def sam(name: str, state: dict[str, Tensor], size: int) -> tuple[nn.Module, Callable]:
     """One of SAMS without its neck; returns the outputs of each quarter of the layers, (B, h, w, C) each."""
-    grid, fitted, (*shape, window, _) = size // 16, dict(state), sizes
+    grid, fitted, (*shape, window, _) = size // 16, dict(state), SIZES["vit_l"]
     for key, table in state.items():                       # row i, column 0 of the expanded table is distance i, ...
         if "rel_pos" in key and len(table) != 2 * window - 1:
             full = relative_positions(table, grid)
@@ -89,20 +89,17 @@ def transformers_clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def hugging_face_clip(state: dict[str, Tensor], size: int, heads: int = 12,
-                      taps: tuple[int, ...] = TAPS) -> tuple[nn.Module, Callable]:
-    """transformers' image tower, of the sizes of `state`; returns what `openai_clip` does."""
+def hugging_face_clip(state: dict[str, Tensor], size: int) -> tuple[nn.Module, Callable]:
+    """transformers' ViT-B/16 image tower; returns the same outputs as `openai_clip`."""
     import transformers
-    dim, embed = state["proj"].shape
-    model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
-        patch_size=16, image_size=size, hidden_act="quick_gelu", hidden_size=dim, intermediate_size=4 * dim,
-        num_hidden_layers=taps[-1] + 1, num_attention_heads=heads, projection_dim=embed)).eval().requires_grad_(False)
+    config = transformers.CLIPVisionConfig(patch_size=16, image_size=size, projection_dim=512)
+    model = transformers.CLIPVisionModelWithProjection(config).eval().requires_grad_(False)
     fitted = resized({f"visual.{name}": tensor for name, tensor in state.items()}, size // 16, size // 16)
     model.load_state_dict(transformers_clip_names(fitted))
 
     def run(image: Tensor) -> list[Tensor]:
         out = model(normalized(image, "CLIP"), output_hidden_states=True)
-        return [nn.functional.normalize(out.image_embeds, dim=-1), *(out.hidden_states[tap + 1][:, 1:] for tap in taps)]
+        return [nn.functional.normalize(out.image_embeds, dim=-1), *(out.hidden_states[tap + 1][:, 1:] for tap in TAPS)]
 
     return model, run
 

@@ -93,10 +93,10 @@ def fit(module: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], cfg: Con
     return time.process_time() - start
 
 
-def images_of(pairs: DrawnSet, batch: int = 20) -> Iterator[tuple[Tensor, Tensor]]:
+def images_of(pairs: DrawnSet) -> Iterator[tuple[Tensor, Tensor]]:
     """A complete set in batches: RGB in [0, 1], (B, 3, H, W), and label (B, H, W)."""
-    for first in range(0, len(pairs), batch):
-        images, labels = zip(*(pairs.read(i) for i in range(first, min(first + batch, len(pairs)))))
+    for first in range(0, len(pairs), 20):
+        images, labels = zip(*(pairs.read(i) for i in range(first, min(first + 20, len(pairs)))))
         yield (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255, torch.from_numpy(np.stack(labels)))
 
 

@@ -9,7 +9,7 @@ learning rate: the best of --lrs after --grid-minutes with seed 0. A budget is C
 alone; the learning rate follows the time used, so that both end with it. Scores are those of evaluate.py, at the
 photos' own size.
 
-Leaves in --out: table.txt, learn.csv (a line per look), differences.csv, curves.png, a file for each run. A finished
+Leaves in --out: table.txt, learn.csv (a line per look), differences.csv, a file for each run. A finished
 run is kept: the same command continues with the missing ones.
 """
 
@@ -34,7 +34,7 @@ from config import Config, load_config, user_path
 from datasets import open_split
 from errors import run_program
 from evaluate import confusion_matrix, scores
-from files.atomic import mark_folder, write_text
+from files.atomic import mark_folder
 from files.labels import label_set
 from model import build_model
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
@@ -91,7 +91,8 @@ def background_scores(cfg: Config) -> dict:
     return scores(sum(confusion_matrix(torch.zeros_like(label), label, count) for label in labels))
 
 
-def tables(grid: dict, records: list[dict], rates: dict[str, float], background: dict, args: argparse.Namespace) -> str:
+def tables(grid: dict, records: list[dict], rates: dict[str, float], background: dict,
+           args: argparse.Namespace) -> list[str]:
     """The learning rates, each run's mIoU over time, the classes."""
     lines = [f"mIoU of the learning rates after {args.grid_minutes:g} minutes",
              f"{'':14}" + "".join(f"{lr:10g}" for lr in args.lrs)]
@@ -112,7 +113,7 @@ def tables(grid: dict, records: list[dict], rates: dict[str, float], background:
     lines += ["", f"{'IoU of classes':14}" + "".join(f"{name:>14}" for name in iou)]
     for k, label in enumerate(label_set(settings(args)).classes):
         lines.append(f"{label:14}" + "".join(f"{100 * of[k]:14.2f}" for of in iou.values()))
-    return "\n".join(lines)
+    return lines
 
 
 def scores_over_time(records: list[dict]) -> str:
@@ -127,7 +128,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--lrs", nargs="+", type=float, default=(1e-3, 2e-3, 4e-3), help="learning rates, for both")
     parser.add_argument("--grid-minutes", type=float, default=2, help="CPU time for each learning rate (2)")
     parser.add_argument("--minutes", type=float, default=12, help="CPU time of a run (12)")
-    parser.add_argument("--seeds", type=runner.seeds, default=range(2), metavar="N", help="seeds 0 to N - 1 (2)")
+    parser.add_argument("--seeds", type=int, default=2, metavar="N", help="trains seeds 0 to N - 1 (2)")
     parser.add_argument("--out", type=user_path, default=Path("runs/learn"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of configs/custom.yaml")
     args = parser.parse_intermixed_args(argv)
@@ -138,15 +139,12 @@ def main(argv: list[str] | None = None):
     rates = {name: max(mious, key=mious.get) for name, mious in grid.items()}
     records = runner.run_jobs([
         Job(name, dataclasses.replace(cfg, lr=rates[name], seed=seed), 60 * args.minutes, LOOKS, MODELS[name])
-        for seed in args.seeds for name in MODELS], args.out)
+        for seed in range(args.seeds) for name in MODELS], args.out)
     titles, found = dict(zip(MODELS, MODELS)), runner.differences(records, [tuple(MODELS)])
-    text = "\n".join([f"{processor()}, torch {torch.__version__}\n", tables(grid, records, rates, background, args), "",
-                      *runner.difference_table(found, titles)]) + "\n"
-    write_text(args.out / "table.txt", text)
+    runner.write_report(args.out, [
+        f"{processor()}, torch {torch.__version__}", "", *tables(grid, records, rates, background, args), "",
+        *runner.difference_table(found, titles)], found)
     runner.write_looks(args.out / "learn.csv", records, label_set(cfg).classes)
-    runner.write_differences(args.out / "differences.csv", found)
-    runner.draw(args.out / "curves.png", records, {"validation mIoU (%)": tuple(MODELS)}, titles)
-    print(text, end="")
 
 
 if __name__ == "__main__":

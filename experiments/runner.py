@@ -8,7 +8,6 @@ missing ones, and a file that was made with other settings is an error.
 Import this module before the repository's: it puts their folders on sys.path.
 """
 
-import argparse
 import csv
 import dataclasses
 import json
@@ -41,7 +40,6 @@ from files.atomic import write_text  # noqa: E402
 from files.weights import sha256  # noqa: E402
 from model import build_model  # noqa: E402
 from train import Learner, open_data  # noqa: E402
-from viz import pictures, plots  # noqa: E402
 
 PROCESSES = 2
 KEYS = ("seconds", "steps", "loss", "miou", "mean_acc", "pixel_acc")     # of a look, and the IoU of each class
@@ -128,13 +126,6 @@ def train(job: Job, folder: Path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # all jobs
-
-def seeds(text: str) -> range:
-    """The seeds 0 to N - 1 of an option --seeds N."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return range(int(text))
-
 
 def run_jobs(jobs: Sequence[Job], folder: Path) -> list[dict]:
     """The records of all jobs; trains the missing ones. On an error or Ctrl-C, running jobs end without a record."""
@@ -252,33 +243,16 @@ def write_looks(path: Path, records: Sequence[dict], classes: Sequence[str]):
 
 
 def write_report(folder: Path, text: Sequence[str], found: dict[tuple[str, str], Difference]):
-    """Writes the lines of `text` into table.txt and the differences into differences.csv; prints the lines."""
+    """Writes the lines of `text` to table.txt and the differences to differences.csv; prints the lines."""
     write_text(folder / "table.txt", "\n".join(text) + "\n")
-    write_differences(folder / "differences.csv", found)
     print("\n".join(text))
-
-
-def write_differences(path: Path, found: dict[tuple[str, str], Difference]):
     lines = [["row", "minus", "seeds", "mean", "low", "high", "verdict", "each"]]
     for pair, of in found.items():
         numbers = [f"{value:.4f}" for value in (of.mean, of.low, of.high)]
         lines.append([*pair, len(of.each), *numbers, of.verdict, " ".join(f"{value:.4f}" for value in of.each)])
-    _write_csv(path, lines)
+    _write_csv(folder / "differences.csv", lines)
 
 
 def _write_csv(path: Path, lines: list[list]):
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(lines)
-
-
-def draw(path: Path, records: Sequence[dict], panels: dict[str, Sequence[str]], titles: dict[str, str]):
-    """Curves of mIoU against CPU time, {heading: rows}; the seeds are pale, their mean is strong."""
-    drawn = {}
-    for heading, names in panels.items():
-        for name in names:
-            runs = [record["looks"] for record in records if record["name"] == name]
-            if runs:
-                times = np.mean([[look["seconds"] for look in looks] for looks in runs], 0)
-                values = [[100 * look["miou"] for look in looks] for looks in runs]
-                drawn.setdefault(heading, {})[titles[name]] = times, values
-    pictures.save_png(path, plots.curves(drawn, "CPU seconds of training", size=(440, 600)))

@@ -109,10 +109,10 @@ def train_rows(args: argparse.Namespace) -> list[dict]:
     first = [name for name in args.rows if not ROWS[name].time_of]
     timed = [name for name in args.rows if ROWS[name].time_of]
     first += [ROWS[name].time_of for name in timed if ROWS[name].time_of not in first]
-    records = runner.run_jobs([job(name, seed) for seed in args.seeds for name in first], args.out)
+    records = runner.run_jobs([job(name, seed) for seed in range(args.seeds) for name in first], args.out)
     used = {(record["name"], record["seed"]): record["looks"][-1]["seconds"] for record in records}
     return records + runner.run_jobs([
-        job(name, seed, used[ROWS[name].time_of, seed]) for seed in args.seeds for name in timed], args.out)
+        job(name, seed, used[ROWS[name].time_of, seed]) for seed in range(args.seeds) for name in timed], args.out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def report(records: Sequence[dict], made: dict, args: argparse.Namespace):
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--seeds", type=runner.seeds, default=range(3), metavar="N", help="seeds 0 to N - 1 (3)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trains seeds 0 to N - 1 (3)")
     parser.add_argument("--iters", type=int, help="training steps (500)")
     parser.add_argument("--out", type=user_path, help="folder of the results (runs/table6; --quick: runs/table6_quick)")
     parser.add_argument("--quick", action="store_true", help="6 steps, foundations of 5 steps")
