@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None):
     image = torch.rand(1, 3, args.size, args.size)
     maps = [torch.randn(1, 1024, args.size // stride, args.size // stride) for stride in (4, 8, 16, 32)]
     sam = peers.sam("transformers", model.sam.state_dict(), args.size)[1]
-    clip = peers.hugging_face_clip(model.clip.state_dict(), args.size)[1]
+    clip = peers.transformers_tower(model.clip.state_dict(), args.size)[1]
     head = peers.upernet(model.head.state_dict()).eval()
     runs = {"SCHNet, this project": lambda: model(image),
             "SAM + CLIP + UperNet, transformers": lambda: (sam(image), clip(image), head(maps))}
