@@ -220,7 +220,7 @@ def difference_table(deltas: dict[tuple[str, str], Difference], titles: dict[str
         lines.append(f"{titles[a]:{width}} - {titles[b]:{width}}{paper:>7}{delta.mean:+8.2f}{interval:>18}"
                      f"{len(delta.each):4}  {delta.verdict:13}{each}")
     return [*lines, "paired intervals, Student's t over the seeds; decided: zero is outside. Of "
-                    f"{len(deltas)} differences without any effect, {0.05 * len(deltas):.1f} would be decided by chance"]
+                    f"{len(deltas)} differences without any effect, {len(deltas) / 20:.1f} would be decided by chance"]
 
 
 def spread(values: Sequence[float]) -> str:
