@@ -151,8 +151,8 @@ class Run:
         """Records the fingerprints of the splits; warns if they changed since the checkpoint."""
         progress = self.progress
         if progress.train not in ("", train):
-            self.world.print0(f"warning: the training images have changed ({progress.train.split()[0]} before, "
-                              f"{train.split()[0]} now): the sample order changes from here")
+            self.world.print0("warning: the training images or labels have changed "
+                              f"({progress.train.split()[0]} images before, {train.split()[0]} now)")
         if progress.val not in ("", val):
             self.world.print0(f"warning: the validation set has changed: {checkpoint.BEST} will be the best on the new")
             progress.best_miou, progress.best_iteration = -1.0, 0
