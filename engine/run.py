@@ -77,7 +77,6 @@ class Run:
     def _open(self, resume: bool) -> dict | None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / MARK).touch()
             self._lock()                               # first: of two concurrent starts, one must see the other's files
         except OSError as error:
             raise UserError(f"out: {self.folder} cannot be used ({error.strerror})") from None
@@ -86,6 +85,10 @@ class Run:
         if held and not resume:
             raise UserError(f"{self.folder} already contains a run: continue it with --resume, or choose another with "
                             "out=FOLDER")
+        foreign = [name for name in ("config.yaml", "log.jsonl") if os.path.exists(self.folder / name)]
+        if foreign and not held and not (self.folder / MARK).exists():
+            raise UserError(f"{self.folder}: {foreign[0]} is not that of a run: choose another folder with out=FOLDER")
+        (self.folder / MARK).touch()
         for leftover in self.folder.glob(LEFTOVERS):
             leftover.unlink()
         if not held and resume:
@@ -118,12 +121,18 @@ class Run:
             raise UserError(f"{path} was trained with other settings ({', '.join(refused)}): resume with "
                             f"--cfg {self.folder / 'config.yaml'} --resume, or start a new run with out=FOLDER")
         progress = content["progress"]
-        lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
-        self.entries = [entry for entry in map(json.loads, filter(str.strip, lines))
+        self.entries = [entry for entry in self._read_log()
                         if entry["iter"] <= progress["validated" if "miou" in entry else "iteration"]]
         self.world.print0(f"resuming from {path}, iteration {progress['iteration']}"
                           + (f"; changed: {', '.join(changed.values())}" if changed else ""))
         return content
+
+    def _read_log(self) -> list[dict]:
+        lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
+        try:
+            return [*map(json.loads, filter(str.strip, lines))]
+        except ValueError as error:
+            raise UserError(f"{self.log_path}: a line is no JSON ({error}): remove it or the file") from None
 
     def start(self, learner, content: dict | None, train: PairSet | DrawnSet, val: PairSet | DrawnSet):
         """Restores the learner from the checkpoint and claims the folder: config.yaml, log.jsonl."""

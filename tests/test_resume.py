@@ -194,11 +194,13 @@ def test_a_changed_configuration_is_refused_or_listed(config, copied, capsys):
     assert "workers 0 -> 1" in printed and "log_every 2 -> 7" in printed
 
 
-def test_an_edited_log(config, uninterrupted, copied):
+def test_an_edited_log(config, uninterrupted, copied, capsys):
     log = copied / "log.jsonl"
     log.write_text(log.read_text().replace("\n", "\n\n"))
     train.main(["--cfg", config, f"out={copied}", "--resume"])
     assert log.read_text() == (uninterrupted / "log.jsonl").read_text()
+    log.write_text(log.read_text()[:-9])                   # cut off
+    assert str(log) in fails(capsys, "--cfg", config, f"out={copied}", "--resume") and log.exists()
 
 
 def test_changed_photos_are_a_warning(config, tmp_path, capsys):
