@@ -78,7 +78,6 @@ class Run:
     def _open(self, resume: bool) -> dict | None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / MARK).touch()
             self._lock()                               # first: of two concurrent starts, one must see the other's files
         except OSError as error:
             raise UserError(f"out: {self.folder} cannot be used ({error.strerror})") from None
@@ -87,6 +86,10 @@ class Run:
         if held and not resume:
             raise UserError(f"{self.folder} already contains a run: continue it with --resume, or choose another with "
                             "out=FOLDER")
+        foreign = [name for name in ("config.yaml", "log.jsonl") if os.path.exists(self.folder / name)]
+        if foreign and not held and not (self.folder / MARK).exists():
+            raise UserError(f"{self.folder}: {foreign[0]} is not that of a run: choose another folder with out=FOLDER")
+        (self.folder / MARK).touch()
         for leftover in self.folder.glob(LEFTOVERS):
             leftover.unlink()
         if not held and resume:
@@ -121,12 +124,18 @@ class Run:
         progress = content["progress"]
         if self.cfg.iters < progress["iteration"]:
             raise UserError(f"iters ({self.cfg.iters}) is below the {progress['iteration']} iterations of {path}")
-        lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
-        self.entries = [entry for entry in map(json.loads, filter(str.strip, lines))
+        self.entries = [entry for entry in self._read_log()
                         if entry["iter"] <= progress["validated" if "miou" in entry else "iteration"]]
         self.world.print0(f"resuming from {path}, iteration {progress['iteration']}"
                           + (f"; changed: {', '.join(changed.values())}" if changed else ""))
         return content
+
+    def _read_log(self) -> list[dict]:
+        lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
+        try:
+            return [*map(json.loads, filter(str.strip, lines))]
+        except ValueError as error:
+            raise UserError(f"{self.log_path}: a line is no JSON ({error}): remove it or the file") from None
 
     def start(self, learner, content: dict | None, train: PairSet | DrawnSet, val: PairSet | DrawnSet):
         """Restores the learner from the checkpoint and claims the folder: config.yaml, log.jsonl."""
@@ -153,8 +162,8 @@ class Run:
         """Records the fingerprints of the splits; warns if they changed since the checkpoint."""
         progress = self.progress
         if progress.train not in ("", train):
-            self.world.print0(f"warning: the training images have changed ({progress.train.split()[0]} before, "
-                              f"{train.split()[0]} now): the sample order changes from here")
+            self.world.print0("warning: the training images or labels have changed "
+                              f"({progress.train.split()[0]} images before, {train.split()[0]} now)")
         if progress.val not in ("", val):
             self.world.print0(f"warning: the validation set has changed: {checkpoint.BEST} will be the best on the new")
             progress.best_miou, progress.best_iteration = -1.0, 0
