@@ -22,6 +22,7 @@ from datasets import open_split, train_loader
 from engine import checkpoint, processes, run
 from engine.processes import StopSignal, World, pick_device
 from errors import UserError, in_one_line
+from files.atomic import MARK
 from model import build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -260,3 +261,10 @@ def test_every_process_has_its_own_gpu(monkeypatch, capsys):
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("SLURM_NTASKS", "2")
     assert World("cpu").size == 1 and "SLURM_NTASKS" in capsys.readouterr().err
+
+
+def test_files_of_no_run_are_left_alone(config, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("# by hand")
+    for how in ((), ("--resume",)):
+        assert str(tmp_path) in fails(capsys, "--cfg", config, f"out={tmp_path}", *how)
+    assert (tmp_path / "config.yaml").read_text() == "# by hand" and not (tmp_path / MARK).exists()
