@@ -9,12 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
-import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from test_video import photo
 from tiny import ALONE, SIZE, make_config, make_data
 
 import evaluate
@@ -45,13 +45,6 @@ class Sided(torch.nn.Module):
         logits[:, 1], logits[:, 2] = logits[:, 1] + 3 * x, logits[:, 1] - 3 * x
         return logits
 
-
-def photo(height, width, seed=0):
-    rng = np.random.default_rng(seed)
-    return cv2.resize(rng.integers(0, 256, (7, 9, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
-
-
-# ---- metrics
 
 def classes(*size, low=0, high=6, seed=0):
     return torch.randint(low, high, size, generator=torch.Generator().manual_seed(seed))
@@ -110,8 +103,6 @@ def test_best_and_worst_images():
     assert [i for _, i in reports.best_and_worst(ranked[:4])] == [3, 2, 1, 0] and reports.best_and_worst([]) == []
 
 
-# ---- prediction
-
 @pytest.mark.parametrize("height, width", [(64, 64), (100, 50), (50, 100), (7, 200), (1, 1), (333, 250)])
 def test_canvas_keeps_the_aspect_ratio_and_pads_as_in_training(height, width):
     for scale, side in ((0.75, 64), (1.0, 64), (1.25, 96), (1.5, 96)):
@@ -161,8 +152,6 @@ def test_labels_of_a_batch_are_the_argmax():
         assert ours.dtype == np.uint8 and ours.shape == image.shape[:2]
         assert (ours == expected).mean() > 0.999           # rounding depends on the batch size
 
-
-# ---- evaluation
 
 class Pairs(list):
     def read(self, i):

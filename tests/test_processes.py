@@ -49,8 +49,6 @@ def saved_iteration(folder: Path) -> int:
             return torch.load(folder / name, weights_only=True)["progress"]["iteration"]
 
 
-# ---- the same results
-
 def evaluated(config: str, world, batch: int) -> tuple:
     cfg = load_config(config)
     torch.manual_seed(1)
@@ -107,8 +105,6 @@ def test_a_step_is_skipped_by_all_processes_or_none(config, tmp_path):
     skipped, = [entry for entry in logged(folder) if "skipped" in entry]
     assert skipped["iter"] == 2 and len(skipped["batch"]) == 4           # of both processes
 
-
-# ---- stopped; one run per folder
 
 def test_stop_resume_and_the_lock(config, tmp_path):
     """A signal to one process group stops both; loaders ignore it. One process resumes; a second is refused."""
@@ -196,8 +192,6 @@ def test_lost_output_loses_no_work(config, tmp_path):
             assert saved_iteration(folder) >= before
 
 
-# ---- failures
-
 def work_on(program, argv: list[str], roots: list[str]):
     """Gives each process its own copy of the data, as on separate machines."""
     program([*argv, f"data_root={roots[int(os.environ['RANK'])]}"])
@@ -268,8 +262,6 @@ def test_when_one_process_dies_the_other_ends_with_torchs_message(config, tmp_pa
             assert saved_iteration(folder) >= 2 and "error" not in both.printed(rank)
 
 
-# ---- operating systems
-
 WINDOWS = """
 import os, signal, sys, sysconfig
 import cv2, numpy, PIL.Image, torch.distributed, torch.utils.data, tqdm, yaml        # all of these exist on Windows
@@ -289,8 +281,6 @@ def test_predicting_needs_nothing_that_windows_lacks(config, trained, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "labels" / photo.name).exists()
 
-
-# ---- torchrun
 
 @contextlib.contextmanager
 def torchrun(output: Path, argv: list[str]):

@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from test_predict import MAPS, contents, files, save
 from test_video import clip, opened, photo, read
+from tiny import throw
 
 from errors import UserError
 from files.atomic import MARK
@@ -22,8 +23,6 @@ from files.inputs import list_inputs
 from predict import Parser
 from viz import pictures
 
-
-# ---- inputs
 
 def found(*arguments: str) -> list[str]:
     inputs = list_inputs([*arguments])
@@ -86,17 +85,9 @@ def test_linked_folders_are_followed_once(here: Path, monkeypatch):
         Path(link).symlink_to(target)
     for start in ("album", "way"):                         # f.jpg and 0 more/c.jpg are one file
         assert found(start) == ["a", "f", "sub/b", "0 more/deep/d"]
-    scandir = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: scandir(path) if "closed" not in str(path) else raise_(
-        PermissionError(13, "Permission denied", str(path))))
+    monkeypatch.setattr(os, "scandir", lambda path: throw(PermissionError(13, "Permission denied", str(path))))
     assert found("closed") == ["closed: Permission denied"]
 
-
-def raise_(error: Exception):
-    raise error
-
-
-# ---- results and their records
 
 def test_results_of_the_same_file_and_settings_are_skipped(parse, here: Path, capsys):
     def parsed(*arguments) -> int:
@@ -217,7 +208,7 @@ def test_an_interrupt_leaves_complete_files(parse, here: Path, monkeypatch, caps
 
     def interrupted(*args):
         calls.append(args)
-        return work(*args) if len(calls) < 3 else raise_(KeyboardInterrupt())
+        return work(*args) if len(calls) < 3 else throw(KeyboardInterrupt())
 
     monkeypatch.setattr(Parser, "_parse", interrupted)
     assert parse("in", "--out", "out", "--batch", "1") == 130
@@ -244,8 +235,6 @@ def test_a_photo_edited_while_it_is_parsed_is_not_skipped_later(parse, here: Pat
     monkeypatch.setattr(Parser, "_parse", work)
     assert parse("x.png", "--out", "out", "--skip-existing") == 0 and read("out/labels/x.png").shape == (25, 30)
 
-
-# ---- from Python
 
 def test_a_photo_may_be_a_path_bytes_a_file_an_image_or_an_array(parser: Parser, here: Path, monkeypatch):
     rgb, expected = Image.fromarray(photo(50, 70)), parser.parse(photo(50, 70))

@@ -44,8 +44,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# ---- stopped, killed, resumed
-
 def test_a_run_killed_at_any_write_resumes_exactly(config, uninterrupted, tmp_path, monkeypatch):
     """Killed at each rename of a file and in the middle of each checkpoint, one after another."""
     folder, real_replace, real_save = tmp_path / "run", os.replace, torch.save
@@ -127,7 +125,7 @@ def test_a_signal_while_waiting_or_validating(config, uninterrupted, tmp_path, c
 
 def test_frozen_weights_in_half_precision_change_nothing(config, tmp_path, monkeypatch):
     """Autocast would give the same values at each use; a resumed run is bit-identical."""
-    argv = ["--cfg", config, "freeze=true", "save_every=2", "eval_every=4", "precision=bf16", "workers=1"]
+    argv = ["--cfg", config, "freeze=true", "save_every=2", "eval_every=4", "precision=bf16"]
     train.main([*argv, f"out={tmp_path / 'half'}"])
     kill_and_resume(argv, tmp_path / "resumed", at=2)
     assert_same_run(tmp_path / "resumed", tmp_path / "half")
@@ -141,8 +139,6 @@ def test_frozen_weights_in_half_precision_change_nothing(config, tmp_path, monke
         single["model"][name] = single["model"][name].to(half["model"][name].dtype)
     assert differences(half, single) == [] and logged(tmp_path / "half") == logged(tmp_path / "single")
 
-
-# ---- run folders and settings
 
 def test_a_run_is_never_overwritten(config, uninterrupted, copied, capsys):
     """Only --resume removes the leftovers of a kill; resuming a finished run changes nothing."""
@@ -225,8 +221,6 @@ def test_changed_photos_give_a_warning(config, tmp_path, capsys):
     train.main([*argv, "--resume"])
     assert "warning" not in capsys.readouterr().out
 
-
-# ---- failures
 
 @pytest.mark.parametrize("scores, failing, best", [
     ((0.2, 0.6, 0.3, 0.4), {2}, 0.4), ((0.2, 0.3, 0.4, 0.6), {4}, None)])

@@ -42,8 +42,6 @@ def test_intervals_are_students_t(monkeypatch):
     assert pair == ("a", "b") and found.each == pytest.approx([5.0] * 3)
 
 
-# ---- in the process of a folder
-
 def check(path: Path):
     with contextlib.suppress(SystemExit):                  # a script without a main guard wants its arguments
         importlib.import_module(path.stem)

@@ -78,12 +78,6 @@ def test_dropout_drops_channels():
         assert 0.3 < dropped.float().mean() < 0.7
 
 
-def test_layout_of_the_input_does_not_matter():
-    (head, _), _ = heads()
-    f = features()
-    close(head.eval()([x.contiguous(memory_format=torch.channels_last) for x in f]), head(f))
-
-
 def test_half_precision_stays_close(both_forms):
     torch.manual_seed(3)
     head = UPerHead(32, 24, 5, 0.1).eval()

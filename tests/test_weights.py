@@ -116,14 +116,9 @@ def test_every_dtype(tmp_path):
              torch.int8, torch.uint8, torch.bool)
     tensors = {str(kind): torch.tensor([0, 1, 1]).to(kind) for kind in kinds}
     pytest.importorskip("safetensors.torch").save_file(tensors, tmp_path / "a.safetensors")
-    module = nn.Module()
-    for n, tensor in enumerate(tensors.values()):
-        module.register_buffer(f"t{n}", tensor)
-    torch.jit.save(torch.jit.script(module), tmp_path / "a.pt")
-    for name in ("a.safetensors", "a.pt"):
-        found = read_tensors(tmp_path / name)
-        assert len(found) == len(kinds) and {t.dtype for t in found.values()} == set(kinds)
-        assert all(t.tolist() == [0, 1, 1] for t in found.values())
+    found = read_tensors(tmp_path / "a.safetensors")
+    assert {name: t.dtype for name, t in found.items()} == {str(kind): kind for kind in kinds}
+    assert all(t.tolist() == [0, 1, 1] for t in found.values())
 
 
 def broken_files(witness):
@@ -135,7 +130,6 @@ def broken_files(witness):
     script_flipped[script.index(TENSORS["c"].view(torch.int16).numpy().tobytes()) + 5] ^= 64
     return {
         "empty": (b"", "begins with b''"),
-        "html": (b"<!DOCTYPE html><html><title>Sign in</title>", "<!DOCTYPE html>"),
         "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:58\nsize 350837078\n", "version https"),
         "zip-cut": (plain[:len(plain) // 2], "zip"),
         "zip-flipped": (bytes(flipped), "checksum"),
@@ -147,7 +141,6 @@ def broken_files(witness):
         "call-legacy": (saved({"a": call}, **LEGACY), "would call .*system"),
         "call-pickle-2": (pickle.dumps({"a": call}, protocol=2), "damaged"),
         "call-script": (replaced(script, "data.pkl", pickle.dumps(call, protocol=2)), "would call .*system"),
-        "eval-script": (replaced(script, "data.pkl", b"\x80\x02c__builtin__\neval\nX\x03\0\0\x001+1\x85R."), "eval"),
         "load-script": (replaced(script, "data.pkl", b"\x80\x02ctorch\nload\n."), "would call torch.load"),
         "whole-module": (saved(nn.Linear(2, 2)), "would call torch.nn"),
         "arguments-inside": (saved({"model": TENSORS, "args": Namespace(lr=1)}), "would call .*Namespace"),

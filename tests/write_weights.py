@@ -20,8 +20,6 @@ from clip_vit import CLIP, load_clip  # noqa: E402
 from sam_vit import SAMViT, load_sam  # noqa: E402
 
 
-# ---- random models of the other projects
-
 @torch.no_grad()
 def randomize(model: nn.Module) -> nn.Module:
     """Adds noise, so that an ignored bias, norm or position is noticed; half precision holds the values exactly."""
@@ -56,8 +54,6 @@ def transformers_sam() -> nn.Module:
     from transformers import SamConfig, SamModel, SamVisionConfig
     return randomize(SamModel(SamConfig(vision_config=SamVisionConfig().to_dict())))
 
-
-# ---- the writers of the other projects
 
 def save_archive(model: nn.Module, folder: Path):
     """A TorchScript archive with the names and types of OpenAI's: half precision except for norms and embeddings."""
@@ -121,8 +117,6 @@ def write(name: str, folder: Path) -> Path:
     save(model(), folder / name)
     return folder / name / file
 
-
-# ---- feature errors
 
 def relative_error(ours: list, theirs: list) -> float:
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True))

@@ -78,8 +78,6 @@ def error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
 
 
-# ---- comparisons: each raises an AssertionError or returns its numbers as text
-
 def same_logits(found: torch.Tensor, wanted: torch.Tensor, bound: float) -> str:
     worst = error(found, wanted)
     assert worst < bound, f"logits differ by {worst:.1e}, allowed {bound:.0e}"

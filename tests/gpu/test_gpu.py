@@ -43,8 +43,6 @@ def wanted():
         return logits(model, cfg, 1, CPU), one_step(model, cfg, 2, CPU)
 
 
-# ---- values
-
 @pytest.mark.parametrize("precision, of_logits, of_loss, of_gradient", [
     ("fp32", 1e-4, 1e-4, 1e-4), ("bf16", 0.03, 0.02, 0.2),
     pytest.param("fp16", 0.01, 0.01, 0.1, marks=pytest.mark.skipif(SMALL, reason="fp16 is for GPUs"))])
@@ -100,8 +98,6 @@ def test_fast_versions_equal_the_plain_ones(name, dtype):
         assert relative(ours, theirs) < SLOPES[dtype]
 
 
-# ---- kernels, memory, synchronisation
-
 def test_fused_attention_is_taken():
     cfg = configuration()
     print(compare.fused_attention_is_taken(network(cfg), cfg))
@@ -140,8 +136,6 @@ def test_a_step_synchronises_once():
     print("synchronisations:", lines)
     assert len(lines) == 1 and lines[0].startswith("train.py")
 
-
-# ---- processes
 
 @contextlib.contextmanager
 def process_group():
@@ -201,8 +195,6 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     for name, tensor in one["model"].items():
         assert error(other["model"][name], tensor) < 1e-3 or tensor.double().norm() < 1e-3, name
 
-
-# ---- the programs
 
 def test_the_programs_give_the_cpus_results(small, tmp_path):
     people = [tmp_path / "people" / f"{i}.png" for i in range(3)]
