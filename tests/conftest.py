@@ -1,4 +1,4 @@
-"""Set-up of the tests: on the CPU everywhere, torchvision importable beside a CPU-only torch; fixtures."""
+"""Set-up: tests use the CPU, a CUDA torchvision can be imported with a CPU-only torch; common fixtures."""
 
 import os
 import signal
@@ -9,40 +9,40 @@ import torch
 
 import fast
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:      # in the background; the programs under test would inherit it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:      # as in background jobs; the tested programs would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 try:
     import torchvision  # noqa: F401
-except ModuleNotFoundError:                                # only some of the peers need it
+except ModuleNotFoundError:                                # only some reference packages need it
     pass
-except RuntimeError:                                       # a torchvision for CUDA: its C++ operators did not load
-    for name in ("nms", "qnms"):                           # it only needs their schemas, nobody calls them here
+except RuntimeError:                                       # built for CUDA: its C++ operators did not load
+    for name in ("nms", "qnms"):                           # it needs their schemas only; none is called here
         torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-def pytest_configure():                                    # the benchmarks, which import this file too, may use a GPU
-    if os.environ.get("SCHNET_TEST_DEVICE", "cpu") == "cpu":             # and so may tests/gpu
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""            # results are compared bit by bit, which no GPU promises
+def pytest_configure():                                    # benchmarks, which import this file too, may use a GPU
+    if os.environ.get("SCHNET_TEST_DEVICE", "cpu") == "cpu":             # and tests/gpu, too
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""            # bit-identical results are not guaranteed on GPUs
 
 
 @pytest.fixture(params=("fast", "plain"))
 def both_forms(request, monkeypatch):
-    """Runs a test with the fast versions of fast.py and with the plain ones."""
+    """Runs a test with the fast versions of fast.py and with the plain versions."""
     monkeypatch.setattr(fast, "ENABLED", request.param == "fast")
 
 
 @pytest.fixture(scope="module")
 def one_thread():
     before = torch.get_num_threads()
-    torch.set_num_threads(1)                               # sums must not depend on how busy the machine is
+    torch.set_num_threads(1)                               # sums must not depend on the number of threads
     yield
     torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The path of a config with a small network and data for it."""
+    """The path of a config for a small network, with its data."""
     from tiny import make_config
     return make_config(tmp_path_factory.mktemp("tiny"))
 
@@ -69,7 +69,7 @@ def here(tmp_path: Path, monkeypatch) -> Path:
 
 @pytest.fixture
 def parse(small: Path):
-    """predict.py with that run: its exit code."""
+    """Runs predict.py with that run; returns its exit code."""
     import predict
 
     def program(*argv) -> int:

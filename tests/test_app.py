@@ -18,7 +18,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @pytest.fixture(scope="module")
 def address(parser: Parser):
-    """Of the page, which a thread of this process serves."""
+    """The address of the page, served by a thread of this process."""
     from examples import app
     page = app.build(parser)
     _, address, _ = page.launch(server_port=free_port(), prevent_thread_lock=True, show_error=True, quiet=True)
@@ -28,7 +28,7 @@ def address(parser: Parser):
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
-    """A photo turned by its EXIF orientation."""
+    """The path of a photo with an EXIF orientation."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(photo(50, 70)).save(tmp_path / "photo.png", exif=exif)
@@ -46,7 +46,7 @@ def test_the_label_map_is_predict_pys(parser: Parser, address: str, picture: Pat
         (tmp_path / "truncated.png").write_bytes(picture.read_bytes()[:900])
         with pytest.raises(Exception, match="(?i)image|photo|cut off"):
             client.submit(handle_file(tmp_path / bad), api_name="/parse").result(timeout=60)
-    assert (read(client.predict(handle_file(picture), api_name="/parse")[1]) == label).all()             # still there
+    assert (read(client.predict(handle_file(picture), api_name="/parse")[1]) == label).all()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

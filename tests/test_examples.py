@@ -25,7 +25,7 @@ def make_labels(*arguments) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("kind", ["coco", "labelme"])
 def test_polygons_become_label_maps(tmp_path: Path, kind: str):
-    shapes = [("Coat", SQUARE), ("Hair", TRIANGLE)]        # the later one on top
+    shapes = [("Coat", SQUARE), ("Hair", TRIANGLE)]        # the later polygon is on top
     if kind == "coco":
         source = tmp_path / "instances.json"
         source.write_text(json.dumps({
@@ -61,7 +61,7 @@ def test_colour_masks_become_label_maps_and_labels_are_never_replaced(tmp_path: 
     assert done.returncode == 1 and "labels/x.png" in done.stderr and (tmp_path / "labels/x.png").read_bytes() == before
 
 
-def test_the_inside_of_the_network_in_one_picture(small: Path, tmp_path: Path, capsys):
+def test_look_inside_draws_the_networks_maps(small: Path, tmp_path: Path, capsys):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)).save(tmp_path / "x.png")
     look_inside.main([str(tmp_path / "x.png"), "--run", str(small), "--out", str(tmp_path / "inside.png")])
     picture = np.array(Image.open(tmp_path / "inside.png"))
@@ -70,7 +70,7 @@ def test_the_inside_of_the_network_in_one_picture(small: Path, tmp_path: Path, c
     padded, _ = look_inside.canvas(parser.read(tmp_path / "x.png"), parser.model.cfg, 1.0)
     image = look_inside.torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 255
     for p in parser.model.parameters():
-        if not p.any():                                    # initialised to zero: the module would change nothing
+        if not p.any():                                    # a module initialised to zero would change nothing
             look_inside.torch.nn.init.normal_(p, std=0.1)
     f_sim, sites = look_inside.record(parser.model, image)
     assert f_sim.shape == (20,) and f_sim.sum() == pytest.approx(1, abs=1e-4)
@@ -85,7 +85,7 @@ def make_run(folder: Path, miou: list[float], **settings):
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_runs_that_differ_in_the_seed_alone_are_one_row(tmp_path: Path, capsys):
+def test_runs_that_differ_only_in_the_seed_share_a_row(tmp_path: Path, capsys):
     for seed, score in ((0, 0.5), (1, 0.6)):
         make_run(tmp_path / f"a{seed}", [0.1, score], seed=seed)
         (tmp_path / f"a{seed}/evaluation").mkdir()
@@ -96,7 +96,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row(tmp_path: Path, capsys):
     compare.main([*names, "--out", str(tmp_path / "new/compare.png")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split("  ")[0] == "a0 (2 seeds)" and "55.00 +- 7.07" in lines[1] and "2.00 +- 0.00" in lines[1]
-    assert lines[2].startswith("b ") and "30.00" in lines[2]             # not evaluated: its best validation
+    assert lines[2].startswith("b ") and "30.00" in lines[2]             # its best validation score
     colours = np.array(Image.open(tmp_path / "new/compare.png")).reshape(-1, 3)
     assert all((colours == colour).all(1).any() for colour in plots.SERIES[:2])
     with pytest.raises(UserError, match="nothing: .*config.yaml"):

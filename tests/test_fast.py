@@ -18,7 +18,7 @@ SLOPES = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 6e-2}      
 
 
 def sam(h, w, window, grid, dim, heads, pair=Attention.forward):
-    """A block's attention in windows (over the complete grid: window 0) of h x w tokens."""
+    """A block's attention over h x w tokens, in windows or (window 0) over the complete grid."""
     def make(random, dtype):
         module = Attention(dim, heads, window, window or grid)
         for p in module.parameters():
@@ -30,13 +30,13 @@ def sam(h, w, window, grid, dim, heads, pair=Attention.forward):
 
 
 def deformable(shapes, queries, heads, points, width):
-    """Locations at least a hundredth of a cell from the cells' centres, where the gradient jumps."""
+    """Locations at least 0.01 cells away from the cell centres, where the gradient is discontinuous."""
     def make(random, dtype):
         value = random((2, sum(h * w for h, w in shapes), heads, width)).to(dtype).requires_grad_()
         cells = torch.tensor([[w, h] for h, w in shapes], dtype=torch.float64).unsqueeze(1)
         at = random((2, queries, heads, len(shapes), points, 2)).double() * cells / 2 + cells / 2 - 0.5
         at = at.floor() + (at - at.floor()).clamp(0.01, 0.99) + 0.5
-        exact = dtype if dtype == torch.float64 else torch.float32                   # as the module passes them
+        exact = dtype if dtype == torch.float64 else torch.float32                   # as in MSDeformAttn
         locations = (at / cells).to(exact).requires_grad_()
         weights = random((2, queries, heads, len(shapes), points)).to(exact).requires_grad_()
         return (value, shapes, locations, weights), [value, locations, weights]
@@ -81,12 +81,12 @@ CASES = [(name, dtype) for name in PAIRS for dtype in BOUNDS if "480" not in nam
 def test_pairs_are_equal(monkeypatch, name, dtype):
     pair, make = PAIRS[name]
     if "480" not in name:
-        monkeypatch.setattr(fast, "PIECE", 4096)           # so that small sizes are split, too
+        monkeypatch.setattr(fast, "PIECE", 4096)           # so that small sizes are split too
     generator = torch.Generator().manual_seed(0)
     arguments, inputs = make(lambda shape: torch.randn(shape, generator=generator), dtype)
     plain, quick = pair.plain(*arguments), pair.fast(*arguments)
     assert relative(quick, plain) < BOUNDS[dtype]
-    if "UperNet" in name:                                  # a gradient of the plain form takes gigabytes
+    if "UperNet" in name:                                  # the plain version's gradient needs gigabytes
         return
     up = torch.randn(plain.shape, generator=generator).to(plain.dtype)
     slopes = (torch.autograd.grad(out, inputs, up) for out in (quick, plain))
@@ -102,7 +102,7 @@ def test_probabilities_in_strips_are_equal(monkeypatch, size, views, merge):
     logits = [3 * torch.randn(5, *view, generator=generator) for view in views]
     plain, label = probabilities.plain(logits, size, merge), label_map.plain(logits, size, merge)
     best = plain.topk(2, dim=0).values
-    for rows in (13, 4000):                                # in several strips, the last one shorter; in one
+    for rows in (13, 4000):                                # several strips, the last one shorter; one strip
         monkeypatch.setattr(fast, "CPU_STRIP", 4 * 5 * size[1] * rows)
         assert len(list(fast.strips(logits, size, merge))) == math.ceil(size[0] / rows)
         quick = probabilities.fast(logits, size, merge)
@@ -114,7 +114,7 @@ def test_probabilities_in_strips_are_equal(monkeypatch, size, views, merge):
 
 @pytest.mark.parametrize("size, dtype", (((2, 5, 12, 9), torch.float64), ((2, 20, 480, 480), torch.float32)), ids=str)
 def test_losses_are_equal(size, dtype):
-    """Except for ties: the same errors in the same order."""
+    """Without ties, both versions sort the errors in the same order."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(size, dtype=dtype, generator=generator).requires_grad_()
     labels = torch.randint(size[1] - 1, (size[0], *size[2:]), generator=generator)       # the last class is absent

@@ -1,4 +1,4 @@
-"""`init`: a new run starts from a trained one, for other classes and sizes; what is copied, what is refused."""
+"""`init`: a new run starts from a trained network, with other classes or sizes."""
 
 import dataclasses
 import shutil
@@ -24,7 +24,7 @@ def build(seed: int, classes: tuple[str, ...], **changes) -> torch.nn.Module:
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
-                tensor.add_(torch.rand_like(tensor))       # no zeros, which would hide what is not copied
+                tensor.add_(torch.rand_like(tensor))       # zeros would hide missing copies
     return model
 
 
@@ -37,7 +37,7 @@ def trained(tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_every_weight_is_copied_and_the_rows_of_classes_by_name(trained):
+def test_every_weight_is_copied_and_class_rows_by_name(trained):
     model, untouched = (build(1, NEW, crop_size=(64, 96)) for _ in range(2))
     line = checkpoint.init_from(model, trained, NEW)
     assert f"{trained}/last.pt" in line and "2 of 4 classes" in line and line.endswith("hat, shoe") and "\n" not in line
@@ -58,12 +58,12 @@ def test_every_weight_is_copied_and_the_rows_of_classes_by_name(trained):
 @pytest.mark.parametrize("changes, words", [
     ({"ftm_tokens": 5}, "ftm.tokens"), ({"srm": False}, "clip."), ({"aux_weight": 0.0}, "aux."),
     ({"sam": "tests"}, "sam.")])
-def test_another_architecture_is_refused_with_the_first_tensor(trained, changes, words):
+def test_another_architecture_is_refused_naming_the_first_tensor(trained, changes, words):
     with pytest.raises(UserError, match=f"^init: {trained}/last.pt .*: {words}"):
         checkpoint.init_from(build(1, NEW, **changes), trained, NEW)
 
 
-def test_a_run_with_init_does_not_need_the_old_run_to_resume(config, trained, tmp_path, capsys):
+def test_resuming_does_not_need_the_initial_run(config, trained, tmp_path, capsys):
     old = shutil.copytree(trained, tmp_path / "old")
     argv = ["--cfg", config, f"init={old}", "freeze=false"]
     train.main([*argv, f"out={tmp_path / 'uninterrupted'}"])

@@ -44,7 +44,7 @@ RUN = TINY | dict(dataset="custom", classes=("ground", "left", "right"), flip_pa
 
 
 def small_run(path: Path) -> Path:
-    """A run in the folder `path` whose small random network predicts many of LIP's classes in a photo."""
+    """Writes a run to `path` whose small random network predicts many of LIP's classes; returns `path`."""
     torch.manual_seed(0)
     labels = LABEL_SETS["lip"]
     model = build_model(Config(**SMALL), labels.classes)
@@ -55,7 +55,7 @@ def small_run(path: Path) -> Path:
 
 
 def make_data(root: Path, train: int = 10, val: int = 7):
-    """Photos with a bright left and a dark right patch, and their labels, in the folders of `dataset: custom`."""
+    """Writes photos with a left and a right patch, and their labels, in the folders of `dataset: custom`."""
     for split, count in (("train", train), ("val", val)):
         for folder in ("images", "labels"):
             (root / folder / split).mkdir(parents=True)
@@ -70,7 +70,7 @@ def make_data(root: Path, train: int = 10, val: int = 7):
 
 
 def make_config(folder: Path) -> str:
-    """The path of a config file, with its data and its run in the same folder."""
+    """Writes a config file and its data into `folder`, where the run will be too; returns the file's path."""
     make_data(folder / "data")
     (folder / "tiny.yaml").write_text(to_yaml(Config(**RUN, data_root=str(folder / "data"), out=str(folder / "run"))))
     return str(folder / "tiny.yaml")
@@ -100,7 +100,7 @@ ALONE = SimpleNamespace(rank=0, size=1, main=True, device=torch.device("cpu"), s
 
 
 def gradients(cfg: Config, parts: int, dtype=torch.float64, world: World = ALONE, **changes) -> dict:
-    """The gradient of one batch of 4, cut into `parts` micro-batches per process; BatchNorm frozen, nothing dropped."""
+    """The gradient of a batch of 4 in `parts` micro-batches per process, with frozen BatchNorm and no dropout."""
     cfg = dataclasses.replace(cfg, drop_path=0.0, head_dropout=0.0, accum_steps=parts, **changes)
     torch.manual_seed(0)
     model = build_model(cfg, cfg.classes).to(dtype)
@@ -126,7 +126,7 @@ FAULTS = {
 
 
 def with_faults(gradient, faults: dict[int, str]):
-    """`Learner.gradient` with an "image", "loss" or "gradient" that is nan at these iterations."""
+    """`Learner.gradient` with a NaN image, loss or gradient; `faults`: {iteration: which of them}."""
     def faulty(learner, micro_batches, it):
         hooks = [FAULTS[faults[it]](learner.network)] if it in faults else []
         losses = gradient(learner, micro_batches, it)
@@ -137,18 +137,18 @@ def with_faults(gradient, faults: dict[int, str]):
 
 
 def worst(a: dict, b: dict) -> float:
-    """The largest relative difference between two gradients, over the tensors."""
+    """The largest relative difference of a tensor between two gradients."""
     assert a.keys() == b.keys()
     return max(((a[name] - b[name]).norm() / b[name].norm()).item() for name in a if b[name].any())
 
 
-# ---- runs that end early
+# ---- interrupted runs
 
 GRADIENT = train.Learner.gradient
 
 
 class Killed(BaseException):
-    """Nothing catches it, as nothing catches SIGKILL: the files are those that a kill leaves."""
+    """Simulates SIGKILL: no code catches it, so the files are those that a kill leaves."""
 
 
 def throw(error: BaseException):
@@ -156,8 +156,8 @@ def throw(error: BaseException):
 
 
 def before_step(it: int, action):
-    """`Learner.gradient` that first calls `action` in iteration `it`."""
-    gradient = train.Learner.gradient                      # may have faults already
+    """`Learner.gradient` that calls `action` before iteration `it`."""
+    gradient = train.Learner.gradient                      # may be replaced already
 
     def changed(self, micro_batches, now):
         if now == it:
@@ -167,7 +167,7 @@ def before_step(it: int, action):
 
 
 def kill_and_resume(argv: list[str], folder: Path, at: int, *overrides: str):
-    """Trains, is killed in the step `at`, and trains to the end with these overrides."""
+    """Trains, is killed at iteration `at`, and resumes to the end with `overrides`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Learner, "gradient", before_step(at, lambda: throw(Killed())))
         with pytest.raises(Killed):
@@ -182,7 +182,7 @@ def ends(code: int, *argv: str):
 
 
 def fails(capsys, *argv: str) -> str:
-    """The line of a training's error."""
+    """The error line of a training run that must fail."""
     ends(1, *argv)
     line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     return line
@@ -195,14 +195,14 @@ def progress(folder: Path, name: str = "last.pt") -> dict:
 # ---- comparing runs
 
 def logged(folder: Path) -> list[dict]:
-    """The log without what depends on the machine."""
+    """The log without entries that depend on the machine."""
     entries = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     left_out = {"seconds", "waiting", "gib"}
     return [{key: value for key, value in entry.items() if key not in left_out} for entry in entries]
 
 
 def differences(a, b, where: str = "") -> list[str]:
-    """Where two checkpoints differ, bit by bit, except for times, the folder and when it was saved."""
+    """The keys at which two checkpoints are not bit-identical, except for times, folder and save interval."""
     if isinstance(a, torch.Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
     if isinstance(a, (list, tuple)):
@@ -215,22 +215,22 @@ def differences(a, b, where: str = "") -> list[str]:
 
 
 def assert_same_run(a: Path, b: Path):
-    """Weights, optimizer, progress, best network and log are equal, bit by bit."""
+    """Asserts that weights, optimizer, progress, best checkpoint and log are bit-identical."""
     for name in ("last.pt", "best.pt"):
         first, second = (torch.load(folder / name, weights_only=True) for folder in (a, b))
         assert differences(first, second) == [], name
     assert logged(a) == logged(b)
 
 
-# ---- separate processes, forked from a server that has imported the program already
+# ---- processes, forked from a server that has already imported the program
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["tiny"])
-os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)       # the server imports `tiny` before it gets sys.path
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)       # the server imports `tiny` before sys.path is set
 
 
 def _child(action, args, output: Path, environment: dict[str, str], tests: int):
-    os.setsid()                                            # its own process group, as torchrun and Slurm make it
+    os.setsid()                                            # a process group of its own, as under torchrun and Slurm
     os.environ.update(environment)
     with open(output, "wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
@@ -238,15 +238,15 @@ def _child(action, args, output: Path, environment: dict[str, str], tests: int):
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
     threading.Thread(target=_end_with, args=(tests,), daemon=True).start()
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)   # as in a normally started process
+    multiprocessing.set_start_method("fork", force=True)   # the default of a normal process
     try:
         action(*args)
     finally:
-        atexit._run_exitfuncs()                            # multiprocessing skips them
+        atexit._run_exitfuncs()                            # multiprocessing skips these
 
 
 def _end_with(tests: int):
-    """Ends the process group when the tests themselves have been killed."""
+    """Kills the process group if the tests themselves are killed."""
     with contextlib.suppress(ProcessLookupError):
         while True:
             os.kill(tests, 0)                              # raises if the process has ended
@@ -261,7 +261,7 @@ def free_port() -> int:
 
 
 class Processes:
-    """`count` processes that run `action(*args)` in torchrun's environment, without its agent."""
+    """`count` processes that run `action(*args)` with torchrun's environment variables, but without torchrun."""
 
     def __init__(self, folder: Path, action, *args, count: int = 1, **environment: str):
         port = free_port()
@@ -281,18 +281,18 @@ class Processes:
         for process in self.all:
             process.kill()
             process.join()
-            with contextlib.suppress(ProcessLookupError):  # its loaders
+            with contextlib.suppress(ProcessLookupError):  # its data loaders
                 os.killpg(process.pid, signal.SIGKILL)
 
     def wait(self, seconds: float = 180) -> list[int]:
-        """The exit codes; None for a process that is still running after `seconds`."""
+        """The exit codes; None for a process still running after `seconds`."""
         end = time.monotonic() + seconds
         for process in self.all:
             process.join(max(0.0, end - time.monotonic()))
         return [process.exitcode for process in self.all]
 
     def printed(self, rank: int = 0) -> str:
-        """Its output, without gloo's lines about connections (torch 2.8)."""
+        """The output of a process, without the connection messages of gloo (torch 2.8)."""
         text = self.outputs[rank].read_text() if self.outputs[rank].exists() else ""
         return re.sub(r"\[Gloo\] Rank \d+ is connected to .*\n", "", text)
 
