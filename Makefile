@@ -11,6 +11,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # two processes of one thread are twice as fast as one of two threads; a test file is never split between them
 PYTEST := -m pytest -q -n 2 --dist loadfile
+# the demo too, on the CPU, also where there is a GPU
+DEMO   := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2
 
 .PHONY: help demo test test-oldest test-gpu lint clean
 help:
@@ -33,11 +35,10 @@ $(VENV)/dev: requirements-dev.txt $(VENV)/run
 
 demo: $(VENV)/run
 	@rm -rf runs/demo runs/drawings
-	@# two processes on the CPU, even if there is a GPU
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 train.py
+	$(DEMO) train.py
 	$(BIN)/python -m synthetic.draw --out runs/drawings --count 6
 	$(BIN)/python predict.py --run runs/demo --out runs/demo/parsed runs/drawings
-	$(BIN)/python evaluate.py --run runs/demo --tta
+	$(DEMO) evaluate.py --checkpoint runs/demo --tta
 	@echo "Done: a small SCHNet, trained on drawn people and scored on others, above with test-time augmentation."
 	@echo "Its encoders are small, randomly initialised and trained with the rest; they are not SAM and CLIP."
 	@echo "Look at runs/demo/: curves.png, validation.png, parsed/overlays/, evaluation_tta/. Next: docs/data.md"

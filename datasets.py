@@ -104,10 +104,11 @@ def open_split(cfg: Config, split: str) -> PairSet | DrawnSet:
 
 
 def fingerprint(pairs: PairSet | DrawnSet) -> str:
-    """Number and hash of a split's names in order: where it is equal, index i is the same sample."""
+    """Number and hash of a split's names and file sizes in order: where it is equal, index i is the same sample."""
     digest = hashlib.sha256()
     for i in range(len(pairs)):
-        digest.update(os.fsencode(pairs.name(i)) + b"\n")
+        sizes = [os.path.getsize(path) for path in pairs.paths(i)] if pairs.place else []
+        digest.update(os.fsencode(pairs.name(i)) + f" {sizes}\n".encode())
     return f"{len(pairs)} {digest.hexdigest()}"
 
 

@@ -41,8 +41,7 @@ from model import SCHNet
 from viz import reports
 
 RESULTS = "results.json"
-NO_EFFECT = {"workers", "sam_weights", "clip_weights", "clip_activation", "vocab", "synthetic_train", "train_images",
-             "train_labels", "train_list"}                 # overrides that change no score
+NO_EFFECT = {"workers", "sam_weights", "clip_weights", "clip_activation", "vocab"}         # on the scores
 
 # ----------------------------------------------------------------------------------------------------------------------
 # metrics
@@ -141,10 +140,12 @@ def results_name(args: argparse.Namespace, cfg: Config, trained: Config) -> str:
 def claim(folder: Path, identity: dict):
     """Makes the folder of the results; UserError if it holds scores of other data or settings."""
     results_folder(folder)
+    if not (folder / RESULTS).exists():
+        return
     try:
         held = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["identity"]
     except (OSError, ValueError, KeyError):
-        return
+        held = {}                                          # nothing is known of them
     different = [key for key in identity if held.get(key) != json.loads(json.dumps(identity[key]))]
     if different:
         raise UserError(f"{folder / RESULTS} holds other scores ({', '.join(different)}): choose --out")
@@ -159,9 +160,10 @@ def run(args: argparse.Namespace, world: World):
         data = fingerprint(pairs)
         scales, flip_pairs = tta_views(model.cfg, labels.flip_pairs, args.tta)
         folder = args.out or path.parent / results_name(args, model.cfg, trained)
-        identity = {"run": str(path.parent.resolve()), "checkpoint": path.name, "data": data,
-                    "data_root": model.cfg.data_root, "split": args.split, "scales": scales, "flip": args.tta,
-                    **{key: getattr(model.cfg, key) for key in ("base_size", "crop_size", "precision")}}
+        identity = {"run": str(path.parent.resolve()), "checkpoint": path.name, "data": data, "split": args.split,
+                    "scales": scales, "flip": args.tta,
+                    **{key: getattr(model.cfg, key) for key in sorted(OVERRIDABLE - NO_EFFECT - {"tta_scales"})},
+                    "data_root": os.path.abspath(model.cfg.data_root) if pairs.place else ""}
         if world.main:
             claim(folder, identity)
             warning = sample_warning(pairs, labels.classes)

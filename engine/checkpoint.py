@@ -85,7 +85,14 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, dict[str, Tensor]]):
-    state = {n: saved[name] for n, name in enumerate(_optimizer_names(model, optimizer)) if name in saved}
+    """UserError if a state is not that of a parameter of this name and shape: fused AdamW would crash."""
+    names, shapes = _optimizer_names(model, optimizer), {name: p.shape for name, p in model.named_parameters()}
+    wrong = [name for name, state in saved.items() if name not in names
+             or any(value.shape != shapes[name] for key, value in state.items() if key != "step")]
+    if wrong:
+        raise UserError(f"the optimizer's state does not fit the network: {len(wrong)} parameters are unknown or of "
+                        f"another shape ({wrong[0]}, ...)")
+    state = {n: saved[name] for n, name in enumerate(names) if name in saved}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -35,6 +35,7 @@ from files.atomic import LEFTOVERS, MARK, write_text
 from viz import pictures, training
 
 MAX_SKIPPED = 20                                           # consecutive steps with a non-finite loss or gradient
+TIMED = 10                                                 # steps from which the expected time of a run is estimated
 
 
 @dataclass
@@ -77,7 +78,6 @@ class Run:
     def _open(self, resume: bool) -> dict | None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / MARK).touch()
             self._lock()                               # first: of two concurrent starts, one must see the other's files
         except OSError as error:
             raise UserError(f"out: {self.folder} cannot be used ({error.strerror})") from None
@@ -86,6 +86,10 @@ class Run:
         if held and not resume:
             raise UserError(f"{self.folder} already contains a run: continue it with --resume, or choose another with "
                             "out=FOLDER")
+        foreign = [name for name in ("config.yaml", "log.jsonl") if os.path.exists(self.folder / name)]
+        if foreign and not held and not (self.folder / MARK).exists():
+            raise UserError(f"{self.folder}: {foreign[0]} is not that of a run: choose another folder with out=FOLDER")
+        (self.folder / MARK).touch()
         for leftover in self.folder.glob(LEFTOVERS):
             leftover.unlink()
         if not held and resume:
@@ -118,12 +122,20 @@ class Run:
             raise UserError(f"{path} was trained with other settings ({', '.join(refused)}): resume with "
                             f"--cfg {self.folder / 'config.yaml'} --resume, or start a new run with out=FOLDER")
         progress = content["progress"]
-        lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
-        self.entries = [entry for entry in map(json.loads, filter(str.strip, lines))
+        if self.cfg.iters < progress["iteration"]:
+            raise UserError(f"iters ({self.cfg.iters}) is below the {progress['iteration']} iterations of {path}")
+        self.entries = [entry for entry in self._read_log()
                         if entry["iter"] <= progress["validated" if "miou" in entry else "iteration"]]
         self.world.print0(f"resuming from {path}, iteration {progress['iteration']}"
                           + (f"; changed: {', '.join(changed.values())}" if changed else ""))
         return content
+
+    def _read_log(self) -> list[dict]:
+        lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
+        try:
+            return [*map(json.loads, filter(str.strip, lines))]
+        except ValueError as error:
+            raise UserError(f"{self.log_path}: a line is no JSON ({error}): remove it or the file") from None
 
     def start(self, learner, content: dict | None, train: PairSet | DrawnSet, val: PairSet | DrawnSet):
         """Restores the learner from the checkpoint and claims the folder: config.yaml, log.jsonl."""
@@ -141,8 +153,7 @@ class Run:
             for warning in (sample_warning(pairs, self.labels.classes) for pairs in (train, val)):
                 if warning:
                     self.world.print0(f"warning: {warning}")
-        self.begun = time.monotonic()
-        self.started = self.begun - self.progress.seconds
+        self.started = time.monotonic() - self.progress.seconds
         self.first = self.progress.iteration
         self.bar = tqdm(total=self.cfg.iters, initial=self.first, unit="it", dynamic_ncols=True, mininterval=0.5,
                         disable=not (self.world.main and sys.stderr.isatty()))           # in a file: see log_means
@@ -151,8 +162,8 @@ class Run:
         """Records the fingerprints of the splits; warns if they changed since the checkpoint."""
         progress = self.progress
         if progress.train not in ("", train):
-            self.world.print0(f"warning: the training images have changed ({progress.train.split()[0]} before, "
-                              f"{train.split()[0]} now): the sample order changes from here")
+            self.world.print0("warning: the training images or labels have changed "
+                              f"({progress.train.split()[0]} images before, {train.split()[0]} now)")
         if progress.val not in ("", val):
             self.world.print0(f"warning: the validation set has changed: {checkpoint.BEST} will be the best on the new")
             progress.best_miou, progress.best_iteration = -1.0, 0
@@ -203,6 +214,16 @@ class Run:
                                 f"{self.last_checkpoint()}", everywhere=True)
         self.bar.set_postfix_str(self._state(losses, lr), refresh=False)
         self.bar.update()
+        if progress.iteration == self.first + 1:
+            self.begun = time.monotonic()                  # the first step also starts the loader
+        if progress.iteration == self.first + 1 + TIMED:
+            self.world.print0(f"time     about {self._time_left()}, without validations")
+
+    def _time_left(self) -> timedelta:
+        """The time of the remaining iterations at the mean speed since the first."""
+        progress, elapsed = self.progress, time.monotonic() - self.begun
+        each = elapsed / max(1, progress.iteration - self.first - 1)
+        return timedelta(seconds=round(each * (self.cfg.iters - progress.iteration)))
 
     def _state(self, losses: dict[str, float], lr: float) -> str:
         shown = "".join(f"{name} {value:.3f} " for name, value in losses.items())
@@ -218,9 +239,8 @@ class Run:
         progress.sums, progress.count, self.waited, self.logged = {}, 0, 0.0, now
         self._try_write(self._write_log)
         if self.bar.disable:
-            left = (now - self.begun) / (progress.iteration - self.first) * (self.cfg.iters - progress.iteration)
             self.world.print0(f"iteration {progress.iteration}/{self.cfg.iters}: {self._state(means, lr)}, "
-                              f"{timedelta(seconds=round(left))} to go")
+                              f"{self._time_left()} to go")
 
     def validated(self, result: dict, images: int, learner):
         """A validation's scores: into the log, and best.pt where they are the best so far."""

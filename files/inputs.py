@@ -10,6 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from errors import UserError
 from files import video
@@ -44,17 +45,31 @@ def list_inputs(arguments: list[str]) -> Inputs:
     for text in arguments:
         for path, name in _below(text, inputs) if os.path.isdir(text) else _matching(text, inputs):
             real = os.path.realpath(path)
-            if real not in seen:
-                seen.add(real)
-                (inputs.videos if _is_video(path) else inputs.photos).append(Input(path, os.path.splitext(name)[0]))
+            if real in seen:
+                inputs.ignored["found twice, or a link to one of the others"] += 1
+                continue
+            seen.add(real)
+            (inputs.videos if _is_video(path) else inputs.photos).append(Input(path, os.path.splitext(name)[0]))
     for kind in (inputs.photos, inputs.videos):
         taken = {}
-        for found in kind:                                 # some file systems ignore case, or how an accent is stored
-            other = taken.setdefault(unicodedata.normalize("NFC", found.name).casefold(), found)
-            if other is not found:
-                raise UserError(f"{other.path} and {found.path} would both be saved as {found.name}: parse them with "
-                                "an --out folder each, or rename one")
+        for found in kind:
+            _differ(taken.setdefault(_folded(found.name), found), found)
+    frames = {_folded(found.name + os.path.splitext(found.path)[1]): found for found in inputs.videos}
+    for found in inputs.photos if frames else ():          # labels/x.mp4 holds the frames of x.mp4
+        for above in Path(_folded(found.name)).parents:
+            _differ(frames.get(str(above), found), found)
     return inputs
+
+
+def _folded(name: str) -> str:
+    """Some file systems ignore case, or how an accent is stored."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _differ(first: Input, second: Input):
+    if first is not second:
+        raise UserError(f"{first.path} and {second.path} would both be saved as {second.name}: parse them with an "
+                        "--out folder each, or rename one")
 
 
 def _is_video(path: str) -> bool:

@@ -131,10 +131,11 @@ def _digest(label: np.ndarray) -> str:
 
 
 def read_record(path: Path) -> Record:
-    """The record in a label map's metadata; {} if there is none."""
+    """The record in a label map's metadata; {} if there is none, or the file is damaged."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
             text = {key: value for key, value in image.info.items() if isinstance(value, str)}
+            image.verify()                                 # of a file that was cut off, too, the record can be read
     except Exception:                                      # missing, or not a PNG: decoders raise many exception types
         return {}
     return text if text.get("Software") == SOFTWARE and "Classes" in text else {}
@@ -148,8 +149,12 @@ def _own_label(path: Path) -> tuple[Record, np.ndarray | None]:
 
 
 def _pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
+    """The pixels of an image file, none of a damaged or other file."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image)
+    except Exception:
+        return np.empty(0, np.uint8)
 
 
 def append_mp4_record(path: Path, record: Record):

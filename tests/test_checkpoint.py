@@ -124,6 +124,9 @@ def test_the_optimizers_state_is_by_name():
     assert {group["lr"] for group in theirs.param_groups} == {0.01}
     checkpoint.load_optimizer(model, optimizer, {})     # of a run without a step
     assert not optimizer.state_dict()["state"]
+    for name in ("no.such.parameter", "srm.expand.weight"):              # the second has another shape
+        with pytest.raises(UserError, match=f"1 parameter.*{name}"):
+            checkpoint.load_optimizer(model, optimizer, {name: saved["aux.conv_seg.bias"]})
 
 
 # ---- writing and damage

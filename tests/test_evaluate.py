@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tiny import ALONE, make_config, make_data
+from tiny import ALONE, SIZE, make_config, make_data
 
 import evaluate
 import fast
@@ -276,7 +276,7 @@ def test_results_are_of_the_checkpoint_and_the_split_that_were_scored(run, tmp_p
         assert (record["last"] or {}).get("iteration") == (4 if split == "val" else None)
 
 
-def test_scores_of_other_data_or_settings_are_never_replaced(tmp_path):
+def test_scores_of_other_data_or_settings_are_never_replaced(run, tmp_path, capsys):
     def name(*overrides, run=None, **options) -> str:
         args = SimpleNamespace(run=run, overrides=overrides, **{"tta": False, "split": "val"} | options)
         return evaluate.results_name(args, replace(CFG, **parse_overrides(overrides)), CFG)
@@ -294,6 +294,21 @@ def test_scores_of_other_data_or_settings_are_never_replaced(tmp_path):
     for key, other in (("data_root", "/b/mine"), ("scales", (1.0,)), ("data", "21 abc")):
         with pytest.raises(UserError, match=rf"e/results.json .*\({key}\).*--out"):
             evaluate.claim(tmp_path / "e", identity | {key: other})
+    (tmp_path / "e/results.json").write_text("{}")
+    with pytest.raises(UserError, match="e/results.json"):
+        evaluate.claim(tmp_path / "e", identity)
+
+    make_data(tmp_path)
+    shutil.copytree(tmp_path / "labels/val", tmp_path / "labels/other")
+    argv = ["--run", str(run), f"data_root={tmp_path}", "--out", str(tmp_path / "scores")]
+    evaluate.main(argv)
+    Image.new("L", (SIZE, SIZE)).save(tmp_path / "labels/other/0.png")
+    for labels, key in (("labels/other", "val_labels"), ("labels/val", "data")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="1"):
+            evaluate.main([*argv, f"val_labels={labels}"])
+        assert key in capsys.readouterr().err
+        shutil.copy(tmp_path / "labels/other/0.png", tmp_path / "labels/val")        # edited where it is
 
 
 def test_a_full_disk_loses_no_scores(run, tmp_path, capsys, monkeypatch):

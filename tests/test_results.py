@@ -45,7 +45,7 @@ def test_inputs_are_found_once_by_folder_pattern_and_name(here: Path):
     ("p/a.jpg", "q/a.jpg", ["p/a.jpg", "q/a.jpg"]), ("p/a.jpg", "q/a.jpg", ["p", "q"]),
     ("p/a.jpg", "q/A.jpg", ["*/*.jpg"]), ("p/a.jpg", "p/a.png", ["p"]),
     ("p/x/a.mp4", "q/x/a.avi", ["p", "q"]), ("p/x/a.jpg", "x/a.jpg", ["p", "."]),
-    ("p/\u00e9.jpg", "q/e\u0301.jpg", ["p", "q"])])
+    ("p/\u00e9.jpg", "q/e\u0301.jpg", ["p", "q"]), ("p/a.avi", "q/A.avi/000001.jpg", ["p", "q"])])
 def test_two_files_that_would_get_one_name_are_refused(here: Path, first: str, second: str, arguments: list[str]):
     for name in (first, second):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +71,7 @@ def test_what_is_not_parsed_is_counted(parse, here: Path, monkeypatch, capsys):
     assert parse(".", "pipe.jpg", "sub/*", "predictions/labels/*", "--out", "all") == 1
     printed = capsys.readouterr()
     assert files("all/labels") == ["sub/y.png", "x.png"] and "gone.png: a link to nowhere" in printed.err
+    assert "1 found twice" in printed.out                  # sub/y.png, by the pattern too
     for words in (r"named pipe or device \(pipe.jpg\)", r"device \(./pipe.jpg\)", "@eaDir: ", "predictions: results",
                   "null.png",
                   r"folder \(sub/tta\)", "2 results of", "1 without ext"):
@@ -182,6 +183,12 @@ def test_labels_and_masks_edited_by_hand_are_never_replaced(parse, here: Path, c
                 text.add_text(key, value)
         edited.putpixel((3, 4), 19 - edited.getpixel((3, 4)))
         edited.save(name, pnginfo=text)
+    if keeps_text:                                         # cut off by a copy
+        for name in ("out/labels/x.png", "masks/masks/x/04_Sunglasses.png"):
+            Path(name).write_bytes(Path(name).read_bytes()[:-20])
+        assert parse("x.png", "--out", "masks", "--masks") == 1
+        assert parse("x.png", "--out", "out", "--skip-existing") == 1
+        capsys.readouterr()
     before = contents("out")
     for more in ([], ["--masks"], ["--tta"]):
         assert parse("x.png", "v.avi", "--out", "out", "--frames", *more) == 1

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from tiny import (GRADIENT, Killed, assert_same_run, before_step, differences, ends, fails, kill_and_resume, logged,
                   progress, with_faults)
 
@@ -193,15 +194,27 @@ def test_a_changed_configuration_is_refused_or_listed(config, copied, capsys):
     assert "workers 0 -> 1" in printed and "log_every 2 -> 7" in printed
 
 
-def test_an_edited_log(config, uninterrupted, copied):
+def test_a_longer_run(config, copied, capsys):
+    """`iters` may grow on resume: the learning rate continues on the longer schedule."""
+    argv = ["--cfg", config, f"out={copied}", "--resume"]
+    train.main([*argv, "iters=6"])
+    *_, last = [entry for entry in logged(copied) if "lr" in entry]
+    assert last["iter"] == 6 and last["lr"] == pytest.approx(train.get_lr(5, load_config(config, ["iters=6"])))
+    line = fails(capsys, *argv, "iters=5")
+    assert "iters" in line and "5" in line and "6" in line
+
+
+def test_an_edited_log(config, uninterrupted, copied, capsys):
     log = copied / "log.jsonl"
     log.write_text(log.read_text().replace("\n", "\n\n"))
     train.main(["--cfg", config, f"out={copied}", "--resume"])
     assert log.read_text() == (uninterrupted / "log.jsonl").read_text()
+    log.write_text(log.read_text()[:-9])                   # cut off
+    assert str(log) in fails(capsys, "--cfg", config, f"out={copied}", "--resume") and log.exists()
 
 
 def test_changed_photos_are_a_warning(config, tmp_path, capsys):
-    """As many photos, but others; with another validation set, the best score starts again."""
+    """As many photos, but others, or other labels; with another validation set, the best score starts again."""
     data, folder = tmp_path / "data", tmp_path / "run"
     shutil.copytree(Path(config).parent / "data", data)
     argv = ["--cfg", config, f"data_root={data}", f"out={folder}"]
@@ -212,11 +225,11 @@ def test_changed_photos_are_a_warning(config, tmp_path, capsys):
     checkpoint.write(folder / "last.pt", content)
     for kind in ("images", "labels"):
         (data / kind / "train/3.png").rename(data / kind / "train/a.png")
-        (data / kind / "val/3.png").rename(data / kind / "val/a.png")
+    Image.new("L", Image.open(data / "labels/val/3.png").size).save(data / "labels/val/3.png")
     capsys.readouterr()
     train.main([*argv, "--resume"])
     printed = capsys.readouterr().out
-    assert re.search(r"warning: .*training images .*10 before, 10 now", printed)
+    assert re.search(r"warning: .*training images .*10 images before, 10 now", printed)
     assert re.search(r"warning: .*validation set .*best.pt", printed)
     assert "done: best mIoU 99" not in printed and "at iteration 4" in printed
     train.main([*argv, "--resume"])

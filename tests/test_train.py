@@ -22,6 +22,7 @@ from datasets import open_split, train_loader
 from engine import checkpoint, processes, run
 from engine.processes import StopSignal
 from errors import UserError, in_one_line
+from files.atomic import MARK
 from model import build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -254,3 +255,10 @@ def test_a_bug_keeps_its_traceback(config, tmp_path, capsys, monkeypatch):
     ends(1, "--cfg", config, f"out={tmp_path / 'run'}")
     printed = capsys.readouterr().err
     assert "Traceback" in printed and "RuntimeError: a bug" in printed
+
+
+def test_files_that_are_of_no_run_are_left_alone(config, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("# by hand")
+    for how in ((), ("--resume",)):
+        assert str(tmp_path) in fails(capsys, "--cfg", config, f"out={tmp_path}", *how)
+    assert (tmp_path / "config.yaml").read_text() == "# by hand" and not (tmp_path / MARK).exists()
