@@ -137,7 +137,7 @@ def auc(args: argparse.Namespace) -> list[str]:
     clip = foundations.load_clip(cfg.clip_weights, cfg.clip_taps, cfg.clip, cfg.clip_activation)
     f_txt, names, f_cls, shown = clip.encode_text(foundations.prompts(cfg)), label_set(cfg).classes, [], []
     for image, label in foundations.images_of(open_split(cfg, "val")):
-        f_cls.append(clip.encode_image(image)[0])
+        f_cls.append(clip.visual(image)[0])
         shown.append(foundations.presence(label, len(names)))
     cosine, shown, scale = torch.cat(f_cls) @ f_txt.T, torch.cat(shown) > 0, clip.logit_scale.exp()
     f_sim = (scale * cosine).softmax(1)
