@@ -336,6 +336,10 @@ def test_a_stalled_worker_is_one_line_with_the_names(tmp_path, monkeypatch):
     cfg = custom(root, workers=1)
     with pytest.raises(UserError, match=r"\A[^\n]* 1 s.*\bp\d, p\d"):
         next(train_loader(cfg, open_split(cfg, "train")))
+    pairs = open_split(cfg, "train")                       # in evaluation, read by threads
+    with pytest.raises(UserError, match=r"p\d: .* 1 s"):
+        next(workers.read_ahead(pairs.read, range(3), 2, pairs.name))
+    assert not list(workers.read_ahead(pairs.read, range(3), 2, interrupted=lambda: True))
 
 
 def test_ctrl_c_is_not_answered_by_the_workers(tmp_path):
