@@ -285,7 +285,9 @@ def test_a_photo_may_be_a_path_bytes_a_file_an_image_or_an_array(parser: Parser,
     white = photo(50, 70)
     white[:, 40:] = 255
     assert (parser.parse(clear) == parser.parse(white)).all() and clear.mode == "RGBA"     # the caller's is unchanged
-    for wrong, words in ((photo(5, 5)[..., 0], "RGB.*5, 5"), (photo(5, 5) / 255, "float64"), ("no.png", "No such file"),
+    Path("cut.png").write_bytes(content[:-200])
+    for wrong, words in ((photo(5, 5)[..., 0], "RGB.*5, 5"), (Image.open("cut.png"), "cut off"),
+                         (photo(5, 5) / 255, "float64"), ("no.png", "No such file"),
                          (Image.new("F", (5, 5)), "'s F"), (3, "not int"), ({"x.png"}, "not set"), (b"x", "photo"),
                          (np.zeros((0, 4, 3), np.uint8), "RGB")):
         for take in (parser.parse, parser.probabilities):
@@ -343,5 +345,6 @@ def test_the_example_of_the_docstring_and_overlays(small: Path, parser: Parser, 
     assert np.array_equal(parser.overlay("photo.jpg", label), pictures.with_legend(
         drawn, parser.classes, parser.palette, pictures.present(label)))
     assert np.array_equal(parser.overlay(original, label.astype(int)), parser.overlay("photo.jpg", label))
-    with pytest.raises(UserError, match="70.*50"):
-        parser.overlay(original, label.T)
+    for wrong, words in ((label.T, "70.*50"), (label + 20, "19"), (label.astype(int) + 256, "19")):
+        with pytest.raises(UserError, match=words):
+            parser.overlay(original, wrong)
