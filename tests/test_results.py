@@ -208,11 +208,12 @@ def test_a_data_set_is_no_folder_for_results(parse, here: Path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit of a file's size")
 @pytest.mark.parametrize("options, limit, name", [
-    (["--probs"], 200_000, "probs/large.npy"), ([], 500, "labels/large.png"), ([], 20_000, "overlays/v.mp4")])
+    (["--probs"], 200_000, "probs/large.npy"), ([], 500, "labels/large.png"), ([], 20_000, "overlays/large.jpg"),
+    ([], 20_000, "overlays/v.mp4")])
 def test_a_full_disk_is_reported_for_each_file(parse, here: Path, capsys, options: list[str], limit: int, name: str):
     import resource
     source = "v.avi" if "v.mp4" in name else "large.png"
-    save("large.png", photo(300, 200)) if source == "large.png" else clip("v.avi", 30)
+    save("large.png", photo(300, 200)), clip("v.avi", 30)
     Image.new("RGB", (1, 1)).save("small.png")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))

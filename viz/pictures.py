@@ -5,6 +5,7 @@ text.
 """
 
 import contextlib
+import io
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -274,5 +275,7 @@ def palette_picture(label: np.ndarray, palette: Palette) -> Image.Image:
 
 
 def _save(path: str | Path, picture: Image.Image, **options):
+    content = io.BytesIO()                                 # Pillow does not notice a full disk below a JPEG's last bytes
+    picture.save(content, **options)
     with atomic_write(path) as part:
-        picture.save(part, **options)
+        part.write_bytes(content.getvalue())
