@@ -35,9 +35,11 @@ def watched(loader: DataLoader, expected: Iterator[list[str]]) -> Iterator:
     handler = child_died and signal.getsignal(child_died)
     others, names, workers = set(multiprocessing.active_children()), [], set()
     try:
-        batches = iter(loader)
-        workers = set(multiprocessing.active_children()) - others
-        atexit.register(kill, workers)                     # also where somebody still holds the loader at the end
+        try:
+            batches = iter(loader)
+        finally:                                           # also of those that were started before one could not be
+            workers = set(multiprocessing.active_children()) - others
+            atexit.register(kill, workers)                 # also where somebody still holds the loader at the end
         if workers and child_died:                         # torch's handler raises wherever the main process is when a
             signal.signal(child_died, handler)             # worker dies; waiting for a batch notices it without it
         while True:
