@@ -1,16 +1,18 @@
-# make demo         install, train a small SCHNet on drawn people, score it, parse six drawings: pictures in runs/demo/
+# make demo         install, train a small SCHNet on drawn people, score it, parse six drawings; results in runs/demo/
 # make test         install, run the test suite
 # make test-oldest  the test suite with the oldest versions that requirements.txt allows, in .venv-oldest
-# make test-gpu     compare a GPU with the CPU: three minutes on one card, no download (skipped without a GPU)
+# make test-gpu     compare the GPU with the CPU: three minutes, no weights (skipped without a GPU)
 # make lint         run ruff
-# make clean        remove the demo's run and Python's caches (.venv, weights and other runs are kept)
+# make clean        remove the demo's run and Python's caches; keep .venv, weights and other runs
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# two processes of one thread, each with complete test files: on two cores twice as fast as one process of two threads
+# two processes of one thread are twice as fast as one of two threads; a test file is never split between them
 PYTEST := -m pytest -q -n 2 --dist loadfile
+# the demo too, on the CPU, also where there is a GPU
+DEMO   := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2
 
 .PHONY: help demo test test-oldest test-gpu lint clean
 help:
@@ -19,27 +21,26 @@ help:
 $(VENV)/run: requirements.txt constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 		{ echo "$(PYTHON) is older than Python 3.11: try make PYTHON=python3.12"; exit 1; }
-	@echo "installing what SCHNet needs into $(VENV) ..."
-	@# a venv without a working pip, as an interrupted make leaves it, is completed; if that fails, created again
+	@echo "installing the requirements into $(VENV) ..."
+	@# an interrupted make can leave a venv without pip: complete it or, if that fails, create it again
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) --requirement requirements.txt
 	@touch $@
 
 $(VENV)/dev: requirements-dev.txt $(VENV)/run
-	@echo "installing what the tests compare with into $(VENV) ..."
+	@echo "installing the tests' requirements into $(VENV) ..."
 	@$(PIP) --requirement requirements-dev.txt
 	@touch $@
 
 demo: $(VENV)/run
 	@rm -rf runs/demo runs/drawings
-	@# two processes on the CPU, also where there is a GPU
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 train.py
+	$(DEMO) train.py
 	$(BIN)/python -m synthetic.draw --out runs/drawings --count 6
 	$(BIN)/python predict.py --run runs/demo --out runs/demo/parsed runs/drawings
-	$(BIN)/python evaluate.py --run runs/demo --tta
-	@echo "Done: a small SCHNet, trained on drawn people, scored on others: without TTA at its last iteration, with TTA in the table."
-	@echo "Its encoders are small, randomly initialised and trained with the rest: neither SAM nor CLIP."
+	$(DEMO) evaluate.py --checkpoint runs/demo --tta
+	@echo "Done: a small SCHNet, trained on drawn people and scored on others, above with test-time augmentation."
+	@echo "Its encoders are small, randomly initialised and trained with the rest; they are not SAM and CLIP."
 	@echo "Look at runs/demo/: curves.png, validation.png, parsed/overlays/, evaluation_tta/. Next: docs/data.md"
 
 test: $(VENV)/dev

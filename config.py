@@ -149,9 +149,9 @@ PAIRED = ("crop_size", "synthetic_size", "scale_range")    # a single number is 
 CUSTOM = ("train_images", "train_labels", "val_images", "val_labels", "train_list", "val_list", "classes", "palette",
           "flip_pairs")                                    # known for the published data sets
 
-# Keys that may change on resume: paths, intervals, how the work is split.
-RESUMABLE = {"data_root", "sam_weights", "clip_weights", "clip_activation", "vocab", "init", "workers", "log_every",
-             "eval_every", "save_every", "out", "checkpointing", "tta_scales", "accum_steps"}
+# Keys that may change on resume: paths, intervals, how the work is split, the length of the run.
+RESUMABLE = {"iters", "data_root", "sam_weights", "clip_weights", "clip_activation", "vocab", "init", "workers",
+             "log_every", "eval_every", "save_every", "out", "checkpointing", "tta_scales", "accum_steps"}
 # Keys that may be overridden for a trained network: paths, data, computation. Its weights fix all others.
 OVERRIDABLE = {*CUSTOM, "dataset", "data_root", "synthetic_size", "synthetic_train", "synthetic_val", "crop_size",
                "base_size", "workers", "sam_weights", "clip_weights", "clip_activation", "vocab", "ftm_residual",

@@ -15,14 +15,12 @@ facebook/sam-vit-large.
 """
 
 import argparse
-import contextlib
 import http.client
 import os
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,14 +105,13 @@ def get(spec: FileSpec, folder: Path, mirror: str | None = None) -> str:
     target, part = folder / spec.name, folder / f"{spec.name}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder / f".{spec.name}.lock"):
-            if target.exists():
-                fault = mismatch(target, spec)
-                if fault is None:
-                    return "already there, SHA-256 checked"
-                print(f"{target}: is not the official file ({fault}); getting it again", flush=True)
-            download([f"{mirror.rstrip('/')}/{spec.name}"] if mirror else addresses(spec), part, spec)
-            os.replace(part, target)
+        if target.exists():
+            fault = mismatch(target, spec)
+            if fault is None:
+                return "already there, SHA-256 checked"
+            print(f"{target}: is not the official file ({fault}); getting it again", flush=True)
+        download([f"{mirror.rstrip('/')}/{spec.name}"] if mirror else addresses(spec), part, spec)
+        os.replace(part, target)
     except OSError as error:
         raise UserError(f"{error.filename or part}: {error.strerror or error}") from None
     return f"{spec.what}, {spec.bytes:,} bytes, SHA-256 checked"
@@ -123,22 +120,6 @@ def get(spec: FileSpec, folder: Path, mirror: str | None = None) -> str:
 def addresses(spec: FileSpec) -> list[str]:
     endpoint = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
     return [url.replace(HUB, endpoint, 1) for url in spec.urls]
-
-
-@contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Waits until no other process downloads this file; the system releases the lock when its process ends."""
-    with open(path, "a") as file:
-        if sys.platform != "win32":
-            import fcntl
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{path}: another process downloads this file, waiting for it", file=sys.stderr, flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:                                # a file system without locks
-                pass
-        yield
 
 
 def mismatch(path: Path, spec: FileSpec) -> str | None:

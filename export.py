@@ -6,11 +6,6 @@
     image           uint8 (N, H, W, 3), RGB              # any N; H and W are fixed
     probabilities   float32 (N, K, H, W)
 
-    python export.py --int8                              # and model_int8.onnx
-
---int8 rounds the weights of the linear layers to 8 bits, one scale per output channel, and their inputs at run time
-(onnxruntime's dynamic quantisation); the file is written if at least 99 % of the pixels of drawings keep their class.
-
 Height and width are fixed because the network's structure follows them: SAM's windows, the tables of positions, the
 bins of the pyramid pooling. predict.py shows the network a canvas of crop_size, with the photo's long side at
 `base_size` and the rest in the mean colour, as examples/onnx_predict.py does. Several --size give several files,
@@ -45,7 +40,6 @@ from synthetic.draw import draw
 MAX_DIFFERENCE = 1e-4                                      # of probabilities
 MIN_AGREEMENT = 0.999                                      # share of pixels with the same class
 OLDEST_TORCH = (2, 10)                                     # torch 2.8 and 2.9 cannot export the network
-MIN_INT8_AGREEMENT = 0.99
 OPSET, IR_VERSION = 18, 8                             # IR 8 is enough for opset 18; the exporter's 10 excludes runtimes
 ONE_FILE_BYTES = 1 << 30                                   # larger weights get a file of their own: ONNX ends at 2 GiB
 
@@ -90,40 +84,9 @@ def export(model: nn.Module, labels: LabelSet, source: Path, target: Path,
     return difference, agreement
 
 
-def quantize(source: Path, target: Path, size: tuple[int, int], drawings: int = 16) -> str:
-    """Writes an int8 `target` of the fp32 file `source`; returns a summary line."""
-    import onnx
-    from onnxruntime import quantization
-
-    with _whole(target) as part:
-        logging.getLogger().setLevel(logging.ERROR)        # it recommends a preparation that changes nothing here
-        quantization.quantize_dynamic(
-            source, part, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
-            weight_type=quantization.QuantType.QInt8,
-            reduce_range=True,                             # 7 bits: CPUs without VNNI add up two products in 16
-            use_external_data_format=source.with_name(f"{source.name}.data").exists())
-        model = onnx.load(part, load_external_data=False)
-        mark = next(entry for entry in model.metadata_props if entry.key == "onnx.infer")
-        model.metadata_props.remove(mark)                  # the quantiser's own; all that stays is JSON
-        onnx.save(model, part)
-        before, after = (session(path).run for path in (source, part))
-        images = [{"image": draw(1, n, size)[0][None]} for n in range(drawings)]
-        first, second = ([run(["probabilities"], image)[0].argmax(1) for image in images] for run in (before, after))
-        agreement = np.mean(np.equal(first, second))
-        kept = f"{agreement:.2%} of the pixels of {drawings} drawings keep their class"
-        if agreement < MIN_INT8_AGREEMENT:
-            raise UserError(f"{target} was not written: {kept}, {MIN_INT8_AGREEMENT:.0%} are needed")
-        return f"{size_of(part) / 2 ** 20:.1f} MiB (fp32: {size_of(source) / 2 ** 20:.1f}); {kept}"
-
-
 def session(path: Path):
     import onnxruntime
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file and of the weights beside it."""
-    return sum(file.stat().st_size for file in (path, Path(f"{path}.data")) if file.exists())
 
 
 def _translate(model: Deployed, size: tuple[int, int]):
@@ -189,7 +152,6 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--out", type=user_path, help="the file; model.onnx in the run's folder if not given")
     parser.add_argument("--size", type=parse_size, action="append", metavar="HxW",
                         help="height and width in pixels; may be repeated")
-    parser.add_argument("--int8", action="store_true", help="also NAME_int8.onnx, smaller")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run's config")
     args = parser.parse_intermixed_args(argv)
     if args.out is not None and args.out.is_dir():
@@ -213,9 +175,6 @@ def main(argv: list[str] | None = None):
         difference, agreement = export(model, labels, source, path, (height, width))
         print(f"{path}: {height} x {width}; beside PyTorch the probabilities differ by at most {difference:.1e}, "
               f"{agreement:.2%} of the pixels have the same class")
-        if args.int8:
-            small = path.with_stem(f"{path.stem}_int8")
-            print(f"{small}: {quantize(path, small, (height, width))}")
 
 
 if __name__ == "__main__":

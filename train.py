@@ -269,7 +269,7 @@ def first_screen(model: SCHNet, cfg: Config, world: World, counts: tuple[int, in
     lines = [f"run      {cfg.out or 'runs/demo'}",
              f"data     {cfg.dataset}: {counts[0]:,} training images, {counts[1]:,} validation images",
              f"network  {', '.join(parts)}: {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen",
-             f"batch    {cfg.batch_size} images = {world.size} processes x {cfg.accum_steps} steps x {each}, "
+             f"batch    {cfg.batch_size} images = {world.size} (processes) x {cfg.accum_steps} (accum_steps) x {each}, "
              f"{cfg.iters:,} iterations, {cfg.precision} on {device_name(world.device)}",
              "changed  " + textwrap.shorten(", ".join(changed) or "nothing", 111, placeholder=" ... (config.yaml)")]
     if each % cfg.loss_group:

@@ -1,11 +1,11 @@
-"""Samples per second of one core: reading and augmenting training samples, beside albumentations doing the same steps.
+"""Training samples read and augmented per second on one core, compared with albumentations.
 
     python benchmarks/bench_data.py --data FOLDER [--rounds 15] [--size 480] [--count 100]
 
-FOLDER: images/train, labels/train. Both sides take the same photos in turn, round by round; counted is processor time,
-the median round. Same steps: random scale, crop or pad to the size, flip, brightness, contrast, saturation and hue with
-probability one half each, and a uint8 tensor (3, h, w). albumentations neither swaps left and right labels nor draws a
-crop again while one class fills it; the retries are therefore off, and measured separately.
+FOLDER holds images/train and labels/train. The two alternate on the same photos; the result is the median processor
+time of the rounds. Both do: random scale, crop or pad to the size, flip, brightness, contrast, saturation and hue with
+probability 0.5 each, conversion to a uint8 tensor (3, h, w). albumentations does not swap left and right labels, and
+does not repeat a crop that one class fills: our retries are off, and measured in a separate row.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ import albumentations as A  # noqa: E402
 from albumentations.pytorch import ToTensorV2  # noqa: E402
 
 
-def peer(cfg: Config) -> A.Compose:
+def albumentations_pipeline(cfg: Config) -> A.Compose:
     low, high = (round(cfg.base_size * scale) for scale in cfg.scale_range)
     return A.Compose([
         A.LongestMaxSize(list(range(low, high + 1))),
@@ -37,7 +37,7 @@ def peer(cfg: Config) -> A.Compose:
         A.HorizontalFlip(p=cfg.flip_prob),
         A.RandomBrightnessContrast(BRIGHTNESS / 255, 0, p=0.5),
         A.RandomBrightnessContrast(0, 0.5, p=0.5),
-        A.HueSaturationValue(0, 40, 0, p=0.5),             # adds to the saturation where ours multiplies: same cost
+        A.HueSaturationValue(0, 40, 0, p=0.5),             # adds to the saturation; ours multiplies: the same cost
         A.HueSaturationValue(HUE, 0, 0, p=0.5),
         ToTensorV2()], seed=0)
 
@@ -60,12 +60,12 @@ def read_peer(photo: Path, label: Path):
 
 
 def compare(title: str, functions: dict, count: int, rounds: int):
-    """Times every photo through each of `functions` in every round, in processor time, and prints a line for each."""
+    """Prints the samples per second of each function, called on every photo in every round."""
     runs = {name: lambda function=function: [function(i) for i in range(count)] for name, function in functions.items()}
     print(title)
-    for name, of in measure(runs, rounds).summary().items():
-        print(f"  {name:<34} {1e3 * count / of.cpu:7.0f} samples/s {of.cpu / count:7.3f} ms"
-              + ("" if name == next(iter(functions)) else f"   ours is {of.cpu_ratio:.2f} times as fast"))
+    for name, row in measure(runs, rounds).summary().items():
+        print(f"  {name:<34} {1e3 * count / row.cpu:7.0f} samples/s {row.cpu / count:7.3f} ms"
+              + ("" if name == next(iter(functions)) else f"   ours is {row.cpu_ratio:.2f} times as fast"))
 
 
 def main(argv: list[str] | None = None):
@@ -79,25 +79,25 @@ def main(argv: list[str] | None = None):
     cv2.setNumThreads(0)
     cfg = Config(crop_size=(args.size, args.size), base_size=args.size, max_class_share=1.0)
     retries = dataclasses.replace(cfg, max_class_share=0.75)
-    transform, count = peer(cfg), len(files)
+    transform, count = albumentations_pipeline(cfg), len(files)
     arrays = [read_ours(*pair) for pair in files]
 
-    def peer_on(image, label):
+    def augment_peer(image, label):
         result = transform(image=image, mask=label)
         return result["image"].contiguous(), result["mask"]
 
     print_machine(f"{count} photos, crop {args.size}, albumentations {A.__version__}, OpenCV {cv2.__version__}, median "
-                  f"of {args.rounds} rounds in turn", threads=1)
-    assert ours(*arrays[0], cfg, 0)[0].shape == peer_on(*arrays[0])[0].shape == (3, *cfg.crop_size)
+                  f"of {args.rounds} alternating rounds", threads=1)
+    assert ours(*arrays[0], cfg, 0)[0].shape == augment_peer(*arrays[0])[0].shape == (3, *cfg.crop_size)
     compare("augmentation alone, from arrays", {
         "ours": lambda i: ours(*arrays[i], cfg, i),
-        "albumentations": lambda i: peer_on(*arrays[i])}, count, args.rounds)
+        "albumentations": lambda i: augment_peer(*arrays[i])}, count, args.rounds)
     compare("reading alone", {
-        "ours, checked": lambda i: read_ours(*files[i]),
-        "OpenCV, unchecked": lambda i: read_peer(*files[i])}, count, args.rounds)
+        "ours, with checks": lambda i: read_ours(*files[i]),
+        "OpenCV, without checks": lambda i: read_peer(*files[i])}, count, args.rounds)
     compare("reading and augmentation", {
         "ours": lambda i: ours(*read_ours(*files[i]), cfg, i),
-        "OpenCV and albumentations": lambda i: peer_on(*read_peer(*files[i])),
+        "OpenCV and albumentations": lambda i: augment_peer(*read_peer(*files[i])),
         "ours, with crop retries": lambda i: ours(*read_ours(*files[i]), retries, i)}, count, args.rounds)
 
 

@@ -1,9 +1,9 @@
-"""What each pair of fast.py gains: the full-size network with all fast forms, and with one of them plain at a time.
+"""What each function of fast.py gains: the full-size network with all fast versions, and with one replaced at a time.
 
     python benchmarks/bench_fast.py                        a photo at 480 px and a training step of 2, fp32 and bf16
     python benchmarks/bench_fast.py --device cuda --batch 16
 
-A pair that saves less than a tenth of a photo's or a step's time on every machine does not belong in fast.py.
+A fast version must save a tenth of the time of a photo or a step on some machine; otherwise it is removed.
 """
 
 from unittest import mock
@@ -21,17 +21,17 @@ from errors import run_program
 from layers import autocast
 
 PAIRS = {
-    "SAM's attention, a CPU's form": (sam_vit.Attention, "forward"),
+    "SAM's attention, on CPUs": (sam_vit.Attention, "forward"),
     "SAM's attention, fused": (sam_vit.Attention, "attend"),
     "deformable attention": (adapter, "ms_deform_attn"),
     "convolution of resized maps": (uperhead, "conv_of_resized"),
     "Lovasz, class by class": (losses, "lovasz_softmax"),
     "Lovasz weights": (losses, "lovasz_weights")}
-HIDDEN_ON_CPU = ("SAM's attention, fused", "Lovasz weights")             # behind another fast form
+HIDDEN_ON_CPU = ("SAM's attention, fused", "Lovasz weights")             # not called while another fast version is on
 
 
 def variants(run, device: str) -> dict:
-    """`run` as it is, with each pair of this device plain, and with none of the fast forms."""
+    """`run` with all fast versions, with one of this device's replaced by the plain version, and with none."""
     def without(owner, name):
         with mock.patch.object(owner, name, getattr(owner, name).plain):
             run()
@@ -42,20 +42,18 @@ def variants(run, device: str) -> dict:
 
     titles = [title for title, pair in PAIRS.items()
               if device in getattr(*pair).on and not (device == "cpu" and title in HIDDEN_ON_CPU)]
-    return {"all fast forms": run, **{f"plain: {title}": lambda pair=PAIRS[title]: without(*pair) for title in titles},
+    return {"all fast": run, **{f"plain: {title}": lambda pair=PAIRS[title]: without(*pair) for title in titles},
             "all plain": all_plain}
 
 
 def main(argv: list[str] | None = None):
     parser = options(__doc__, rounds=3, batch=2, size=480, threads=2, device="cpu")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
-    parser.add_argument("--only", choices=["photo", "step"], help="one of the two")
-    parser.add_argument("--small", action="store_true", help="a small network")
+    parser.add_argument("--only", choices=["photo", "step"], help="measure one of the two")
     args = parser.parse_args(argv)
     print_machine(f"{args.size} px, a training step of {args.batch}", args.threads, args.device)
     for precision in args.precision:
-        small = full_size.SMALL if args.small else []
-        cfg = full_size.lip_config(*small, f"precision={precision}", f"crop_size={args.size}")
+        cfg = full_size.lip_config(f"precision={precision}", f"crop_size={args.size}")
         learner = full_size.learner(full_size.network(cfg), args.device)
         batch = full_size.batch(cfg, args.batch, args.device)
 
@@ -65,7 +63,7 @@ def main(argv: list[str] | None = None):
 
         def step():
             learner.model.train()
-            learner.step([batch], 0)                       # a learning rate near 0
+            learner.step([batch], 0)                       # iteration 0: a learning rate near 0
 
         if args.only != "step":
             photos = {name: run for name, run in variants(photo, args.device).items() if "Lovasz" not in name}

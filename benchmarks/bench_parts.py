@@ -1,17 +1,17 @@
-"""The network's parts at their real sizes with random weights, beside other implementations.
+"""The network's parts at their real sizes, compared with other implementations. Random weights.
 
     python benchmarks/bench_parts.py                       all parts at 480 px, fp32 and bf16 autocast
     python benchmarks/bench_parts.py --part sam --size 1024 --rounds 2
 
 sam      SAM's ViT-L, the outputs of layers 6 12 18 24: segment-anything, transformers (without their necks)
 clip     CLIP's image tower, the class embedding and four taps: open_clip, transformers
-adapter  deformable attention and the adapter around it: the form of Deformable DETR, one grid_sample per level
+adapter  deformable attention alone and in the adapter: Deformable DETR's version, one grid_sample per level
 head     UperNet's head, evaluation and training: transformers
-loss     Lovasz-softmax with its gradient: the reference implementation's method, one sort per class
+loss     Lovasz-softmax and its gradient: the reference method, one sort per class
 
 Runs alternate in one process with the same weights and inputs; all outputs and gradients are compared. Under autocast
-our frozen weights are kept in bf16, as in training and prediction; the peers' stay in fp32. The columns: timing.py.
-Memory of the encoders: the peak of a run in a fresh process, above what the process held before.
+our frozen weights are kept in bf16, as in training and prediction; the peers' stay in fp32. timing.py explains the
+columns. Encoder memory: the peak of one run in a new process, minus what the process used before.
 """
 
 import argparse
@@ -43,9 +43,9 @@ class Case(NamedTuple):
     title: str
     runs: dict[str, Callable[[], list[Tensor]]]            # ours is the first
     errors: dict[str, float]
-    allowed: float                                         # error of ours
-    precision: str                                         # of the matrix products beside it; "": none
-    notes: dict[str, str] = {}                             # a further column
+    allowed: float                                         # largest error of ours
+    precision: str                                         # of the matrix products timed as a reference; "": none
+    notes: dict[str, str] = {}                             # text of an extra column
 
 
 def autocast(mode: str, device: str):
@@ -82,7 +82,7 @@ def make_encoder(encoder: str, name: str, size: int, mode: str, device: str) -> 
 
 
 def encoder_memory(encoder: str, name: str, size: int, batch: int, mode: str, threads: int) -> float:
-    """MiB at the peak of a run on the CPU, above what the process held before it."""
+    """Peak memory of a run on the CPU in MiB, minus the memory in use before it."""
     torch.set_num_threads(threads)
     run, image = make_encoder(encoder, name, size, mode, "cpu"), torch.rand(batch, 3, size, size)
     before = resident()
@@ -92,9 +92,9 @@ def encoder_memory(encoder: str, name: str, size: int, batch: int, mode: str, th
 
 
 def encoder_cases(encoder: str, args: argparse.Namespace) -> Iterator[Case]:
-    """Errors: against the first peer in fp32."""
+    """Errors are relative to the first peer in fp32."""
     image = torch.rand(args.batch, 3, args.size, args.size, device=args.device)
-    wanted = make_encoder(encoder, ENCODERS[encoder][0], args.size, "fp32", args.device)(image)
+    expected = make_encoder(encoder, ENCODERS[encoder][0], args.size, "fp32", args.device)(image)
     for mode in args.modes:
         names = OURS, *ENCODERS[encoder]
         models = {name: make_encoder(encoder, name, args.size, mode, args.device) for name in names}
@@ -102,23 +102,23 @@ def encoder_cases(encoder: str, args: argparse.Namespace) -> Iterator[Case]:
         sizes = args.size, args.batch, mode, args.threads
         notes = {} if args.device != "cpu" else {
             name: f"{in_new_process(encoder_memory, encoder, name, *sizes):6.0f} MiB" for name in names}
-        yield Case(f"{encoder}, {mode}", runs, {name: error(run(), wanted) for name, run in runs.items()},
+        yield Case(f"{encoder}, {mode}", runs, {name: error(run(), expected) for name, run in runs.items()},
                    {"fp32": 1e-5, "bf16": 0.05}[mode], mode, notes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # adapter
 
-def grid_sample_form(value, shapes, locations, weights):
+def grid_sample_version(value, shapes, locations, weights):
     value, locations, weights = value.float(), locations.float(), weights.float()      # as the original kernel runs
     return MultiScaleDeformableAttention()(value, torch.tensor(shapes), shapes, None, locations, weights, 64)
 
 
-FORMS = {OURS: adapter.ms_deform_attn, "grid_sample": grid_sample_form}
+VERSIONS = {OURS: adapter.ms_deform_attn, "grid_sample": grid_sample_version}
 
 
 def deformable_inputs(queries: list, shapes: list, batch: int, device: str) -> list[Tensor]:
-    """Values, locations and weights of 16 heads of 32 with 4 points: an untrained adapter's plus noise of a cell."""
+    """Values, locations (an untrained adapter's plus noise of one cell) and weights: 16 heads of width 32, 4 points."""
     module = adapter.MSDeformAttn(1024, len(shapes), 16, 4, 0.5)
     module.reset_parameters()
     offsets = module.sampling_offsets.bias.detach().view(1, 1, 16, len(shapes), 4, 2)
@@ -130,15 +130,15 @@ def deformable_inputs(queries: list, shapes: list, batch: int, device: str) -> l
     return [x.to(device).requires_grad_() for x in (value, locations, weights)]
 
 
-def attention(form, backward: bool, shapes, value, locations, weights) -> list[Tensor]:
+def attention(version, backward: bool, shapes, value, locations, weights) -> list[Tensor]:
     with torch.set_grad_enabled(backward):
-        out = form(value, shapes, locations, weights)
+        out = version(value, shapes, locations, weights)
     return [out, *torch.autograd.grad(out.square().sum(), (value, locations, weights))] if backward else [out]
 
 
-def adapter_alone(form, net, image, tokens, mode: str) -> list[Tensor]:
-    """The adapter of 1024 channels without the transformer in it: prior, 4 injectors, 6 extractors, fusion."""
-    adapter.ms_deform_attn = form
+def adapter_alone(version, net, image, tokens, mode: str) -> list[Tensor]:
+    """Runs the adapter (1024 channels) without the transformer layers: prior, 4 injectors, 6 extractors, fusion."""
+    adapter.ms_deform_attn = version
     with torch.no_grad(), autocast(mode, image.device.type):
         c1, c = net.prior(image)
         x, outs = tokens, []
@@ -150,14 +150,14 @@ def adapter_alone(form, net, image, tokens, mode: str) -> list[Tensor]:
 
 
 def adapter_cases(args: argparse.Namespace) -> Iterator[Case]:
-    """Errors: the difference of the two forms."""
+    """Errors are the difference between the two versions."""
     h = w = args.size // 16
     pyramid = adapter.pyramid(h, w)
     calls = []
     for name, queries, shapes in (("injector", [(h, w)], pyramid), ("extractor", pyramid, [(h, w)])):
         inputs = shapes, *deformable_inputs(queries, shapes, args.batch, args.device)
         calls.append((f"{name}, forward", "fp32", attention, (False, *inputs), 1e-5))
-        calls.append((f"{name}, + backward", "fp32", attention, (True, *inputs), 1e-2))  # slopes jump between cells
+        calls.append((f"{name}, + backward", "fp32", attention, (True, *inputs), 1e-2))  # gradients jump between cells
     net = adapter.ViTAdapter(1024, 64, 16, 4, 0.5, 0.25, 0.0).to(args.device).eval()
     for injector in net.injectors:
         torch.nn.init.ones_(injector.gamma)
@@ -166,7 +166,7 @@ def adapter_cases(args: argparse.Namespace) -> Iterator[Case]:
     calls += [(f"adapter, {mode}", mode, adapter_alone, (net, image, tokens, mode), {"fp32": 1e-4, "bf16": 0.02}[mode])
               for mode in args.modes]
     for title, mode, function, inputs, allowed in calls:
-        runs = {name: lambda form=form: function(form, *inputs) for name, form in FORMS.items()}
+        runs = {name: lambda version=version: function(version, *inputs) for name, version in VERSIONS.items()}
         ours, theirs = (run() for run in runs.values())
         yield Case(title, runs, dict.fromkeys(runs, error(ours, theirs)), allowed, mode)
 
@@ -174,7 +174,7 @@ def adapter_cases(args: argparse.Namespace) -> Iterator[Case]:
 # ----------------------------------------------------------------------------------------------------------------------
 # head
 
-LAYOUTS = {OURS: torch.channels_last, "transformers": torch.contiguous_format}           # of the features they get
+LAYOUTS = {OURS: torch.channels_last, "transformers": torch.contiguous_format}           # memory format of the features
 
 
 def features(name: str, batch: int, size: int, device: str, train: bool) -> list[Tensor]:
@@ -194,7 +194,7 @@ def head_outputs(head: torch.nn.Module, maps: list[Tensor], train: bool, mode: s
 
 
 def head_cases(args: argparse.Namespace) -> Iterator[Case]:
-    """Errors: of the logits and of the features' gradients, against the peer in fp64 on an image of 96 px."""
+    """Errors of the logits and of the features' gradients, relative to the peer in fp64 on a 96 px image."""
     ours = UPerHead(1024, 512, 20, dropout=0.0)
     nets = {OURS: ours.to(args.device), "transformers": peers.upernet(ours.state_dict()).to(args.device)}
     for train, batch in ((False, args.batch), (True, 2 * args.batch)):
@@ -202,12 +202,12 @@ def head_cases(args: argparse.Namespace) -> Iterator[Case]:
             net.train(train)
         small = {name: features(name, max(batch, 4) if train else batch, 96, args.device, train) for name in nets}
         exact = copy.deepcopy(nets["transformers"]).double()
-        wanted = head_outputs(exact, [x.double() for x in small["transformers"]], train, "fp32")[:5]
+        expected = head_outputs(exact, [x.double() for x in small["transformers"]], train, "fp32")[:5]
         maps = {name: features(name, batch, args.size, args.device, train) for name in nets}
         for mode in args.modes:
-            errors = {name: error(head_outputs(nets[name], small[name], train, mode)[:5], wanted) for name in nets}
+            errors = {name: error(head_outputs(nets[name], small[name], train, mode)[:5], expected) for name in nets}
             runs = {name: lambda name=name: head_outputs(nets[name], maps[name], train, mode) for name in nets}
-            # ReLU's slope jumps at zero: one input within rounding of it changes the gradients by 1e-3
+            # ReLU's slope jumps at zero: one input within rounding error of zero changes the gradients by 1e-3
             yield Case(f"{'forward + backward' if train else 'evaluation'}, batch {batch}, {mode}", runs, errors,
                        max(2 * errors["transformers"], 1e-2 if train else 1e-5), mode)
 
@@ -216,7 +216,7 @@ def head_cases(args: argparse.Namespace) -> Iterator[Case]:
 # loss
 
 def sort_per_class(logits: Tensor, labels: Tensor) -> Tensor:
-    """The reference method: for each class that is present, a descending sort of the errors and cumulative sums."""
+    """The reference method: for each class present, sort the errors in descending order and take cumulative sums."""
     probs = logits.softmax(1).movedim(1, -1).flatten(0, 2)                               # (N, K)
     labels = labels.flatten()
     probs, labels = probs[labels != 255], labels[labels != 255]
@@ -234,13 +234,11 @@ def sort_per_class(logits: Tensor, labels: Tensor) -> Tensor:
 LOSSES = {OURS: lovasz_softmax, "one sort per class": sort_per_class}
 
 
-def loss_inputs(images: int, size: int, trained: bool, device: str) -> tuple[Tensor, Tensor]:
-    """Blocks of labels with an ignored border; random logits, or those of a trained network."""
+def loss_inputs(images: int, size: int, device: str) -> tuple[Tensor, Tensor]:
+    """Blocks of labels with an ignored border, and logits like those of a trained network."""
     labels = torch.randint(20, (images, 1, 15, 15)).float()
     labels = F.interpolate(labels, size=(size, size))[:, 0].to(torch.uint8)
-    logits = torch.randn(images, 20, size, size)
-    if trained:
-        logits = 2 * logits + 8 * F.one_hot(labels.long(), 20).movedim(-1, 1)
+    logits = 2 * torch.randn(images, 20, size, size) + 8 * F.one_hot(labels.long(), 20).movedim(-1, 1)
     labels[:, :size // 24] = 255
     return logits.to(device), labels.to(device)
 
@@ -252,16 +250,15 @@ def loss_and_gradient(loss, logits: Tensor, labels: Tensor) -> list[Tensor]:
 
 
 def loss_cases(args: argparse.Namespace) -> Iterator[Case]:
-    """Errors: of the gradient, and in a further column of the loss, against the peer in fp64 on half the size."""
-    for trained in (False, True):
-        logits, labels = loss_inputs(4 * args.batch, args.size // 2, trained, args.device)
-        exact = loss_and_gradient(sort_per_class, logits.double(), labels)
-        found = {name: loss_and_gradient(loss, logits, labels) for name, loss in LOSSES.items()}
-        inputs = loss_inputs(4 * args.batch, args.size, trained, args.device)
-        yield Case("logits of a trained network" if trained else "random logits",
-                   {name: lambda loss=loss: loss_and_gradient(loss, *inputs) for name, loss in LOSSES.items()},
-                   {name: error(outputs[1:], exact[1:]) for name, outputs in found.items()}, 1e-2, "",
-                   {name: f"{error(outputs[:1], exact[:1]):10.1e}" for name, outputs in found.items()})
+    """Errors of the gradient, and in an extra column of the loss, relative to the peer in fp64 at half the size."""
+    logits, labels = loss_inputs(4 * args.batch, args.size // 2, args.device)
+    exact = loss_and_gradient(sort_per_class, logits.double(), labels)
+    results = {name: loss_and_gradient(loss, logits, labels) for name, loss in LOSSES.items()}
+    inputs = loss_inputs(4 * args.batch, args.size, args.device)
+    yield Case("Lovasz-softmax", {name: lambda loss=loss: loss_and_gradient(loss, *inputs)
+                                  for name, loss in LOSSES.items()},
+               {name: error(outputs[1:], exact[1:]) for name, outputs in results.items()}, 1e-2, "",
+               {name: f"{error(outputs[:1], exact[:1]):10.1e}" for name, outputs in results.items()})
 
 
 PARTS = {"sam": lambda args: encoder_cases("sam", args), "clip": lambda args: encoder_cases("clip", args),

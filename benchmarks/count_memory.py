@@ -1,13 +1,13 @@
-"""The cost of a training step, counted on tensors that have shapes but no values: the table of docs/reproduce.md.
+"""Operations and memory of a training step, counted on fake tensors: the tables of docs/reproduce.md.
 
     python benchmarks/count_memory.py                      a few minutes, 1.5 GB of memory, no GPU
     python benchmarks/count_memory.py configs/lip.yaml ftm_tokens=200 crop_size=512
     python benchmarks/count_memory.py --modules            parameters and GFLOP of each module, one image
 
-Arithmetic: flops.py, forward and backward, with the recomputation of checkpointing. Memory: every storage that autograd
-keeps for the backward pass (`saved_tensors_hooks`), weights, gradients, and AdamW's two moments, under bf16 autocast
-with frozen weights in bf16 as train.py keeps them, and with fused attention, as on a GPU. Both are counted for 2 and 3
-images and extrapolated linearly. Not counted: the loss and the libraries' workspace.
+Operations: flops.py, forward and backward, including what checkpointing recomputes. Memory: weights,
+gradients, AdamW's two moments and every storage that autograd saves for the backward pass (`saved_tensors_hooks`),
+under bf16 autocast, with frozen weights in bf16 as in train.py and fused attention as on a GPU. Both are counted for 2
+and 3 images and extrapolated linearly. Not counted: the loss and the libraries' workspace.
 """
 
 import argparse
@@ -33,35 +33,35 @@ CASES = (("configs/lip.yaml", ()), ("configs/lip.yaml", ("checkpointing=true",))
 
 
 def step(model: SCHNet, image: torch.Tensor) -> tuple[int, int]:
-    """Operations of a forward and backward pass, and bytes that are kept between the two, weights not included."""
-    kept, held = {}, {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    """Operations of a forward and backward pass, and the bytes saved between them, without the weights."""
+    saved, own = {}, {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def save(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in held:
-            kept[storage._cdata] = storage                 # a reference: no other storage can get its address
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage                # this reference keeps the address from being reused
         return tensor
 
     with Flops() as flops:
-        with saved_tensors_hooks(keep, lambda tensor: tensor), autocast(image.device, model.cfg.precision):
+        with saved_tensors_hooks(save, lambda tensor: tensor), autocast(image.device, model.cfg.precision):
             outputs = model(image)
         sum(logits.float().sum() for logits in outputs if logits is not None).backward()
-    return flops.total, sum(storage.nbytes() for storage in kept.values())
+    return flops.total, sum(storage.nbytes() for storage in saved.values())
 
 
 def module_table() -> list[str]:
-    """Parameters of the modules of configs/lip.yaml, and operations of a forward pass of one image."""
-    model, spent, begun = fake_model(load_config(ROOT / "configs" / "lip.yaml", full_size.RANDOM)), {}, {}
+    """Parameters of each module of configs/lip.yaml, and its operations in a forward pass of one image."""
+    model, spent, start = fake_model(load_config(ROOT / "configs" / "lip.yaml", full_size.RANDOM)), {}, {}
     groups = {"SAM": [model.sam.patch_embed, *model.sam.blocks], "CLIP, image tower": [model.clip], "SRM": [model.srm],
               "FTM": [model.ftm], "UperNet": [model.head], "auxiliary head, in training": [model.aux]}
     with FakeTensorMode(allow_non_fake_inputs=True), Flops() as flops, autocast(torch.device("cpu"), "bf16"):
         for name, members in groups.items():
             for member in members:
-                member.register_forward_pre_hook(lambda *_, name=name: begun.update({name: flops.total}))
+                member.register_forward_pre_hook(lambda *_, name=name: start.update({name: flops.total}))
                 member.register_forward_hook(lambda *_, name=name: spent.update(
-                    {name: spent.get(name, 0) + flops.total - begun[name]}))
-        model(torch.empty(2, 3, *model.cfg.crop_size))         # BatchNorm needs two
-    sizes = {name: sum(p.numel() for one in members for p in one.parameters()) for name, members in groups.items()}
+                    {name: spent.get(name, 0) + flops.total - start[name]}))
+        model(torch.empty(2, 3, *model.cfg.crop_size))         # BatchNorm needs two images
+    sizes = {name: sum(p.numel() for part in members for p in part.parameters()) for name, members in groups.items()}
     sizes["SAM"] += model.sam.pos_embed.numel()
     sizes["ViT-Adapter"] = sum(p.numel() for p in model.adapter.parameters())
     spent["ViT-Adapter"] = flops.total - sum(spent.values())
@@ -71,7 +71,7 @@ def module_table() -> list[str]:
 
 
 def fake_model(cfg: Config) -> SCHNet:
-    """A network in training mode whose tensors have no values."""
+    """A network in training mode on fake tensors."""
     classes = label_set(cfg).classes
     texts = {"f_txt": torch.zeros(len(classes), 512), "sim_scale": torch.tensor(100.0)}
     model = build_model(cfg, classes, state=texts)         # on the meta device
@@ -85,11 +85,11 @@ def row(path: str, overrides: tuple[str, ...]) -> str:
     cfg = load_config(ROOT / path, [*full_size.RANDOM, *overrides])
     model = fake_model(cfg)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        (flops, kept), (flops_of_3, kept_of_3) = (step(model, torch.empty(n, 3, *cfg.crop_size)) for n in (2, 3))
+        (flops, saved), (flops_of_3, saved_of_3) = (step(model, torch.empty(n, 3, *cfg.crop_size)) for n in (2, 3))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fixed = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + 3 * 4 * trained
     tera = (flops + 14 * (flops_of_3 - flops)) / 1e12
-    gib = [(fixed + kept + (n - 2) * (kept_of_3 - kept)) / 2 ** 30 for n in (4, 16)]
+    gib = [(fixed + saved + (n - 2) * (saved_of_3 - saved)) / 2 ** 30 for n in (4, 16)]
     name = " ".join([f"`{path.removeprefix('configs/')}`", *(f"`{item}`" for item in overrides)])
     count = sum(p.numel() for p in model.parameters())
     return (f"| {name} | {count / 1e6:.0f} ({trained / 1e6:.0f}) | {tera / 16:.2f} | {tera:.0f} | {gib[0]:.1f} | "
@@ -98,12 +98,12 @@ def row(path: str, overrides: tuple[str, ...]) -> str:
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modules", action="store_true", help="the table of the modules instead")
-    parser.add_argument("cfg", nargs="?", help="a file of configs/; those of docs/reproduce.md if not given")
+    parser.add_argument("--modules", action="store_true", help="print the table of the modules instead")
+    parser.add_argument("cfg", nargs="?", help="a file of configs/; if not given, the rows of docs/reproduce.md")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-    Attention.forward = Attention.forward.plain            # the forms that a GPU uses: its `attend` is the fused one
+    Attention.forward = Attention.forward.plain            # a GPU uses the plain version, with `attend` fused
     adapter.ms_deform_attn = adapter.ms_deform_attn.plain
     if args.modules:
         print("\n".join(module_table()))

@@ -1,14 +1,13 @@
-"""The first hour on a new GPU: the full-size SCHNet (random weights, 480 x 480), each switch of a step on and off.
+"""Training and inference speed on a new GPU: the full-size SCHNet with random weights at 480 x 480 px.
 
     python benchmarks/first_hour.py                           bf16
-    python benchmarks/first_hour.py --precision fp32          the same, with TF32 as a switch
-    python benchmarks/first_hour.py --device cpu --small --precision fp32   a small network, to check that it works
+    python benchmarks/first_hour.py --precision fp32          the same, with a row for TF32
+    python benchmarks/first_hour.py --device cpu --small --precision fp32   a small network, to test this script
 
-Prints the error of the logits against the same weights on the CPU; seconds per training step at batch 16 and 4 with
-peak memory, with and without checkpointing; images per second in inference; and a training step of 16 as it is beside
-the same step with one switch changed. Batches are random and already on the device: the loader is measured by
-bench_data.py. Needs no weight files and no data. The columns: timing.py. On a GPU, bench_fast.py --device cuda measures
-the fast forms and bench_parts.py --device cuda the parts beside their peers.
+Prints the error of the logits relative to the CPU; time and peak memory of a training step of 16 and of 4 images, with
+and without checkpointing; a step of 16 with one switch changed at a time; images per second in inference. Batches are
+random and already on the device (bench_data.py measures the loader); weight files and data are not needed. timing.py
+explains the columns. Further on a GPU: bench_fast.py --device cuda, bench_parts.py --device cuda.
 """
 
 import contextlib
@@ -30,19 +29,19 @@ from model import SCHNet
 
 
 def agreement(model: SCHNet, cfg: Config, device: torch.device):
-    """Compares one image on the device with the same weights on the CPU in fp32. Leaves the model on the device."""
+    """Prints the error of the logits of one image, relative to the CPU in fp32. Leaves the model on the device."""
     image = torch.rand(1, 3, *cfg.crop_size)
     with torch.inference_mode():
-        wanted = model.eval().cpu()(image)
+        expected = model.eval().cpu()(image)
         model.to(device)
         for precision in dict.fromkeys(("fp32", cfg.precision)):
             with autocast(device, precision):
-                found = model(image.to(device)).float().cpu()
-            print(f"logits in {precision} on the device, relative error: {error([found], [wanted]):.0e}")
+                logits = model(image.to(device)).float().cpu()
+            print(f"logits in {precision} on the device, relative error: {error([logits], [expected]):.0e}")
 
 
 def training(model: SCHNet, device: str, images: int, checkpointing: bool, rounds: int):
-    """Prints a table of one row: an optimizer step, images per second, peak memory."""
+    """Prints the time of an optimizer step, images per second and peak memory."""
     model.cfg = dataclasses.replace(model.cfg, batch_size=images, checkpointing=checkpointing)
     learner, batch = full_size.learner(model, device), full_size.batch(model.cfg, images, device)
     cuda = learner.world.device.type == "cuda"
@@ -51,7 +50,7 @@ def training(model: SCHNet, device: str, images: int, checkpointing: bool, round
         torch.cuda.reset_peak_memory_stats()
 
     def step():
-        learner.step([batch], 0)                           # a learning rate near 0
+        learner.step([batch], 0)                           # iteration 0: a learning rate near 0
 
     title = f"training, batch {images}" + ", checkpointing" * checkpointing
     try:
@@ -75,7 +74,7 @@ def inference(model: SCHNet, images: int, device: torch.device, rounds: int):
 
 
 @contextlib.contextmanager
-def algorithms_not_compared():
+def without_cudnn_benchmark():
     torch.backends.cudnn.benchmark = False
     yield
     torch.backends.cudnn.benchmark = True
@@ -89,7 +88,7 @@ def tf32():
 
 
 def switches(model: SCHNet, device: str, images: int, rounds: int):
-    """Prints a table of a training step as it is, and with one switch changed in each row."""
+    """Prints the time of a training step as it is, and with one switch changed at a time."""
     model.cfg = dataclasses.replace(model.cfg, batch_size=images, checkpointing=False)
     learner, batch = full_size.learner(model.train(), device), full_size.batch(model.cfg, images, device)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -103,8 +102,8 @@ def switches(model: SCHNet, device: str, images: int, rounds: int):
         return lambda: step(network=wrapped)
 
     unfused = torch.optim.AdamW(learner.optimizer.param_groups, lr=1e-12, fused=False)
-    runs = {"as it is": step, "cudnn.benchmark off": lambda: step(algorithms_not_compared),
-            "one buffer copied, not all": lambda: step(buffers=learner.buffers[:1], before=learner.before[:1]),
+    runs = {"as it is": step, "cudnn.benchmark off": lambda: step(without_cudnn_benchmark),
+            "only one buffer copied": lambda: step(buffers=learner.buffers[:1], before=learner.before[:1]),
             "Eq. 5's logits in the step's precision":
                 lambda: step(lambda: mock.patch.object(network, "matmul_fp32", torch.matmul)),
             "AdamW not fused": lambda: step(optimizer=unfused)}
@@ -120,7 +119,7 @@ def switches(model: SCHNet, device: str, images: int, rounds: int):
 def main(argv: list[str] | None = None):
     parser = options(__doc__, device="cuda", rounds=10, threads=torch.get_num_threads())
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp16", "fp32"))
-    parser.add_argument("--small", action="store_true", help="a small network")
+    parser.add_argument("--small", action="store_true", help="a small network, to test this script")
     args = parser.parse_args(argv)
     cfg = full_size.lip_config(f"precision={args.precision}", *(full_size.SMALL if args.small else []))
     print_machine(f"{args.precision}, {cfg.crop_size[0]} x {cfg.crop_size[1]}", args.threads, args.device)

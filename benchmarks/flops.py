@@ -1,11 +1,11 @@
-"""Floating-point operations of a run, counted operator by operator while it runs. A multiply-add is two.
+"""Counts the floating-point operations of a run, operator by operator. A multiply-add counts as two.
 
-Counted: matrix products, convolutions, attention, and what deformable attention samples and weighs; forward, backward,
-and recomputed ones as often as they run. Not counted: what works number by number (norms, softmax, activations,
-interpolation). torch.utils.flop_counter leaves out attention on a CPU, nn.MultiheadAttention's fast path, embedding_bag
-and grid_sample, and counts the weight gradient of a convolution in groups as often as there are groups.
+Counted: matrix products, convolutions, attention and the weighted samples of deformable attention, each time they run:
+forward, backward, recomputation. Not counted: elementwise operations, norms, softmax, interpolation.
+torch.utils.flop_counter misses attention on a CPU, nn.MultiheadAttention's fast path, embedding_bag and grid_sample,
+and counts the weight gradient of a grouped convolution once per group.
 
-An operator that multiplies and has no formula here is an error: a share of too little arithmetic looks like slowness.
+An operator that multiplies but has no formula here raises an error: too low a count would look like a slow run.
 """
 
 import math
@@ -24,7 +24,7 @@ def product(a: Tensor, b: Tensor) -> int:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scores: int, sums: int) -> int:
-    """q (..., N, d), k (..., M, d), v (..., M, D): `scores` products like q.k, `sums` like the weighted sum of v."""
+    """q (..., N, d), k (..., M, d), v (..., M, D): `scores` products of the shape of q k^T, `sums` of that times v."""
     return 2 * math.prod(q.shape[:-1]) * k.shape[-2] * (scores * q.shape[-1] + sums * v.shape[-1])
 
 
@@ -33,11 +33,11 @@ def forward_attention(out, q: Tensor, k: Tensor, v: Tensor, *_) -> int:
 
 
 def backward_attention(out, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_) -> int:
-    return attention(q, k, v, 3, 2)          # scores again, gradients of q and k; of weights and v
+    return attention(q, k, v, 3, 2)          # q k^T again, gradients of q and k; of weights and v
 
 
 def multi_head_attention(out, q: Tensor, k: Tensor, v: Tensor, dim: int, *_) -> int:
-    """Four linear layers and the attention between them, of (B, N, dim)."""
+    """Four linear layers and attention, on (B, N, dim)."""
     return 2 * q.numel() * 4 * dim + attention(q, k, v, 1, 1)
 
 
@@ -59,7 +59,7 @@ def grid_sampler(out: Tensor, *_) -> int:
 
 
 def backward_grid_sampler(out, grad: Tensor, x, grid, mode, padding, align, wanted: list[bool]) -> int:
-    return 2 * 4 * grad.numel() * (wanted[0] + 2 * wanted[1])              # of the map; of x and of y
+    return 2 * 4 * grad.numel() * (wanted[0] + 2 * wanted[1])              # gradient of the map; of x and y
 
 
 FORMULAS: dict[str, Callable[..., int]] = {
@@ -77,7 +77,7 @@ for kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attentio
 
 
 class Flops(TorchDispatchMode):
-    """A context; `total` is the number so far."""
+    """Context manager: counts the operations inside it in `total`."""
 
     def __init__(self):
         super().__init__()
@@ -87,12 +87,12 @@ class Flops(TorchDispatchMode):
         space, _, name = operator.name().partition(".")[0].partition("::")
         formula, kwargs = FORMULAS.get(name), kwargs or {}
         if formula is None:
-            with self, enable_reentrant_dispatch():        # made of others, as linear is of addmm? Under autocast too
+            with self, enable_reentrant_dispatch():        # composed of others, as linear is of addmm, also in autocast
                 out = operator.decompose(*args, **kwargs) if space == "aten" else NotImplemented
             if out is not NotImplemented:
                 return out
             if MULTIPLIES.search(name):
-                raise NotImplementedError(f"{name}: how many operations it takes is not known to {__file__}")
+                raise NotImplementedError(f"{name}: {__file__} has no formula for its operations")
         out = operator(*args, **kwargs)
         if formula is not None:
             self.total += formula(out, *args)
@@ -100,7 +100,7 @@ class Flops(TorchDispatchMode):
 
 
 def count(run: Callable) -> tuple[object, int]:
-    """What `run()` returns, and the floating-point operations it took."""
+    """The result of `run()` and its floating-point operations."""
     with Flops() as flops:
         result = run()
     return result, flops.total

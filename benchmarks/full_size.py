@@ -1,4 +1,4 @@
-"""The full-size network with random weights (and a small one for checks), a batch for it, its learner."""
+"""The full-size network with random weights (SMALL: a small one), random batches, and its learner."""
 
 import torch
 from timing import ROOT
@@ -20,7 +20,7 @@ def lip_config(*overrides: str) -> Config:
 
 
 def network(cfg: Config) -> SCHNet:
-    """A network as train.py and load_run have it: its frozen weights are kept in `cfg.precision`."""
+    """A network with its frozen weights in `cfg.precision`, as train.py and load_run build it."""
     torch.manual_seed(0)
     model = build_model(cfg, label_set(cfg).classes)
     cast_frozen(model, cfg.precision)
@@ -28,7 +28,7 @@ def network(cfg: Config) -> SCHNet:
 
 
 def batch(cfg: Config, images: int, device: str) -> tuple[torch.Tensor, torch.Tensor, list]:
-    """Random colours and blocks of random classes, on the device: uint8 (b, 3, h, w), uint8 (b, h, w), no names."""
+    """A random batch on the device: image uint8 (b, 3, h, w), label uint8 (b, h, w) in blocks, no names."""
     height, width = cfg.crop_size
     image = torch.randint(0, 256, (images, 3, height, width), dtype=torch.uint8, device=device)
     label = torch.randint(0, 20, (images, height // 16, width // 16), dtype=torch.uint8, device=device)

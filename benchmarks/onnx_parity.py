@@ -1,12 +1,12 @@
-"""ONNX beside PyTorch: seconds, size and labels of PyTorch in fp32 and bf16 and of onnxruntime in fp32 and int8.
+"""Compares onnxruntime with PyTorch (fp32, bf16): time, size, labels.
 
     python benchmarks/onnx_parity.py                                       # configs/lip.yaml with random weights: 10 GB
-    python benchmarks/onnx_parity.py --run runs/demo --size 128x128        # of a trained run
+    python benchmarks/onnx_parity.py --run runs/demo --size 128x128        # a trained run
 
-Prints the largest difference of probabilities between the two, then a table of one drawing at a time, in turn (the
-columns: timing.py); "labels" is the share of the drawings' pixels with the class that PyTorch's fp32 gives them.
-Parameters initialised to zero (the last projections of SRM and FTM, the injectors' gammas) would hide errors in the
-layers before them, so they get random numbers too. The classifier is scaled to the logits of trained networks.
+Prints the largest difference in the probabilities, then a table of one drawing at a time, alternating (timing.py
+explains the columns); "labels" is the share of pixels with the same class as in PyTorch fp32. Parameters initialised to
+zero (last projections of SRM and FTM, the injectors' gammas) would hide errors in the layers before them, so they are
+randomised. The classifier is scaled so that the logits are as large as a trained network's.
 """
 
 import copy
@@ -27,7 +27,7 @@ from layers import autocast, cast_frozen
 from model import SCHNet
 from synthetic.draw import draw
 
-LOGITS = 4.0                                               # their standard deviation
+LOGITS = 4.0                                               # standard deviation of a trained network's logits
 
 
 def random_network(cfg: Config) -> SCHNet:
@@ -42,10 +42,7 @@ def random_network(cfg: Config) -> SCHNet:
 
 
 def print_table(model: SCHNet, path: Path, size: tuple[int, int], drawings: int, rounds: int):
-    """Prints the table of PyTorch, of the file `path` and of its int8 version."""
-    small = path.with_stem(f"{path.stem}_int8")
-    export.MIN_INT8_AGREEMENT = 0.0                        # the table shows the agreement, whatever it is
-    export.quantize(path, small, size)
+    """Prints the table of PyTorch and the ONNX file `path`."""
     images = [draw(1, n, size)[0][None] for n in range(drawings)]
     deployed, half = export.Deployed(model).eval(), export.Deployed(copy.deepcopy(model)).eval()
     half.requires_grad_(False)
@@ -55,14 +52,14 @@ def print_table(model: SCHNet, path: Path, size: tuple[int, int], drawings: int,
         with torch.inference_mode(), autocast(torch.device("cpu"), precision):
             return module(torch.from_numpy(image)).float().numpy()
 
-    sessions = {"onnxruntime fp32": export.session(path), "onnxruntime int8": export.session(small)}
+    session = export.session(path)
     runs = {"PyTorch fp32": lambda image: in_torch(deployed, image, "fp32"),
-            "PyTorch bf16": lambda image: in_torch(half, image, "bf16")}
-    runs |= {name: lambda image, s=s: s.run(None, {"image": image})[0] for name, s in sessions.items()}
+            "PyTorch bf16": lambda image: in_torch(half, image, "bf16"),
+            "onnxruntime fp32": lambda image: session.run(None, {"image": image})[0]}
     labels = {name: np.concatenate([run(image).argmax(1) for image in images]) for name, run in runs.items()}
     bytes_of = {"PyTorch fp32": sum(p.nbytes for p in model.state_dict().values()),
                 "PyTorch bf16": sum(p.nbytes for p in half.state_dict().values()),
-                "onnxruntime fp32": export.size_of(path), "onnxruntime int8": export.size_of(small)}
+                "onnxruntime fp32": sum(file.stat().st_size for file in path.parent.iterdir())}
     same = {name: (found == labels["PyTorch fp32"]).mean() for name, found in labels.items()}
     notes = {name: f"{bytes_of[name] / 2 ** 20:9.1f}{same[name]:10.3%}" for name in runs}
     measured = measure({name: lambda run=run: run(images[0]) for name, run in runs.items()}, rounds)
@@ -79,7 +76,7 @@ def main(argv: list[str] | None = None):
     else:
         model, source = random_network(full_size.lip_config("precision=fp32")), Path(__file__)
         labels = label_set(model.cfg)
-    print_machine(f"{args.run or 'random weights'}, bounds of export.py: {export.MAX_DIFFERENCE:g} in probabilities, "
+    print_machine(f"{args.run or 'random weights'}, limits of export.py: {export.MAX_DIFFERENCE:g} in probabilities, "
                   f"{export.MIN_AGREEMENT:.1%} of the labels", args.threads)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"

@@ -1,8 +1,8 @@
-"""The peers' encoders and head at any size with this project's weights.
+"""The encoders and the UperNet head of other libraries with this project's weights, at any image size.
 
-Each comes as (module, function): SAM's and CLIP's functions take an image (B, 3, H, W) in [0, 1] and return what ours
-do; their position tables are resampled to its size beforehand. UperNet's head is a module that takes the four maps.
-Libraries are imported when needed, because the benchmarks measure memory.
+Encoders come as (module, function). The function takes an image (B, 3, H, W) in [0, 1] and returns the same outputs as
+ours; position tables are resampled in advance. Libraries are imported where they are used, because bench_parts.py
+measures memory.
 """
 
 import functools
@@ -12,7 +12,7 @@ import torch
 from timing import ROOT  # noqa: F401                      sets sys.path
 from torch import Tensor, nn
 
-import conftest  # noqa: F401                              torchvision beside a CPU-only torch
+import conftest  # noqa: F401                              makes torchvision importable with a CPU-only torch
 from layers import relative_positions
 from sam_vit import SIZES
 from test_clip_vit import MEAN as CLIP_MEAN, STD as CLIP_STD, resized
@@ -34,10 +34,10 @@ def normalized(image: Tensor, encoder: str) -> Tensor:
     return (image - mean) / std
 
 
-def sam(name: str, state: dict[str, Tensor], size: int, sizes: tuple = SIZES["vit_l"]) -> tuple[nn.Module, Callable]:
-    """One of SAMS without its neck; returns the outputs of each quarter of the layers, (B, h, w, C) each."""
-    grid, fitted, (*shape, window, _) = size // 16, dict(state), sizes
-    for key, table in state.items():                       # row i, column 0 of the expanded table is distance i, ...
+def sam(name: str, state: dict[str, Tensor], size: int) -> tuple[nn.Module, Callable]:
+    """One of SAMS without its neck. Outputs: the last layer of each quarter, (B, h, w, C) each."""
+    grid, fitted, (*shape, window, _) = size // 16, dict(state), SIZES["vit_l"]
+    for key, table in state.items():                       # row i, column 0 of the full table is distance i
         if "rel_pos" in key and len(table) != 2 * window - 1:
             full = relative_positions(table, grid)
             fitted[key] = torch.cat([full[0].flip(0), full[1:, 0]])
@@ -55,8 +55,8 @@ def sam(name: str, state: dict[str, Tensor], size: int, sizes: tuple = SIZES["vi
     return model, run
 
 
-def openai_clip(state: dict[str, Tensor], size: int) -> tuple[nn.Module, Callable]:
-    """open_clip's ViT-B/16 image tower, whose blocks are OpenAI's (nn.MultiheadAttention); returns the class embedding
+def open_clip_tower(state: dict[str, Tensor], size: int) -> tuple[nn.Module, Callable]:
+    """open_clip's ViT-B/16 image tower, with OpenAI's blocks (nn.MultiheadAttention). Outputs: the class embedding
     (B, E) of unit length and four taps (B, N, D)."""
     import open_clip
     model = open_clip.create_model("ViT-B-16-quickgelu", force_image_size=size).visual.eval().requires_grad_(False)
@@ -72,7 +72,7 @@ def openai_clip(state: dict[str, Tensor], size: int) -> tuple[nn.Module, Callabl
 
 
 def transformers_clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an image tower under the names of transformers."""
+    """Renames the tensors of an image tower as in transformers."""
     names = {"visual.class_embedding": "embeddings.class_embedding", "visual.conv1.": "embeddings.patch_embedding.",
              "visual.positional_embedding": "embeddings.position_embedding.weight", "visual.ln_pre.": "pre_layrnorm.",
              "visual.ln_post.": "post_layernorm.", "visual.transformer.resblocks.": "encoder.layers.",
@@ -89,20 +89,17 @@ def transformers_clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def hugging_face_clip(state: dict[str, Tensor], size: int, heads: int = 12,
-                      taps: tuple[int, ...] = TAPS) -> tuple[nn.Module, Callable]:
-    """transformers' image tower, of the sizes of `state`; returns what `openai_clip` does."""
+def transformers_tower(state: dict[str, Tensor], size: int) -> tuple[nn.Module, Callable]:
+    """transformers' ViT-B/16 image tower, with the outputs of `open_clip_tower`."""
     import transformers
-    dim, embed = state["proj"].shape
-    model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
-        patch_size=16, image_size=size, hidden_act="quick_gelu", hidden_size=dim, intermediate_size=4 * dim,
-        num_hidden_layers=taps[-1] + 1, num_attention_heads=heads, projection_dim=embed)).eval().requires_grad_(False)
+    config = transformers.CLIPVisionConfig(patch_size=16, image_size=size, projection_dim=512)
+    model = transformers.CLIPVisionModelWithProjection(config).eval().requires_grad_(False)
     fitted = resized({f"visual.{name}": tensor for name, tensor in state.items()}, size // 16, size // 16)
     model.load_state_dict(transformers_clip_names(fitted))
 
     def run(image: Tensor) -> list[Tensor]:
         out = model(normalized(image, "CLIP"), output_hidden_states=True)
-        return [nn.functional.normalize(out.image_embeds, dim=-1), *(out.hidden_states[tap + 1][:, 1:] for tap in taps)]
+        return [nn.functional.normalize(out.image_embeds, dim=-1), *(out.hidden_states[tap + 1][:, 1:] for tap in TAPS)]
 
     return model, run
 
@@ -113,11 +110,11 @@ def clip_outputs(tower: nn.Module, image: Tensor) -> list[Tensor]:
     return [f_cls, *(tap.flatten(1, 2) for tap in taps)]
 
 
-CLIPS = {"open_clip": openai_clip, "transformers": hugging_face_clip}
+CLIPS = {"open_clip": open_clip_tower, "transformers": transformers_tower}
 
 
 def upernet(state: dict[str, Tensor]) -> nn.Module:
-    """transformers' UperNet head, of the sizes of `state`."""
+    """transformers' UperNet head with the sizes and weights of `state`."""
     from test_uperhead import transformers_names
     from transformers import UperNetConfig
     from transformers.models.upernet.modeling_upernet import UperNetHead

@@ -1,10 +1,10 @@
-"""Timing for the benchmarks: alternating runs, so that noise affects all alike, and the machine's best matrix product.
+"""Timing for the benchmarks: runs alternate, so that noise affects all of them, with the machine's best matrix product.
 
-Seconds belong to one machine, and so do ratios of seconds. What can be compared between machines is the share: the
-operations per second of a run, as counted by flops.py, over those of the fastest of some large matrix products in the
-same precision, timed in the same rounds.
+Seconds and their ratios are comparable on one machine only. The share is comparable between machines: the operations
+per second of a run, counted by flops.py, over those of the fastest large matrix product in the same precision, timed in
+the same rounds. `Summary` describes the columns.
 
-Scripts import this module, or one that does, before the repository's modules: it puts their folders on sys.path.
+Import this module, or one that imports it, before the repository's modules: it puts their folders on sys.path.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from engine.processes import device_name, pick_device  # noqa: E402
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPUINFO = Path("/proc/cpuinfo")
 CPU_FIELDS = (("model name", "CPU architecture"), ("vendor_id", "CPU implementer"), ("cpu family", "CPU variant"),
-              ("model", "CPU part"), ("flags", "Features"))    # on x86, on Arm
+              ("model", "CPU part"), ("flags", "Features"))    # their names on x86 and on Arm
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
 
 
@@ -39,7 +39,7 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "as
 # the machine
 
 def processor(device: str = "cpu") -> str:
-    """Name, vendor, family, model and instruction sets; a GPU's name."""
+    """A CPU's name, vendor, family, model and instruction sets; a GPU's name."""
     if torch.device(device).type == "cuda" or not CPUINFO.exists():
         return device_name(torch.device(device))
     lines = CPUINFO.read_text().partition("\n\n")[0].splitlines()
@@ -50,8 +50,8 @@ def processor(device: str = "cpu") -> str:
 
 
 def products(precision: str, device: str) -> dict[str, Callable]:
-    """Candidates for the machine's fastest matrix product: squares, and the linear layers of SAM's MLP on one image's
-    tokens (on a GPU: of 16 images), each as matrix product (MKL) and as convolution (oneDNN)."""
+    """Candidates for the machine's fastest matrix product: square ones, and the linear layers of SAM's MLP on the
+    tokens of one image (on a GPU: of 16), each as a linear layer (MKL) and as a 1x1 convolution (oneDNN)."""
     large = torch.device(device).type == "cuda"
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
@@ -75,15 +75,15 @@ def products(precision: str, device: str) -> dict[str, Callable]:
 # runs
 
 class Summary(NamedTuple):
-    """Medians over the rounds: milliseconds; ratios to the first run and shares, taken within each round."""
+    """Medians over the rounds: milliseconds, ratios to the first run, shares; both within each round."""
     low: float                                             # quartiles of the wall time
     median: float
     high: float
-    cpu: float                                             # more reliable on a machine with other work
+    cpu: float                                             # processor time: more reliable on a shared machine
     ratio: float
     cpu_ratio: float
     gflop: float
-    share: float                                           # of `rates`
+    share: float                                           # of the best matrix product's operations per second
 
 
 class Measured(NamedTuple):
@@ -93,7 +93,7 @@ class Measured(NamedTuple):
     rates: list[float]                                     # its operations per second in each round
 
     def summary(self) -> dict[str, Summary]:
-        """The summary of each run; ratios are to the first run's time."""
+        """A Summary for each run."""
         ours, result = next(iter(self.times.values())), {}
         for name, rounds in self.times.items():
             ratios = [statistics.median(a[i] / b[i] for a, b in zip(rounds, ours, strict=True)) for i in (0, 1)]
@@ -105,9 +105,9 @@ class Measured(NamedTuple):
 
 
 def measure(runs: dict[str, Callable], rounds: int, precision: str = "", device: str = "cpu") -> Measured:
-    """Runs each once, to warm up and to count operations, then all in turn in every round; the first one rotates.
+    """Calls each run once, to warm up and to count its operations, then all of them in every round, in rotating order.
 
-    Each round ends with matrix products of the `precision`; "": none, for code that is not made of them.
+    Each round ends with matrix products in `precision`; "": none, for code without matrix products.
     """
     beside = products(precision, device) if precision else {}
     flops = {name: count(run)[1] for name, run in {**runs, **beside}.items()}
@@ -125,16 +125,16 @@ def measure(runs: dict[str, Callable], rounds: int, precision: str = "", device:
     return Measured(times, flops, best, rates.get(best, []))
 
 
-def error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
-    """The largest of the relative errors."""
-    return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, wanted, strict=True))
+def error(outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """The largest relative error of a tensor."""
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(outputs, expected, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the scripts
+# options and output
 
 def options(doc: str, **defaults: int | str) -> argparse.ArgumentParser:
-    """A parser with an option for each of `defaults`, of its type; --help shows the script's docstring."""
+    """A parser with one option per keyword, of the type of its default; --help prints the script's docstring."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"({value})")
@@ -148,12 +148,12 @@ def print_machine(text: str, threads: int, device: str = "cpu"):
 
 
 def report(title: str, measured: Measured, columns: str = "", notes: dict[str, str] | None = None):
-    """Prints the table of one case; `notes`: the further `columns` of each row."""
+    """Prints the table of one case. `notes`: the text of each row below the extra `columns`."""
     counted = f"{'GFLOP':>10}{'share':>7}" if measured.rates else ""
     print(f"{title:38}{'ms':>9}{'quartiles':>19}{'cpu ms':>9}{'time / ours':>13}{'cpu':>6}{counted}{columns}")
-    for name, of in measured.summary().items():
-        counted = f"{of.gflop:10.2f}{of.share:7.0%}" if measured.rates else ""
-        print(f"{name:38}{of.median:9.1f}{of.low:10.1f}{of.high:9.1f}{of.cpu:9.1f}{of.ratio:13.2f}{of.cpu_ratio:6.2f}"
+    for name, row in measured.summary().items():
+        counted = f"{row.gflop:10.2f}{row.share:7.0%}" if measured.rates else ""
+        print(f"{name:38}{row.median:9.1f}{row.low:10.1f}{row.high:9.1f}{row.cpu:9.1f}{row.ratio:13.2f}{row.cpu_ratio:6.2f}"
               f"{counted}{notes[name] if notes else ''}")
     if measured.rates:
         print(f"  share of {statistics.median(measured.rates) / 1e9:,.0f} GFLOP/s, {measured.best}")
@@ -163,9 +163,9 @@ def report(title: str, measured: Measured, columns: str = "", notes: dict[str, s
 # ----------------------------------------------------------------------------------------------------------------------
 # memory
 
-def resident(what: str = "VmRSS") -> float:
-    """Resident MiB of this process; "VmHWM": the peak since `reset_peak`."""
-    return int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+def resident(field: str = "VmRSS") -> float:
+    """Resident memory of this process in MiB; with "VmHWM" its peak since `reset_peak`."""
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def reset_peak():
@@ -173,6 +173,6 @@ def reset_peak():
 
 
 def in_new_process(function: Callable, *args):
-    """The result of a module-level function, computed in a fresh process: memory is not reused from earlier runs."""
+    """Calls a module-level function in a new process, which reuses no memory of earlier runs."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()

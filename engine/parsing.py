@@ -1,4 +1,4 @@
-"""Parsing many photos and videos: batches, files that are read ahead and written behind, faults that stop nothing."""
+"""Parsing many photos and videos: in batches, read ahead and written behind; a bad file does not stop the rest."""
 
 import contextlib
 import itertools

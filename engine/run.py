@@ -35,6 +35,7 @@ from files.atomic import LEFTOVERS, MARK, write_text
 from viz import pictures, training
 
 MAX_SKIPPED = 20                                           # consecutive steps with a non-finite loss or gradient
+TIMED = 10                                                 # steps from which the expected time of a run is estimated
 
 
 @dataclass
@@ -121,6 +122,8 @@ class Run:
             raise UserError(f"{path} was trained with other settings ({', '.join(refused)}): resume with "
                             f"--cfg {self.folder / 'config.yaml'} --resume, or start a new run with out=FOLDER")
         progress = content["progress"]
+        if self.cfg.iters < progress["iteration"]:
+            raise UserError(f"iters ({self.cfg.iters}) is below the {progress['iteration']} iterations of {path}")
         self.entries = [entry for entry in self._read_log()
                         if entry["iter"] <= progress["validated" if "miou" in entry else "iteration"]]
         self.world.print0(f"resuming from {path}, iteration {progress['iteration']}"
@@ -150,8 +153,7 @@ class Run:
             for warning in (sample_warning(pairs, self.labels.classes) for pairs in (train, val)):
                 if warning:
                     self.world.print0(f"warning: {warning}")
-        self.begun = time.monotonic()
-        self.started = self.begun - self.progress.seconds
+        self.started = time.monotonic() - self.progress.seconds
         self.first = self.progress.iteration
         self.bar = tqdm(total=self.cfg.iters, initial=self.first, unit="it", dynamic_ncols=True, mininterval=0.5,
                         disable=not (self.world.main and sys.stderr.isatty()))           # in a file: see log_means
@@ -212,6 +214,16 @@ class Run:
                                 f"{self.last_checkpoint()}", everywhere=True)
         self.bar.set_postfix_str(self._state(losses, lr), refresh=False)
         self.bar.update()
+        if progress.iteration == self.first + 1:
+            self.begun = time.monotonic()                  # the first step also starts the loader
+        if progress.iteration == self.first + 1 + TIMED:
+            self.world.print0(f"time     about {self._time_left()}, without validations")
+
+    def _time_left(self) -> timedelta:
+        """The time of the remaining iterations at the mean speed since the first."""
+        progress, elapsed = self.progress, time.monotonic() - self.begun
+        each = elapsed / max(1, progress.iteration - self.first - 1)
+        return timedelta(seconds=round(each * (self.cfg.iters - progress.iteration)))
 
     def _state(self, losses: dict[str, float], lr: float) -> str:
         shown = "".join(f"{name} {value:.3f} " for name, value in losses.items())
@@ -227,9 +239,8 @@ class Run:
         progress.sums, progress.count, self.waited, self.logged = {}, 0, 0.0, now
         self._try_write(self._write_log)
         if self.bar.disable:
-            left = (now - self.begun) / (progress.iteration - self.first) * (self.cfg.iters - progress.iteration)
             self.world.print0(f"iteration {progress.iteration}/{self.cfg.iters}: {self._state(means, lr)}, "
-                              f"{timedelta(seconds=round(left))} to go")
+                              f"{self._time_left()} to go")
 
     def validated(self, result: dict, images: int, learner):
         """A validation's scores: into the log, and best.pt where they are the best so far."""

@@ -1,12 +1,9 @@
-"""A web page for a trained network: drop a photo on it, see its classes. Needs `pip install -r
-examples/requirements.txt`.
+"""A web page for a trained network: upload a photo, see its label map. Needs examples/requirements.txt.
 
     python examples/app.py --run runs/demo                 # then open http://127.0.0.1:7860
 
-Photos are uploaded, pasted or taken with a camera; nothing leaves the machine that runs this.
-GRADIO_SERVER_NAME=0.0.0.0 opens the page to everybody who reaches the machine, GRADIO_SERVER_PORT sets the port.
-Programs ask it with gradio_client: Client("http://127.0.0.1:7860").predict(handle_file("photo.jpg"),
-api_name="/parse").
+Photos are uploaded, pasted or taken with a camera; nothing leaves this machine. GRADIO_SERVER_NAME=0.0.0.0 makes the
+page reachable from other machines, GRADIO_SERVER_PORT sets the port. docs/parsing.md has a client in Python.
 """
 
 import argparse
@@ -38,7 +35,7 @@ def build(parser: Parser) -> gr.Blocks:
             raise gr.Error(str(error).replace(photo, "the photo") or "the photo does not fit in memory") from None
         png = Path(tempfile.mkdtemp()) / f"{Path(photo).stem}_labels.png"
         pictures.save_palette_png(png, label, parser.palette)
-        shown = [k for k in pictures.present(label) if any(parser.palette[k])]       # all but a black background
+        shown = [k for k in pictures.present(label) if any(parser.palette[k])]       # without a black background
         return (image, [(label == k, parser.classes[k]) for k in shown]), str(png)
 
     colours = {name: "#{:02x}{:02x}{:02x}".format(*colour) for name, colour in zip(parser.classes, parser.palette)}
@@ -46,7 +43,7 @@ def build(parser: Parser) -> gr.Blocks:
         gr.Markdown(f"# SCHNet human parsing\n`{parser.path}`, {len(parser.classes)} classes of {parser.labels.name}"
                     + (", with test-time augmentation" if parser.tta else ""))
         if parser.model.cfg.dataset == "synthetic":
-            gr.Markdown("This network was trained on drawn people only: do not expect much of it on photos.")
+            gr.Markdown("This network was trained on drawn people only; on photos its results are poor.")
         with gr.Row():
             photo = gr.Image(sources=["upload", "webcam", "clipboard"], type="filepath", image_mode=None, label="Photo")
             classes = gr.AnnotatedImage(color_map=colours, label="Classes")

@@ -1,10 +1,10 @@
-"""What SimModule, SRM and FTM do to a photo, in one picture: to read beside sections 3.1 and 3.2 of the paper.
+"""Draws what SimModule, SRM and FTM do to a photo (sections 3.1 and 3.2 of the paper).
 
     python examples/look_inside.py photo.jpg --run runs/lip --out inside.png
 
 Bars: f_sim (Eq. 1). Columns: SRM's sites, before the first layer and after each stage. Rows: SAM's tokens after the
-last block, after FTM (Eqs. 5, 6), after SRM (Eqs. 2, 4), as the first three principal components of the first of them,
-in red, green and blue; below, CLIP's f_cv in its own. The same basis above and below shows what a module changes.
+last block, after FTM (Eqs. 5, 6) and after SRM (Eqs. 2, 4); CLIP's f_cv. Red, green and blue are the first three
+principal components. The three rows of SAM share those of the first, so that differences show what a module changes.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def record(model, image: torch.Tensor) -> tuple[np.ndarray, list[dict[str, torch
 
 
 def components(tokens: torch.Tensor, basis: torch.Tensor, like: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
-    """Tokens (h, w, C) as RGB: their components along `basis` (C, 3), scaled as those of `like`."""
+    """Tokens (h, w, C) as RGB: their components along `basis` (C, 3), scaled to the range of those of `like`."""
     mean = like.flatten(0, 1).float().mean(0)
     low, high = (((like.float() - mean) @ basis).flatten(0, 1).quantile(q, 0) for q in (0.01, 0.99))
     rgb = (((tokens.float() - mean) @ basis - low) / (high - low + 1e-9)).clamp(0, 1)[:size[0], :size[1]]
@@ -52,7 +52,7 @@ def components(tokens: torch.Tensor, basis: torch.Tensor, like: torch.Tensor, si
 
 
 def bars(values: np.ndarray, names: tuple[str, ...], height: int = 20) -> np.ndarray:
-    """f_sim of each class, largest first."""
+    """A bar chart of f_sim, largest class first."""
     canvas_, draw = pictures.blank(height * (len(names) + 2), 520)
     pictures.draw_text(draw, 10, height, "f_sim: how likely each class is in the photo (Eq. 1)", 14)
     for n, k in enumerate(np.argsort(-values)):
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None):
     args = options.parse_args(argv)
     parser = Parser(args.run, args.tta, device=args.device)
     if not parser.model.cfg.srm:
-        raise UserError(f"{parser.path} has no SRM: look at a run of the full network")
+        raise UserError(f"{parser.path} has no SRM: choose a run of the full network with --run")
     photo = parser.read(args.photo)
     padded, (h, w) = canvas(photo, parser.model.cfg, 1.0)
     device = next(parser.model.parameters()).device

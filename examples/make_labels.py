@@ -1,10 +1,11 @@
-"""Index PNGs for configs/custom.yaml from colour masks, LabelMe files or COCO polygons. Files are never replaced.
+"""Converts colour masks, LabelMe files or COCO polygons to index PNGs. Existing files are never overwritten.
 
     python examples/make_labels.py colours masks/ labels/ Background=0,0,0 Hair=255,0,0 Coat=0,119,221
     python examples/make_labels.py labelme annotations/ labels/ Background Hair Coat
     python examples/make_labels.py coco instances.json labels/ Background Hair Coat
 
-Labels are numbered in the order of the classes. Pixels of a colour that is not listed become 255 (ignore).
+Labels are numbered in the order of the classes, as in configs/custom.yaml. Colours that are not listed become 255
+(ignore).
 """
 
 import json
@@ -28,27 +29,27 @@ def from_labelme(source: Path, classes: list[str]):
     for path in sorted(source.glob("*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
         shapes = ((shape["label"], shape["points"]) for shape in data["shapes"])
-        yield path.name, drawn((data["imageWidth"], data["imageHeight"]), shapes, classes)
+        yield path.name, draw_polygons((data["imageWidth"], data["imageHeight"]), shapes, classes)
 
 
 def from_coco(source: Path, classes: list[str]):
     data = json.loads(source.read_text(encoding="utf-8"))
     names = {category["id"]: category["name"] for category in data["categories"]}
     shapes = defaultdict(list)
-    for one in data["annotations"]:
-        shapes[one["image_id"]] += [(names[one["category_id"]], polygon) for polygon in one["segmentation"]]
+    for part in data["annotations"]:
+        shapes[part["image_id"]] += [(names[part["category_id"]], polygon) for polygon in part["segmentation"]]
     for image in data["images"]:
-        yield image["file_name"], drawn((image["width"], image["height"]), shapes[image["id"]], classes)
+        yield image["file_name"], draw_polygons((image["width"], image["height"]), shapes[image["id"]], classes)
 
 
-def drawn(size: tuple[int, int], shapes: list[tuple[str, list]], classes: list[str]) -> np.ndarray:
-    """Polygons of (class, points) as a label map, later ones on top."""
-    picture = Image.new("L", size)
+def draw_polygons(size: tuple[int, int], shapes: list[tuple[str, list]], classes: list[str]) -> np.ndarray:
+    """Draws polygons (class, points) into a label map, later polygons on top."""
+    label = Image.new("L", size)
     for name, points in shapes:
         if name not in classes:
-            sys.exit(f"error: the classes given do not include {name!r}")
-        ImageDraw.Draw(picture).polygon(np.ravel(points).tolist(), fill=classes.index(name))
-    return np.array(picture)
+            sys.exit(f"error: class {name!r} of the annotations is not among the classes given")
+        ImageDraw.Draw(label).polygon(np.ravel(points).tolist(), fill=classes.index(name))
+    return np.array(label)
 
 
 if __name__ == "__main__":
@@ -59,5 +60,5 @@ if __name__ == "__main__":
     for name, label in globals()[f"from_{kind}"](Path(source), classes):
         path = Path(out) / f"{Path(name).stem}.png"
         path.parent.mkdir(exist_ok=True)
-        with open(path, "xb") as file:                    # fails where there is a label: hand-made, or of the same name
+        with open(path, "xb") as file:                    # fails if it exists: made by hand, or two of one name
             Image.fromarray(label).save(file, "PNG")

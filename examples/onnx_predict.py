@@ -1,8 +1,8 @@
-"""Parse a photo with an exported network: onnxruntime, numpy, pillow, opencv, nothing of this repository.
+"""Parses a photo with an exported network: needs onnxruntime, numpy, pillow and opencv, but not this repository.
 
     python examples/onnx_predict.py model.onnx photo.jpg photo_labels.png
 
-The network sees the same pixels as with predict.py if the file was exported with --size of the run's crop_size.
+The network sees the same pixels as in predict.py if it was exported with `--size` equal to the run's crop_size.
 """
 import json
 import sys
@@ -18,7 +18,7 @@ model, photo, result = sys.argv[1:]
 session = onnxruntime.InferenceSession(model)
 about = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
 
-# The photo with its long side at base_size, in the corner of a canvas of the mean colour.
+# The photo, resized to base_size (long side), in the corner of a canvas of the mean colour.
 image = np.array(ImageOps.exif_transpose(Image.open(photo)).convert("RGB"))
 height, width = image.shape[:2]
 scale = min(about["base_size"] / max(height, width), about["width"] / width, about["height"] / height)
@@ -29,11 +29,11 @@ canvas[:h, :w] = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA if scale
 
 probabilities, = session.run(None, {"image": canvas[None]})              # (1, K, H, W)
 best, label = np.zeros((height, width), np.float32), np.zeros((height, width), np.uint8)
-for k, channel in enumerate(probabilities[0, :, :h, :w]):                # one class at a time: large photos fit
+for k, channel in enumerate(probabilities[0, :, :h, :w]):                # one class at a time, to save memory
     channel = cv2.resize(channel, (width, height), interpolation=cv2.INTER_LINEAR)
     label[channel > best], best = k, np.maximum(best, channel)
 
-picture = Image.fromarray(label)
-picture.putpalette(np.uint8(about["palette"]).tobytes())
-picture.save(result)
+output = Image.fromarray(label)
+output.putpalette(np.uint8(about["palette"]).tobytes())
+output.save(result)
 print({about["classes"][k]: f"{(label == k).mean():.1%}" for k in np.unique(label)})

@@ -1,10 +1,10 @@
-"""Clothing Co-Parsing as a data set of configs/custom.yaml: the photos of learn.py, 802 to learn from and 60 to score.
+"""Converts Clothing Co-Parsing for configs/custom.yaml: the 802 training and 60 validation photos of learn.py.
 
     git clone https://github.com/bearpaw/clothing-co-parsing
-    python experiments/ccp.py clothing-co-parsing data/custom          needs scipy, which reads the labels
+    python experiments/ccp.py clothing-co-parsing data/custom          needs scipy to read the labels
 
-Photos and labels of half the size. The 59 labels become 15 classes; what fits none of them (belts, jewellery, capes,
-vests, ...) is 255, which neither loss nor score counts. LEFT_OUT names 142 of the 1,004 labelled photos.
+Photos and labels are halved in size. The 59 labels become 15 classes; labels that fit none of them (belts, jewellery,
+capes, vests, ...) become 255 (ignore). LEFT_OUT lists 142 of the 1,004 labelled photos that are not used.
 """
 
 import argparse
@@ -50,10 +50,10 @@ def main(argv: list[str] | None = None):
         photo = cv2.imread(str(args.source / f"photos/{name}.jpg"))
         label = table[loadmat(args.source / f"annotations/pixel-level/{name}.mat")["groundtruth"]]
         size = photo.shape[1] // 2, photo.shape[0] // 2
-        for file, image, way in ((f"images/{split}/{name}.jpg", photo, cv2.INTER_AREA),
-                                 (f"labels/{split}/{name}.png", label, cv2.INTER_NEAREST_EXACT)):
+        for file, image, interpolation in ((f"images/{split}/{name}.jpg", photo, cv2.INTER_AREA),
+                                           (f"labels/{split}/{name}.png", label, cv2.INTER_NEAREST_EXACT)):
             (args.out / file).parent.mkdir(parents=True, exist_ok=True)
-            cv2.imwrite(str(args.out / file), cv2.resize(image, size, interpolation=way))
+            cv2.imwrite(str(args.out / file), cv2.resize(image, size, interpolation=interpolation))
 
 
 if __name__ == "__main__":

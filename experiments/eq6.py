@@ -1,11 +1,11 @@
-"""Does Eq. 5 learn? Its gradients with the two residuals and the two initialisations of Eq. 6, at full size by default.
+"""Does Eq. 5 learn? Prints its gradients under both residuals and both initialisations of Eq. 6.
 
-    python experiments/eq6.py                              ViT-L and ViT-B/16 with random weights: ten minutes, 6 GB
+    python experiments/eq6.py                              full size with random weights: ten minutes, 6 GB
     python experiments/eq6.py --steps 50 lr=3e-3 sam=miniature clip=miniature clip_taps=[0,1,2,3]
 
-After some steps on drawn people it prints, for each form of Eq. 6, the root mean square of the last gradient of Eq. 5's
-tokens and of its two MLPs (AdamW's eps is 1e-8: a gradient far below it moves nothing), how far the tokens have moved
-as a share of their norm, and the largest change of a logit, as a share of the largest logit, when rho is set to zero.
+After a few steps on drawn people, prints for each variant of Eq. 6 the RMS of the last gradient of Eq. 5's tokens and
+of its two MLPs (AdamW's eps is 1e-8: far smaller gradients have no effect), how far the tokens have moved relative to
+their norm, and the largest change of a logit, relative to the largest logit, when rho is set to zero.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from runner import ROOT
 from timing import processor
 from torch import Tensor
 
-import foundations  # noqa: F401                           the miniature sizes
+import foundations  # noqa: F401                           adds the miniature sizes
 from config import load_config
 from datasets import open_split, train_loader
 from engine.processes import World
@@ -26,7 +26,7 @@ from train import Learner
 
 SETTINGS = ["sam_weights=", "clip_weights=", "vocab=", "dataset=synthetic", "crop_size=96", "synthetic_size=96",
             "base_size=96", "workers=0", "precision=fp32", "batch_size=4", "warmup_iters=1"]
-FORMS = [("f'", "zero"), ("f'", "torch"), ("f", "zero"), ("f", "torch")]
+VARIANTS = [("f'", "zero"), ("f'", "torch"), ("f", "zero"), ("f", "torch")]
 
 
 def rms(tensor: Tensor) -> float:
@@ -34,7 +34,7 @@ def rms(tensor: Tensor) -> float:
 
 
 def measure(residual: str, init: str, args: argparse.Namespace) -> list[float]:
-    """The numbers of a row."""
+    """Trains one variant; returns the numbers of its row."""
     cfg = load_config(ROOT / "configs" / "lip.yaml", [*SETTINGS, *args.overrides, f"seed={args.seed}",
                                                       f"ftm_residual={residual}", f"ftm_init={init}"])
     torch.manual_seed(cfg.seed)
@@ -43,7 +43,7 @@ def measure(residual: str, init: str, args: argparse.Namespace) -> list[float]:
     before = ftm.tokens.detach().clone()
     for it in range(args.steps):
         batch = next(batches)
-        learner.step([batch], it + 1)                      # iteration 0 has the smallest rate of the warm-up
+        learner.step([batch], it + 1)                      # not 0, where the learning rate is near zero
     gradients = [rms(p.grad) for p in (ftm.tokens, ftm.value.weight, ftm.out.weight)]
     moved = rms(ftm.tokens.detach() - before) / rms(before)
     model.eval()
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None):
     args = parser.parse_intermixed_args(argv)
     print(f"{processor()}, torch {torch.__version__}; gradients after {args.steps} steps, seed {args.seed}\n"
           f"{'residual, initialisation':26}{'tokens':>10}{'inner MLP':>11}{'outer MLP':>11}{'moved':>8}{'rho = 0':>10}")
-    for residual, init in FORMS:
+    for residual, init in VARIANTS:
         *gradients, moved, change = measure(residual, init, args)
         print(f"{residual + ', ' + init:26}{gradients[0]:10.0e}{gradients[1]:11.0e}{gradients[2]:11.0e}"
               f"{100 * moved:7.1f}%{change:10.0e}", flush=True)

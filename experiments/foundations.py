@@ -1,15 +1,15 @@
-"""Small foundations, trained as CLIP and SAM were, and saved in files like the official ones.
+"""Trains a small CLIP and a small SAM on drawn people, and saves them in files like the official ones.
 
     python experiments/foundations.py                      # clip.pt, sam.pth in runs/table6/foundations
 
-Both see drawn people, other ones than those that SCHNet is later trained or scored on.
-  * CLIP matches images with sentences: image and text tower are trained together, contrastively. The sentences are the
-    class prompts of `config.prompt`; an image's are those of the classes in it. Images are small random crops.
-  * SAM predicts, for a point, the mask of the part around it, without class names. A part is a connected region of one
-    label. A small decoder takes the point; the file holds it, under SAM's name for it, and no program loads it.
-The sizes have the official ones' proportions: SAM is a third wider than CLIP and twice as deep, with windows in all
-layers but the last of each quarter. What they have learned is measured on held-out drawings and saved in clip.json and
-sam.json. Finished files are kept: a second call trains nothing.
+The drawings differ from those that SCHNet is trained and scored on.
+  * CLIP: image and text tower are trained contrastively on small random crops. The sentences are the class prompts
+    (`Config.prompt`); an image matches those of the classes it shows.
+  * SAM: predicts the mask of the part at a point, without class names. A part is a connected region of one label. The
+    file also holds the small mask decoder, which no program loads.
+The proportions are the official ones: SAM is a third wider than CLIP and twice as deep, with windowed attention in all
+layers but the last of each quarter. Quality on held-out drawings is saved in clip.json and sam.json. Existing files are
+reused.
 """
 
 import argparse
@@ -56,22 +56,22 @@ CLIP_RUN = ["iters=2000", "batch_size=256", "lr=1e-3", "warmup_iters=50", "crop_
 SAM_RUN = ["iters=1500", "batch_size=8", "lr=1e-3", "warmup_iters=50", "scale_range=[1.0, 1.5]", "synthetic_train=4000"]
 QUICK = ["iters=5", "warmup_iters=1", "synthetic_train=64"]
 CLIP_FILE, SAM_FILE = "clip.pt", "sam.pth"
-SEED = 1_000_000                                           # of drawings that no training of SCHNet sees
-POINTS = 32                                                # prompts per image
-VISIBLE = 12                                               # pixels of a class that an image must have to show it
+SEED = 1_000_000                                           # of the drawings: SCHNet is trained on others
+POINTS = 32                                                # point prompts per image
+VISIBLE = 12                                               # an image shows a class from this many pixels on
 
 
 def vocabulary() -> str:
-    """The path of CLIP's merges: download.py's file, or the copy in open_clip (requirements-dev.txt)."""
+    """The path of CLIP's vocabulary: download.py's file, or the copy in open_clip (requirements-dev.txt)."""
     downloaded, package = ROOT / Config().vocab, importlib.util.find_spec("open_clip")
     path = downloaded if downloaded.exists() or package is None else Path(package.origin).with_name(downloaded.name)
     if not path.exists():
-        raise UserError(f"{downloaded}: no such file; `python download.py {downloaded.name}` fetches CLIP's vocabulary")
+        raise UserError(f"{downloaded}: not found; `python download.py {downloaded.name}` downloads it")
     return str(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the loop
+# training
 
 def fit(module: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], cfg: Config, name: str) -> float:
     """Trains `module` on batches (image (B, 3, H, W) in [0, 1], label (B, H, W)); returns the CPU seconds it took."""
@@ -80,7 +80,7 @@ def fit(module: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], cfg: Con
     optimizer = torch.optim.AdamW([{"params": part, "weight_decay": cfg.weight_decay * decay}
                                    for decay, part in decays.items()], betas=(0.9, 0.98), fused=True)
     pairs = open_split(cfg, "train")
-    pairs.read = functools.cache(pairs.read)               # drawing an image takes longer than a training step on it
+    pairs.read = functools.cache(pairs.read)               # drawing an image is slower than a training step
     batches = train_loader(cfg, pairs)
     for it in tqdm(range(cfg.iters), desc=name, unit="it", mininterval=0.5 if sys.stderr.isatty() else 30):
         for group in optimizer.param_groups:
@@ -93,10 +93,10 @@ def fit(module: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], cfg: Con
     return time.process_time() - start
 
 
-def images_of(pairs: DrawnSet, batch: int = 20) -> Iterator[tuple[Tensor, Tensor]]:
-    """A complete set in batches: RGB in [0, 1], (B, 3, H, W), and label (B, H, W)."""
-    for first in range(0, len(pairs), batch):
-        images, labels = zip(*(pairs.read(i) for i in range(first, min(first + batch, len(pairs)))))
+def images_of(pairs: DrawnSet) -> Iterator[tuple[Tensor, Tensor]]:
+    """All samples in batches: image (B, 3, H, W) in [0, 1] and label (B, H, W)."""
+    for first in range(0, len(pairs), 20):
+        images, labels = zip(*(pairs.read(i) for i in range(first, min(first + 20, len(pairs)))))
         yield (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255, torch.from_numpy(np.stack(labels)))
 
 
@@ -104,19 +104,19 @@ def images_of(pairs: DrawnSet, batch: int = 20) -> Iterator[tuple[Tensor, Tensor
 # CLIP
 
 def prompts(cfg: Config) -> Tensor:
-    """The tokens (K, 77) of the prompts that model.py makes from the class names."""
+    """Token ids (K, 77) of the class prompts, as in model.py."""
     names = [name.lower().replace("-", " ") for name in label_set(cfg).classes]
     return tokenize([cfg.prompt.replace("{class}", name) for name in names], cfg.vocab)
 
 
 def presence(label: Tensor, classes: int) -> Tensor:
-    """The classes that an image shows: label (B, H, W) -> (B, K) of 0 and 1."""
+    """Which classes each image shows: label (B, H, W) -> (B, K) of 0 and 1."""
     counts = torch.stack([torch.bincount(x.flatten().long(), minlength=256)[:classes] for x in label])
     return (counts >= VISIBLE).float()
 
 
-def contrast(clip: CLIP, tokens: Tensor, image: Tensor, label: Tensor) -> Tensor:
-    """CLIP's loss in both directions. Of several sentences of an image (images of a sentence), the mean is taken."""
+def contrastive_loss(clip: CLIP, tokens: Tensor, image: Tensor, label: Tensor) -> Tensor:
+    """CLIP's symmetric loss, averaged over the sentences that match an image (images that match a sentence)."""
     logits = clip.logit_scale.clamp(max=math.log(100)).exp() * clip.visual(image)[0] @ clip.encode_text(tokens).T
     match = presence(label, len(tokens))                                                    # (B, K)
     directions = [(match, logits), (match.T, logits.T)]
@@ -125,23 +125,23 @@ def contrast(clip: CLIP, tokens: Tensor, image: Tensor, label: Tensor) -> Tensor
 
 @torch.no_grad()
 def retrieval(clip: CLIP, cfg: Config) -> dict[str, float]:
-    """Average precision of finding the held-out drawings that show a class by its sentence, the mean of the classes;
-    `chance`: that of a random order."""
+    """Mean average precision of retrieving the held-out drawings that show a class by its sentence; `chance`: in random
+    order."""
     f_txt, cosines, matches = clip.encode_text(prompts(cfg)), [], []
     for image, label in images_of(open_split(cfg, "val")):
         cosines.append(clip.visual(image)[0] @ f_txt.T)
         matches.append(presence(label, len(f_txt)))
     cosines, matches = torch.cat(cosines).T, torch.cat(matches).T                        # (K, N)
-    some = (matches.sum(1) > 0) & (matches.sum(1) < matches.shape[1])                # otherwise any order is perfect
+    mixed = (matches.sum(1) > 0) & (matches.sum(1) < matches.shape[1])            # of the others, any order is perfect
     ranked = matches.gather(1, cosines.argsort(1, descending=True))
     precision = ranked.cumsum(1) / torch.arange(1, ranked.shape[1] + 1)
-    found = (precision * ranked).sum(1)[some] / ranked.sum(1)[some]
-    return {"retrieval": found.mean().item(), "chance": matches.mean(1)[some].mean().item()}
+    average = (precision * ranked).sum(1)[mixed] / ranked.sum(1)[mixed]
+    return {"retrieval": average.mean().item(), "chance": matches.mean(1)[mixed].mean().item()}
 
 
 def make_clip(path: Path, cfg: Config) -> dict:
     clip, tokens = CLIP(*clip_vit.SIZES[cfg.clip], cfg.clip_taps), prompts(cfg)
-    seconds = fit(clip, lambda image, label: contrast(clip, tokens, image, label), cfg, "clip")
+    seconds = fit(clip, lambda image, label: contrastive_loss(clip, tokens, image, label), cfg, "clip")
     with torch.no_grad():
         clip.logit_scale.clamp_(max=math.log(100))
     save(path, clip.state_dict())
@@ -152,7 +152,7 @@ def make_clip(path: Path, cfg: Config) -> dict:
 # SAM
 
 class PointDecoder(nn.Module):
-    """The masks of points: the features at a point give the weights of a pixel classifier at stride 4."""
+    """Predicts masks from points: the features at a point give the weights of a pixel classifier at stride 4."""
 
     def __init__(self, dim: int, width: int = 32):
         super().__init__()
@@ -172,7 +172,7 @@ class PointDecoder(nn.Module):
 
 
 def parts(label: np.ndarray) -> np.ndarray:
-    """Numbers the connected regions of one label from 0; -1 where nothing is labelled."""
+    """Numbers the connected regions of each label from 0; ignored pixels are -1."""
     numbers, count = np.full(label.shape, -1, np.int32), 0
     for k in np.unique(label[label != 255]):
         found, regions = cv2.connectedComponents((label == k).astype(np.uint8), connectivity=4)
@@ -182,7 +182,7 @@ def parts(label: np.ndarray) -> np.ndarray:
 
 
 def sample_points(label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Points on parts, all parts equally likely, and the parts' masks: (B, P, 2), (B, P, H, W)."""
+    """Random points, all parts equally likely, and the masks of their parts: (B, P, 2), (B, P, H, W)."""
     points, masks = [], []
     for numbers in map(parts, label.numpy()):
         sizes = np.bincount(numbers[numbers >= 0])
@@ -196,7 +196,7 @@ def sample_points(label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tens
 
 
 def mask_loss(sam: SAMViT, decoder: PointDecoder, rng: np.random.Generator, image: Tensor, label: Tensor) -> Tensor:
-    """Cross-entropy of the pixels plus the masks' Dice loss, as in SAM's training."""
+    """Pixel cross-entropy plus Dice loss (SAM: focal loss plus Dice loss)."""
     points, masks = sample_points(label, rng)
     logits, masks = decoder(sam(image)[-1], points), F.avg_pool2d(masks, 4)
     found = logits.sigmoid()
@@ -206,12 +206,12 @@ def mask_loss(sam: SAMViT, decoder: PointDecoder, rng: np.random.Generator, imag
 
 @torch.no_grad()
 def mask_iou(sam: SAMViT, decoder: PointDecoder, cfg: Config) -> float:
-    """Mean IoU of the masks of points on held-out drawings."""
+    """Mean IoU of the masks predicted from points on held-out drawings."""
     rng, ious = np.random.default_rng(0), []
     for image, label in images_of(open_split(cfg, "val")):
         points, masks = sample_points(label, rng)
-        found = F.interpolate(decoder(sam(image)[-1], points), masks.shape[-2:], mode="bilinear") > 0
-        ious.append((found & (masks > 0)).sum((2, 3)) / (found | (masks > 0)).sum((2, 3)))
+        predicted = F.interpolate(decoder(sam(image)[-1], points), masks.shape[-2:], mode="bilinear") > 0
+        ious.append((predicted & (masks > 0)).sum((2, 3)) / (predicted | (masks > 0)).sum((2, 3)))
     return torch.cat(ious).mean().item()
 
 
@@ -231,12 +231,12 @@ def save(path: Path, tensors: dict[str, Tensor]):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# what an encoder has learned
+# linear probe
 
 @torch.no_grad()
-def explained(features: Callable[[Tensor], Tensor], cfg: Config, fitted: int = 600) -> float:
-    """How well a linear map predicts each class's share of a patch's pixels from `features` (image (B, 3, H, W) ->
-    (B, h, w, C)): R^2 of ridge regression on held-out drawings, mean of the classes."""
+def r_squared(features: Callable[[Tensor], Tensor], cfg: Config, fitted: int = 600) -> float:
+    """R^2 on held-out drawings of a ridge regression from `features` (image (B, 3, H, W) -> (B, h, w, C)) to each
+    class's share of a patch, averaged over the classes."""
     count, samples = len(label_set(cfg).classes), []
     for pairs in (open_split(dataclasses.replace(cfg, synthetic_train=fitted), "train"), open_split(cfg, "val")):
         x, y = zip(*((features(image).flatten(0, 2), shares(label, count)) for image, label in images_of(pairs)))
@@ -257,13 +257,13 @@ def shares(label: Tensor, classes: int) -> Tensor:
 
 
 def position(image: Tensor) -> Tensor:
-    """Features that encode the place of a patch only."""
+    """One-hot features of a patch's position."""
     h, w = image.shape[2] // 16, image.shape[3] // 16
     return torch.eye(h * w).view(1, h, w, h * w).expand(len(image), -1, -1, -1)
 
 
 def probe(folder: Path) -> dict[str, float]:
-    """`explained` for both foundations, for the same encoders with random weights, and for places."""
+    """R^2 of both encoders, of the same encoders with random weights, and of the position alone."""
     cfg = load_config(None, [*DATA, "vocab=", "sam_weights=", "clip_weights="])
     torch.manual_seed(0)
     sams = {"SAM": load_sam(folder / SAM_FILE, cfg.sam), "SAM, random": SAMViT(*sam_vit.SIZES[cfg.sam])}
@@ -271,15 +271,15 @@ def probe(folder: Path) -> dict[str, float]:
              "CLIP, random": CLIP(*clip_vit.SIZES[cfg.clip], cfg.clip_taps)}
     features = {name: lambda image, sam=sam: sam(image)[-1] for name, sam in sams.items()}
     features |= {name: lambda image, clip=clip: clip.visual(image)[1][-1] for name, clip in clips.items()}
-    features["place of the patch"] = position
-    return {name: explained(function, cfg) for name, function in features.items()}
+    features["position of the patch"] = position
+    return {name: r_squared(function, cfg) for name, function in features.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the program
 
 def make(folder: Path, quick: bool = False) -> dict[str, dict]:
-    """Trains both foundations into `folder`, unless they are there; returns the cost and the quality of each."""
+    """Trains both encoders into `folder` unless they exist; returns the cost and quality of each."""
     mark_folder(folder)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -308,13 +308,13 @@ def summary(made: dict[str, dict]) -> str:
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=user_path, default=Path("runs/table6/foundations"))
-    parser.add_argument("--quick", action="store_true", help="5 steps each, to check that it runs")
+    parser.add_argument("--quick", action="store_true", help="5 steps each, to test this script")
     args = parser.parse_args(argv)
     made = make(args.out, args.quick)
     print(f"{made['clip']['machine']}, one thread\n{summary(made)}\n"
           "R^2 of a linear map from an encoder's tokens to the classes' shares of a patch, in percent:")
     for name, value in probe(args.out).items():
-        print(f"{name:20}{100 * value:6.1f}")
+        print(f"{name:23}{100 * value:6.1f}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""Learning from photos at equal cost: a small SCHNet beside transformers' SegFormer-B0, both with random weights.
+"""Trains a small SCHNet and transformers' SegFormer-B0 on photos, from random weights, for the same CPU time.
 
     python experiments/learn.py --data FOLDER                  a grid of learning rates, then twelve minutes per seed
-    python experiments/learn.py batch_size=8 --data FOLDER     other values of configs/custom.yaml, for both
+    python experiments/learn.py batch_size=8 --data FOLDER     overrides of configs/custom.yaml, for both
 
-FOLDER: images/train, labels/train, images/val, labels/val; the classes are those of configs/custom.yaml. Both get the
-same data in the same order, augmentation, loss, batch, optimizer, weight decay, warm-up and decay, and each its own
-learning rate: the best of --lrs after --grid-minutes with seed 0. A budget is CPU time, spent on batches and steps
-alone; the learning rate follows the time used, so that both end with it. Scores are those of evaluate.py, at the
-photos' own size.
+FOLDER holds images/train, labels/train, images/val and labels/val, with the classes of configs/custom.yaml. Both
+networks use the same data in the same order, augmentation, loss, batch size, optimizer and schedule, and each the best
+learning rate of --lrs after --grid-minutes with seed 0. The budget is CPU time for batches and steps; the schedule
+follows the time used. Scores are those of evaluate.py, at the photos' own size.
 
-Leaves in --out: table.txt, learn.csv (a line per look), differences.csv, curves.png, a file for each run. A finished
-run is kept: the same command continues with the missing ones.
+Writes to --out: table.txt, learn.csv (four evaluations per run), differences.csv and a file per run. Finished runs are
+kept: the same command trains the missing ones.
 """
 
 import argparse
@@ -29,30 +28,30 @@ from runner import ROOT, Job
 from timing import processor
 from torch import Tensor
 
-import conftest  # noqa: F401                              torchvision beside a CPU-only torch, for the peer
+import conftest  # noqa: F401                              torchvision importable with a CPU-only torch
 from config import Config, load_config, user_path
 from datasets import open_split
 from errors import run_program
 from evaluate import confusion_matrix, scores
-from files.atomic import mark_folder, write_text
+from files.atomic import mark_folder
 from files.labels import label_set
 from model import build_model
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-ITERS = 1_000_000                                          # of the schedule, which is stretched over the budget
+ITERS = 1_000_000                                          # of the schedule, which is stretched over the CPU time
 LOOKS = 4
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet's, SegFormer's preprocessing
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet's: SegFormer's preprocessing
 
 
 class SegFormer(nn.Module):
-    """SegFormer-B0 with SCHNet's interface: RGB in [0, 1] -> logits at the image's size, resized bilinearly."""
+    """SegFormer-B0 with SCHNet's interface: RGB in [0, 1] -> logits, resized bilinearly to the image's size."""
 
     def __init__(self, cfg: Config, classes: Sequence[str]):
         super().__init__()
         self.cfg, self.encoder = cfg, SimpleNamespace(patch_embed=nn.Identity())         # for train.param_groups
         self.net = SegformerForSemanticSegmentation(SegformerConfig(
             num_labels=len(classes), drop_path_rate=cfg.drop_path, classifier_dropout_prob=cfg.head_dropout))
-        for conv in self.net.modules():                    # the original's initialisation: transformers' 0.02 for all
+        for conv in self.net.modules():                    # the original's initialisation: transformers' std of 0.02
             if isinstance(conv, nn.Conv2d):                # is too small for depthwise kernels
                 fan_out = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
                 nn.init.normal_(conv.weight, std=math.sqrt(2 / fan_out))
@@ -69,7 +68,7 @@ MODELS = {"SCHNet": build_model, "SegFormer-B0": SegFormer}
 
 
 def settings(args: argparse.Namespace) -> Config:
-    """configs/custom.yaml with its schedule stretched over the budget."""
+    """configs/custom.yaml with its schedule stretched over the CPU time."""
     data = f"data_root={args.data.resolve()}"
     cfg = load_config(ROOT / "configs" / "custom.yaml", [data, "workers=0", *args.overrides])
     return dataclasses.replace(cfg, out="", iters=ITERS, warmup_iters=round(ITERS * cfg.warmup_iters / cfg.iters))
@@ -91,8 +90,9 @@ def background_scores(cfg: Config) -> dict:
     return scores(sum(confusion_matrix(torch.zeros_like(label), label, count) for label in labels))
 
 
-def tables(grid: dict, records: list[dict], rates: dict[str, float], background: dict, args: argparse.Namespace) -> str:
-    """The learning rates, each run's mIoU over time, the classes."""
+def tables(grid: dict, records: list[dict], rates: dict[str, float], background: dict,
+           args: argparse.Namespace) -> list[str]:
+    """Three tables as lines of text: learning rates, each run's mIoU over time, IoU per class."""
     lines = [f"mIoU of the learning rates after {args.grid_minutes:g} minutes",
              f"{'':14}" + "".join(f"{lr:10g}" for lr in args.lrs)]
     lines += [f"{name:14}" + "".join(f"{100 * miou:10.2f}" for miou in mious.values()) for name, mious in grid.items()]
@@ -111,8 +111,8 @@ def tables(grid: dict, records: list[dict], rates: dict[str, float], background:
                                                 for key in ("miou", "pixel_acc", "mean_acc")))
     lines += ["", f"{'IoU of classes':14}" + "".join(f"{name:>14}" for name in iou)]
     for k, label in enumerate(label_set(settings(args)).classes):
-        lines.append(f"{label:14}" + "".join(f"{100 * of[k]:14.2f}" for of in iou.values()))
-    return "\n".join(lines)
+        lines.append(f"{label:14}" + "".join(f"{100 * values[k]:14.2f}" for values in iou.values()))
+    return lines
 
 
 def scores_over_time(records: list[dict]) -> str:
@@ -124,29 +124,26 @@ def scores_over_time(records: list[dict]) -> str:
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=user_path, required=True, help="folder with images/, labels/ of train and val")
-    parser.add_argument("--lrs", nargs="+", type=float, default=(1e-3, 2e-3, 4e-3), help="learning rates, for both")
+    parser.add_argument("--lrs", nargs="+", type=float, default=(1e-3, 2e-3, 4e-3), help="learning rates to try")
     parser.add_argument("--grid-minutes", type=float, default=2, help="CPU time for each learning rate (2)")
     parser.add_argument("--minutes", type=float, default=12, help="CPU time of a run (12)")
-    parser.add_argument("--seeds", type=runner.seeds, default=range(2), metavar="N", help="seeds 0 to N - 1 (2)")
+    parser.add_argument("--seeds", type=int, default=2, metavar="N", help="trains seeds 0 to N - 1 (2)")
     parser.add_argument("--out", type=user_path, default=Path("runs/learn"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of configs/custom.yaml")
     args = parser.parse_intermixed_args(argv)
     mark_folder(args.out)
     cfg = settings(args)
-    background = background_scores(cfg)                    # reads the data: its faults show before the training
+    background = background_scores(cfg)                    # reads the data, so faults show before the training
     grid = train_grid(args, cfg)
     rates = {name: max(mious, key=mious.get) for name, mious in grid.items()}
     records = runner.run_jobs([
         Job(name, dataclasses.replace(cfg, lr=rates[name], seed=seed), 60 * args.minutes, LOOKS, MODELS[name])
-        for seed in args.seeds for name in MODELS], args.out)
-    titles, found = dict(zip(MODELS, MODELS)), runner.differences(records, [tuple(MODELS)])
-    text = "\n".join([f"{processor()}, torch {torch.__version__}\n", tables(grid, records, rates, background, args), "",
-                      *runner.difference_table(found, titles)]) + "\n"
-    write_text(args.out / "table.txt", text)
+        for seed in range(args.seeds) for name in MODELS], args.out)
+    titles, differences = dict(zip(MODELS, MODELS)), runner.differences(records, [tuple(MODELS)])
+    runner.write_report(args.out, [
+        f"{processor()}, torch {torch.__version__}", "", *tables(grid, records, rates, background, args), "",
+        *runner.difference_table(differences, titles)], differences)
     runner.write_looks(args.out / "learn.csv", records, label_set(cfg).classes)
-    runner.write_differences(args.out / "differences.csv", found)
-    runner.draw(args.out / "curves.png", records, {"validation mIoU (%)": tuple(MODELS)}, titles)
-    print(text, end="")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""The paper's Tables 1 to 6 beside this project's results, which it trains and scores where asked.
+"""Prints the paper's Tables 2 to 6 with this project's results; with --train, trains and scores what is missing.
 
-    python experiments/paper_tables.py                             tables from the results.json files below runs/
-    python experiments/paper_tables.py --train --gpus 4            first trains and scores what is missing, in all rows
+    python experiments/paper_tables.py                             tables from the results.json files in runs/
+    python experiments/paper_tables.py --train --gpus 4            trains and scores the missing rows first
     python experiments/paper_tables.py --train --rows clip sam srm full seed=1 --runs runs/seed1        Table 6 alone
 
-`key=value` goes to train.py, as in data_root=/data/LIP. An interrupted run is resumed, a finished run is scored, a
-score that exists is kept. Where best.pt was chosen by its score on the very images that are scored, the number shown
-is that of last.pt, with best.pt's beside it. Tables 4 and 5 and half of Tables 1 to 3 are with --tta. The hours
-are those that a run recorded; other methods' rows are in the paper.
+`key=value` is passed to train.py. Interrupted runs are resumed, existing results are kept. Where best.pt was chosen on
+the images that are scored, the table shows last.pt, and best.pt behind it. Table 1, the IoU of each class, is printed
+by evaluate.py.
 """
 
 import argparse
@@ -21,7 +20,6 @@ from runner import ROOT
 
 from config import user_path
 from errors import UserError, run_program
-from files.labels import LABEL_SETS
 from viz.reports import PUBLISHED
 
 SCORES = "pixel_acc", "mean_acc", "miou"
@@ -29,7 +27,7 @@ SCORES = "pixel_acc", "mean_acc", "miou"
 
 class Row(NamedTuple):
     title: str
-    config: str                                            # of configs/; the run has its name
+    config: str                                            # a file of configs/, and the folder of the run
     tta: bool
     paper: dict[str, float]
 
@@ -45,7 +43,6 @@ ROWS = {
 }
 TABLES = {"Table 6: LIP, single scale": ("clip", "sam", "srm", "full"), "Table 2: LIP": ("full", "lip"),
           "Table 4: PASCAL-Person-Part": ("ppp",), "Table 5: CIHP": ("cihp",)}
-TRAINING = {"lip": "4 A5000, 17 hours"}                    # Table 3
 
 
 def results(row: Row, runs: Path) -> Path:
@@ -68,8 +65,8 @@ def complete(row: Row, args: argparse.Namespace):
             raise UserError(f"{program} ended with exit code {code}")
 
 
-def line(row: Row, runs: Path) -> str:
-    """A row: the paper's scores, and those of the network that was not chosen on the scored images."""
+def table_row(row: Row, runs: Path) -> str:
+    """The paper's scores and ours; of last.pt, if best.pt was chosen on the scored images."""
     text = f"{row.title:30}" + "".join(f"{row.paper[key]:8.2f}" if key in row.paper else f"{'-':>8}" for key in SCORES)
     record = read(row, runs)
     if record is None:
@@ -77,48 +74,31 @@ def line(row: Row, runs: Path) -> str:
     shown = record["last"] or record
     text += "  " + "".join(f"{100 * shown[key]:8.2f}" for key in SCORES)
     text += f"{100 * shown['miou'] - row.paper['miou']:+10.2f}   iteration {shown['iteration']}"
-    return text + (f"; best.pt, chosen here: {100 * record['miou']:.2f}" if record["last"] else "")
-
-
-def class_table(runs: Path) -> list[str]:
-    """Table 1: the paper and here (of best.pt), single scale and with TTA."""
-    columns = [(ROWS[name].paper["iou"], (read(ROWS[name], runs) or {}).get("classes", {})) for name in ("full", "lip")]
-    background, *others = LABEL_SETS["lip"].classes
-    lines = ["", f"{'Table 1: IoU of the classes':30}{'paper':>8}{'here':>8}{'TTA':>8}{'here':>8}"]
-    for place, name in enumerate([*others, background]):
-        text = f"{name:30}"
-        for paper, found in columns:
-            iou = found.get(name, {}).get("iou")           # None: not run, or the class does not occur
-            text += f"{paper[place]:8.2f}" + (f"{'-':>8}" if iou is None else f"{100 * iou:8.2f}")
-        lines.append(text)
-    return lines
+    return text + (f"; best.pt, chosen on these images: {100 * record['miou']:.2f}" if record["last"] else "")
 
 
 def training_table(runs: Path) -> list[str]:
-    lines = ["", "Table 3: training"]
-    for name, row in ROWS.items():
-        if (record := read(row, runs)) and not row.tta or name in ("lip", "ppp", "cihp"):
-            here = f"{record['training']['machine']}, {record['training']['hours']:.1f} hours" if record else "not run"
-            lines.append(f"{row.config:30}{here}; the paper: {TRAINING.get(name, '-')}")
-    return lines
+    costs = {row.config: record["training"] for row in ROWS.values() if (record := read(row, runs))}
+    lines = [f"{config:30}{cost['hours']:.1f} hours on {cost['machine']}" for config, cost in costs.items()]
+    return ["", "Table 3: training; the paper: 17 hours on 4 A5000", *(lines or ["not run"])]
 
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", action="store_true", help="train and score what has no results.json")
-    parser.add_argument("--gpus", type=int, default=1, help="processes of a training")
+    parser.add_argument("--gpus", type=int, default=1, help="processes per training")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--runs", type=user_path, default=Path("runs"), help="folder of the runs")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of train.py")
+    parser.add_argument("--runs", type=user_path, default=Path("runs"), help="folder of the runs (runs)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides for train.py")
     args = parser.parse_intermixed_args(argv)
     for name in args.rows if args.train else ():
         if not results(ROWS[name], args.runs).exists():
             complete(ROWS[name], args)
     head = "".join(f"{name:>8}" for name in ("pixel", "mean", "mIoU"))
-    lines = [f"{'in percent':30}{head}  {head}{'mIoU':>10}", f"{'':30}{'paper':>24}  {'here':>24}{'difference':>11}"]
+    lines = [f"{'in percent':30}{head}  {head}{'mIoU':>10}", f"{'':30}{'paper':>24}  {'ours':>24}{'difference':>11}"]
     for title, names in TABLES.items():
-        lines += ["", title, *(line(ROWS[name], args.runs) for name in names)]
-    print("\n".join([*lines, *class_table(args.runs), *training_table(args.runs)]))
+        lines += ["", title, *(table_row(ROWS[name], args.runs) for name in names)]
+    print("\n".join([*lines, *training_table(args.runs)]))
 
 
 if __name__ == "__main__":

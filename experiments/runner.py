@@ -1,14 +1,13 @@
-"""Runs the jobs of an experiment and reports on them: one training run per job, one JSON file per finished job.
+"""Runs an experiment: one training run per job, one JSON file per finished job, paired statistics.
 
-PROCESSES jobs are trained at a time, each in a separate process with one thread. A job is scored at its end, or at
-some looks evenly spread over its run. Its clock is its process's own CPU time, batches included and scoring not, so
-that it does not depend on what else the machine does. A finished job is kept: the same command continues with the
-missing ones, and a file that was made with other settings is an error.
+PROCESSES jobs train at a time, each in a process of one thread. A job is scored at its end, or at several looks spread
+evenly over its training. Time is the CPU time of the process for batches and steps, without scoring, so that it does
+not depend on other load. Finished jobs are kept: the same command trains the missing ones. A file that was made with
+other settings is an error.
 
 Import this module before the repository's: it puts their folders on sys.path.
 """
 
-import argparse
 import csv
 import dataclasses
 import json
@@ -41,12 +40,11 @@ from files.atomic import write_text  # noqa: E402
 from files.weights import sha256  # noqa: E402
 from model import build_model  # noqa: E402
 from train import Learner, open_data  # noqa: E402
-from viz import pictures, plots  # noqa: E402
 
 PROCESSES = 2
-KEYS = ("seconds", "steps", "loss", "miou", "mean_acc", "pixel_acc")     # of a look, and the IoU of each class
-PATHS = ("sam_weights", "clip_weights", "vocab", "data_root")            # differ between machines; files have hashes
-# Student's t for 95 % intervals, by degrees of freedom from 1 on. More than 30: the last, a little too wide.
+KEYS = ("seconds", "steps", "loss", "miou", "mean_acc", "pixel_acc")     # of a look; then the IoU of each class
+PATHS = ("sam_weights", "clip_weights", "vocab", "data_root")            # not compared; weight files by their hash
+# Student's t for 95 % intervals with 1, 2, ... degrees of freedom; beyond 30 the last one, which is slightly too wide.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
        2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 
@@ -55,20 +53,20 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
 # one job
 
 def split_scores(learner: Learner, pairs, num_classes: int) -> dict:
-    """The scores of a complete split."""
+    """The scores over a complete split."""
     return scores(evaluate_split(learner.model, pairs, num_classes, learner.world)[0])
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A training run. Its functions must be module-level, because the job is sent to another process."""
-    name: str                                              # of the row that it belongs to
-    cfg: Config                                            # with the job's seed
-    seconds: float = math.inf                              # budget of CPU time; inf: cfg.iters steps
-    looks: int = 1
+    """A training run. Its functions must be module-level: the job is pickled for its process."""
+    name: str                                              # of the row it belongs to
+    cfg: Config                                            # including the seed
+    seconds: float = math.inf                              # CPU time budget; inf: cfg.iters steps
+    looks: int = 1                                         # evaluations, the last at the end
     build: Callable[[Config, Sequence[str]], nn.Module] = build_model
-    change: Callable[[Learner, object], None] | None = None              # of the learner, given the training split
-    score: Callable[[Learner, object, int], dict] = split_scores         # of the validation split
+    change: Callable[[Learner, object], None] | None = None              # adapts the learner, given the training split
+    score: Callable[[Learner, object, int], dict] = split_scores         # scores the validation split
 
     def path(self, folder: Path) -> Path:
         return folder / f"{self.name}_seed{self.cfg.seed}.json"
@@ -86,7 +84,7 @@ def read_record(job: Job, folder: Path) -> dict | None:
 
 
 def _settings(job: Job) -> dict:
-    """What a record must agree with: the config without the machine's paths, hashes of the weights, the budget."""
+    """The settings that a record must match: the config without paths, hashes of the weight files, the budget."""
     files = {key: sha256(getattr(job.cfg, key)) for key in PATHS[:2] if getattr(job.cfg, key)}
     cfg = dataclasses.replace(job.cfg, **dict.fromkeys(PATHS, ""))
     budget = round(job.seconds, 3) if job.seconds < math.inf else None
@@ -94,7 +92,7 @@ def _settings(job: Job) -> dict:
 
 
 def train(job: Job, folder: Path):
-    """Trains a job, prints a line for each look, writes the record."""
+    """Trains a job, prints a line per look, writes the record."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     cfg, world = job.cfg, World("cpu")
@@ -107,18 +105,18 @@ def train(job: Job, folder: Path):
     timed = job.seconds < math.inf
     while len(looks) < job.looks:
         start = time.process_time()
-        iteration = int(cfg.iters * seconds / job.seconds) if timed else steps   # the learning rate follows
+        iteration = int(cfg.iters * seconds / job.seconds) if timed else steps   # of the schedule
         values, taken = learner.step([next(batches)], iteration)
         seconds, steps = seconds + time.process_time() - start, steps + 1
         losses += [values["loss"]] * taken
         share = seconds / job.seconds if timed else steps / cfg.iters
         if share >= (len(looks) + 1) / job.looks:
-            found = job.score(learner, val_pairs, len(labels.classes))
-            looks.append({"seconds": seconds, "steps": steps, "loss": float(np.mean(losses or math.nan))} | found)
+            result = job.score(learner, val_pairs, len(labels.classes))
+            looks.append({"seconds": seconds, "steps": steps, "loss": float(np.mean(losses or math.nan))} | result)
             losses = []
             print(f"{job.name}, seed {cfg.seed}: {steps} steps, {seconds:.0f} s, loss {looks[-1]['loss']:.3f}, "
-                  f"mIoU {100 * found['miou']:.2f}", flush=True)
-        if not multiprocessing.parent_process().is_alive():
+                  f"mIoU {100 * result['miou']:.2f}", flush=True)
+        if not multiprocessing.parent_process().is_alive():              # killed: it cannot terminate this process
             sys.exit(1)
     sizes = [(p.numel(), p.requires_grad) for p in learner.model.parameters()]
     write_text(job.path(folder), json.dumps({
@@ -129,15 +127,8 @@ def train(job: Job, folder: Path):
 # ----------------------------------------------------------------------------------------------------------------------
 # all jobs
 
-def seeds(text: str) -> range:
-    """The seeds 0 to N - 1 of an option --seeds N."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return range(int(text))
-
-
 def run_jobs(jobs: Sequence[Job], folder: Path) -> list[dict]:
-    """The records of all jobs; trains the missing ones. On an error or Ctrl-C, running jobs end without a record."""
+    """Trains the missing jobs; returns the records of all. On an error or Ctrl-C, running jobs end without a record."""
     jobs = list(dict.fromkeys(jobs))
     missing = [job for job in jobs if read_record(job, folder) is None]
     if missing:
@@ -153,7 +144,7 @@ def run_jobs(jobs: Sequence[Job], folder: Path) -> list[dict]:
                 process.join()
                 if process.exitcode < 0:
                     raise UserError(f"{job.name}, seed {job.cfg.seed}: its process was killed by signal "
-                                    f"{-process.exitcode}; if memory was short, close other programs")
+                                    f"{-process.exitcode} (9: usually out of memory)")
                 if process.exitcode:                       # it printed its error
                     sys.exit(process.exitcode)
     finally:
@@ -165,7 +156,7 @@ def run_jobs(jobs: Sequence[Job], folder: Path) -> list[dict]:
 
 def _start(job: Job, folder: Path) -> multiprocessing.Process:
     process = multiprocessing.get_context("spawn").Process(target=_work, args=(job, folder), daemon=True)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)               # inherited: on Ctrl-C, run_jobs ends it
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)               # inherited: run_jobs terminates it on Ctrl-C
     process.start()
     signal.signal(signal.SIGINT, handler)
     return process
@@ -201,35 +192,35 @@ def difference(each: Sequence[float]) -> Difference:
 
 
 def final(records: Sequence[dict], name: str, key: str = "miou") -> dict[int, float]:
-    """{seed: percent at the last look} of a row."""
+    """{seed: score in percent at the last look} of a row."""
     return {record["seed"]: 100 * record["looks"][-1][key] for record in records if record["name"] == name}
 
 
 def differences(records: Sequence[dict], pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Difference]:
-    """For each pair of rows the differences of the seeds that both have; pairs without a common seed are left out."""
-    found = {}
+    """The difference of each pair of rows over their common seeds; pairs without any are left out."""
+    result = {}
     for a, b in pairs:
         first, second = final(records, a), final(records, b)
         if common := sorted(first.keys() & second.keys()):
-            found[a, b] = difference([first[seed] - second[seed] for seed in common])
-    return found
+            result[a, b] = difference([first[seed] - second[seed] for seed in common])
+    return result
 
 
-def difference_table(found: dict[tuple[str, str], Difference], titles: dict[str, str],
+def difference_table(deltas: dict[tuple[str, str], Difference], titles: dict[str, str],
                      published: dict[tuple[str, str], float] | None = None) -> list[str]:
-    """Lines of text: one for each pair, and what chance alone would decide."""
+    """A table as lines of text, with the number of differences that chance alone would decide."""
     published = published or {}
     width = max(len(title) for title in titles.values())
     lines = [f"{'difference of mIoU, in points':{2 * width + 3}}{'paper':>7}{'mean':>8}   95 % interval    n  "
              f"{'':13}each seed"]
-    for (a, b), of in found.items():
+    for (a, b), delta in deltas.items():
         paper = f"{published[a, b]:+.2f}" if (a, b) in published else "-"
-        interval = "-" if math.isnan(of.low) else f"{of.low:+.2f} .. {of.high:+.2f}"
-        each = " ".join(f"{value:+.2f}" for value in of.each)
-        lines.append(f"{titles[a]:{width}} - {titles[b]:{width}}{paper:>7}{of.mean:+8.2f}{interval:>18}{len(of.each):4}"
-                     f"  {of.verdict:13}{each}")
+        interval = "-" if math.isnan(delta.low) else f"{delta.low:+.2f} .. {delta.high:+.2f}"
+        each = " ".join(f"{value:+.2f}" for value in delta.each)
+        lines.append(f"{titles[a]:{width}} - {titles[b]:{width}}{paper:>7}{delta.mean:+8.2f}{interval:>18}"
+                     f"{len(delta.each):4}  {delta.verdict:13}{each}")
     return [*lines, "paired intervals, Student's t over the seeds; decided: zero is outside. Of "
-                    f"{len(found)} differences without any effect, {0.05 * len(found):.1f} would be decided by chance"]
+                    f"{len(deltas)} differences without any effect, {len(deltas) / 20:.1f} would be decided by chance"]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -242,7 +233,7 @@ def spread(values: Sequence[float]) -> str:
 # files
 
 def write_looks(path: Path, records: Sequence[dict], classes: Sequence[str]):
-    """A CSV file with a line for each look: scores and the IoU of each class."""
+    """Writes a CSV file with a line per look: scores and the IoU of each class."""
     lines = [["row", "seed", *KEYS, *classes]]
     for record in records:
         for look in record["looks"]:
@@ -251,34 +242,17 @@ def write_looks(path: Path, records: Sequence[dict], classes: Sequence[str]):
     _write_csv(path, lines)
 
 
-def write_report(folder: Path, text: Sequence[str], found: dict[tuple[str, str], Difference]):
-    """Writes the lines of `text` into table.txt and the differences into differences.csv; prints the lines."""
+def write_report(folder: Path, text: Sequence[str], deltas: dict[tuple[str, str], Difference]):
+    """Writes the lines of `text` to table.txt and the differences to differences.csv; prints the lines."""
     write_text(folder / "table.txt", "\n".join(text) + "\n")
-    write_differences(folder / "differences.csv", found)
     print("\n".join(text))
-
-
-def write_differences(path: Path, found: dict[tuple[str, str], Difference]):
     lines = [["row", "minus", "seeds", "mean", "low", "high", "verdict", "each"]]
-    for pair, of in found.items():
-        numbers = [f"{value:.4f}" for value in (of.mean, of.low, of.high)]
-        lines.append([*pair, len(of.each), *numbers, of.verdict, " ".join(f"{value:.4f}" for value in of.each)])
-    _write_csv(path, lines)
+    for pair, delta in deltas.items():
+        mean, low, high, *each = (f"{value:.4f}" for value in (delta.mean, delta.low, delta.high, *delta.each))
+        lines.append([*pair, len(each), mean, low, high, delta.verdict, " ".join(each)])
+    _write_csv(folder / "differences.csv", lines)
 
 
 def _write_csv(path: Path, lines: list[list]):
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(lines)
-
-
-def draw(path: Path, records: Sequence[dict], panels: dict[str, Sequence[str]], titles: dict[str, str]):
-    """Curves of mIoU against CPU time, {heading: rows}; the seeds are pale, their mean is strong."""
-    drawn = {}
-    for heading, names in panels.items():
-        for name in names:
-            runs = [record["looks"] for record in records if record["name"] == name]
-            if runs:
-                times = np.mean([[look["seconds"] for look in looks] for looks in runs], 0)
-                values = [[100 * look["miou"] for look in looks] for looks in runs]
-                drawn.setdefault(heading, {})[titles[name]] = times, values
-    pictures.save_png(path, plots.curves(drawn, "CPU seconds of training", size=(440, 600)))

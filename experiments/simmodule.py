@@ -1,19 +1,20 @@
-"""Does SimModule's f_sim (Eq. 1) help SRM, and does it know which classes an image shows? In miniature.
+"""Does SimModule's f_sim (Eq. 1) help SRM, and does it predict the classes in an image? In miniature.
 
-    python experiments/simmodule.py --seeds 5 --iters 1000        about three CPU hours; foundations of table6.py
-    python experiments/simmodule.py --quick                       a few steps per row, to check that all of it runs
+    python experiments/simmodule.py --seeds 5 --iters 1000        about three CPU hours, with table6.py's encoders
+    python experiments/simmodule.py --quick                       a few steps per row, to test this script
 
-All rows are SAM + CLIP with SRM on the foundations of foundations.py; what differs is f_sim, and in one row f_cv:
+Beside SAM alone and the full network, the rows are SAM + CLIP with SRM on the encoders of foundations.py. They differ
+in f_sim, one in f_cv:
 
-  * as it is, of other images, or as other readings of "the possibility of each category": a softmax without the
-    background's sentence, a sigmoid for each class;
-  * positive control: the true presence of each class (1 where the label shows it), and that of other images. If the
-    first is not better than the second, these runs cannot show what f_sim is worth;
-  * Eq. 4 alone: f_cv = 0, so that nothing of CLIP reaches SAM.
+  * f_sim as it is; of other images; or another reading of "the possibility of each category", as a softmax without
+    the background's sentence or as a sigmoid per class;
+  * positive control: the true presence of each class (1 if the label shows it), and that of other images. If the first
+    is not better than the second, these runs cannot show what f_sim is worth;
+  * Eq. 4 alone: f_cv = 0, so that no feature of CLIP reaches SAM.
 
-Every row is scored twice: as it is, and without the logits of the classes that the image does not show. The gain is
-the value of knowing the classes. The area under the ROC curve (AUC; chance 50) shows how well
-the presence of each class can be read from f_sim itself.
+Each network is scored twice: as it is, and with the logits of absent classes masked; the gain is what knowing the
+classes is still worth. The area under the ROC curve (AUC; chance 50) shows how well f_sim itself predicts the presence
+of each class.
 """
 
 import argparse
@@ -55,10 +56,10 @@ PAIRS = (("srm", "sam"), ("eq4", "sam"), ("srm", "eq4"), ("srm", "others"), ("pr
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# what SRM gets
+# what SRM receives
 
 class Semantics:
-    """Stands in for SCHNet.clip_features: another f_sim, another f_cv."""
+    """Replaces SCHNet.clip_features: returns another f_sim or f_cv."""
 
     def __init__(self, learner: Learner, pairs, kind: str):
         self.model, self.kind, self.given = learner.model, kind, None
@@ -86,8 +87,8 @@ class Semantics:
 
 
 def reading(kind: str, f_sim: Tensor) -> Tensor:
-    """Another reading of "the possibility of each category", from the softmax (B, K). Its logits are known up to a
-    constant for each image, which the first reading cancels and the second replaces by their mean."""
+    """Another reading of "the possibility of each category", from the softmax (B, K). A softmax determines its logits
+    up to a constant per image: "no_background" cancels it, "sigmoid" makes their mean zero."""
     logits = f_sim.clamp(min=1e-12).log()
     if kind == "no_background":
         return torch.cat([torch.zeros_like(f_sim[:, :1]), logits[:, 1:].softmax(1)], 1)
@@ -109,29 +110,29 @@ def change(learner: Learner, pairs, kind: str):
 
 
 @torch.inference_mode()
-def score(learner: Learner, pairs, count: int, batch: int = 20) -> dict:
-    """Scores of a complete set, and as "masked" the mIoU without the classes that an image does not show."""
+def score(learner: Learner, pairs, count: int) -> dict:
+    """Scores over a complete split; "masked": the mIoU with the logits of absent classes masked."""
     model, semantics = learner.model.eval(), getattr(learner.model, "clip_features", None)
     matrix, masked = (torch.zeros(count, count, dtype=torch.int64) for _ in range(2))
-    for image, label in foundations.images_of(pairs, batch):
+    for image, label in foundations.images_of(pairs):
         shown = foundations.presence(label, count)
         if isinstance(semantics, Semantics):
             semantics.given = shown
         with autocast(image.device, model.cfg.precision):
             logits = model(image)
-        hidden = logits.masked_fill(shown[:, :, None, None] == 0, -math.inf)
+        masked_logits = logits.masked_fill(shown[:, :, None, None] == 0, -math.inf)
         matrix += confusion_matrix(logits.argmax(1), label, count)
-        masked += confusion_matrix(hidden.argmax(1), label, count)
+        masked += confusion_matrix(masked_logits.argmax(1), label, count)
     model.train()
     return scores(matrix) | {"masked": scores(masked)["miou"]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# what f_sim knows
+# how well f_sim predicts the classes
 
 @torch.no_grad()
 def auc(args: argparse.Namespace) -> list[str]:
-    """Lines: the area under the ROC curve of each class's presence, read from f_sim and from its other readings."""
+    """A table as lines of text: the AUC of each class's presence, for f_sim and its other readings."""
     cfg = settings("srm", 0, args)
     clip = foundations.load_clip(cfg.clip_weights, cfg.clip_taps, cfg.clip, cfg.clip_activation)
     f_txt, names, f_cls, shown = clip.encode_text(foundations.prompts(cfg)), label_set(cfg).classes, [], []
@@ -155,8 +156,8 @@ def area(values: Tensor, truth: Tensor) -> float:
     """Percent of pairs (shown, not shown) in which the shown one has the larger value; ties count half."""
     if not truth.any() or truth.all():
         return math.nan
-    yes, no = values[truth, None], values[~truth]
-    return 100 * ((yes > no).double() + 0.5 * (yes == no)).mean().item()
+    shown, not_shown = values[truth, None], values[~truth]
+    return 100 * ((shown > not_shown).double() + 0.5 * (shown == not_shown)).mean().item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -165,25 +166,25 @@ def area(values: Tensor, truth: Tensor) -> float:
 def settings(name: str, seed: int, args: argparse.Namespace):
     config = {"sam": "ablation/sam", "full": "lip"}.get(name, "ablation/sam_clip_srm")
     eq_6 = table6.ROWS["full"].overrides
-    made = args.out.parent / "foundations" if not args.quick else args.out / "foundations"
+    encoders = args.out.parent / "foundations" if not args.quick else args.out / "foundations"
     quick = ["warmup_iters=1", "synthetic_train=64", "synthetic_val=20"] if args.quick else ["synthetic_val=1000"]
-    return table6.small_config(config, made, [*eq_6, *quick, f"iters={args.iters}", f"seed={seed}"])
+    return table6.small_config(config, encoders, [*eq_6, *quick, f"iters={args.iters}", f"seed={seed}"])
 
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--seeds", type=runner.seeds, default=range(5), metavar="N", help="seeds 0 to N - 1 (5)")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="trains seeds 0 to N - 1 (5)")
     parser.add_argument("--iters", type=int, help="training steps (1000)")
-    parser.add_argument("--out", type=user_path, help="(runs/table6/simmodule); foundations are beside it")
-    parser.add_argument("--quick", action="store_true", help="6 steps, foundations of 5 steps")
+    parser.add_argument("--out", type=user_path, help="(runs/table6/simmodule); the encoders are in ../foundations")
+    parser.add_argument("--quick", action="store_true", help="6 steps, encoders of 5 steps")
     args = parser.parse_args(argv)
     args.iters = args.iters or (6 if args.quick else 1000)
     args.out = (args.out or Path("runs/simmodule_quick" if args.quick else "runs/table6/simmodule")).resolve()
     mark_folder(args.out)
     made = foundations.make((args.out if args.quick else args.out.parent) / "foundations", quick=args.quick)
     jobs = [Job(name, settings(name, seed, args), build=table6.build, score=score,
-                change=functools.partial(change, kind=name)) for seed in args.seeds for name in args.rows]
+                change=functools.partial(change, kind=name)) for seed in range(args.seeds) for name in args.rows]
     records = runner.run_jobs(jobs, args.out)
     lines = [f"{processor()}, torch {torch.__version__}, {runner.PROCESSES} x one thread, {args.iters} steps",
              foundations.summary(made), "", f"{'':32}{'mIoU':>14}{'masked':>17}{'gain':>16}{'n':>4}{'CPU s':>7}"]
@@ -194,8 +195,9 @@ def main(argv: list[str] | None = None):
         columns = "   ".join(spread(values) for values in ([*plain.values()], [*masked.values()], gain))
         lines.append(f"{ROWS[name]:32}{columns}{len(plain):4}{seconds:7.0f}")
     pairs = [pair for pair in PAIRS if set(pair) <= set(args.rows)]
-    found = runner.differences(records, pairs)
-    runner.write_report(args.out, [*lines, "", *runner.difference_table(found, ROWS), "", *auc(args)], found)
+    differences = runner.differences(records, pairs)
+    table = runner.difference_table(differences, ROWS)
+    runner.write_report(args.out, [*lines, "", *table, "", *auc(args)], differences)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What is read from and written to the disk: data sets, photos and labels, weight files."""
+"""Reading and writing files: data sets, photos and labels, weights, results."""

@@ -121,7 +121,7 @@ class LabelStats:
 
 
 def label_fault(stats: LabelStats, classes: Sequence[str]) -> str:
-    """What is wrong with labels that look like masks of 0 and 255, or show a single class; "" if they do not."""
+    """The fault of labels that look like masks of 0 and 255, or show a single class; "" if there is none."""
     counts, ignored = stats.counts[:len(classes)], stats.counts[IGNORE]
     seen = np.flatnonzero(counts)
     masks = len(seen) < len(classes) and ignored > np.sort(counts)[-2:].min()

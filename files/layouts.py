@@ -126,11 +126,11 @@ def _common_suffix(photos: dict, labels: dict) -> str:
 
 
 def _listed(place: Place) -> tuple[list[tuple[str, Path, Path]], list[str]]:
-    """What a list names, in its order; a line that names no photo, no label, or several is a fault.
+    """The pairs that a list names, in its order; a line that names no photo, no label, or several is a fault.
 
     A line is the path of a photo, or of a photo and its label: below the split's folder of photos (of labels), the next
-    folder above that up to data_root, or the list's own, the first of them that has it. A photo alone has the label of
-    its own path.
+    folder above that up to data_root, or the list's own, the first of them that has it. A photo alone is paired with
+    the label of the same path.
     """
     with reading(place.listing, "list of names"):
         lines = place.listing.read_text(encoding="utf-8-sig", errors="replace").splitlines()

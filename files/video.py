@@ -78,7 +78,7 @@ class Writer:
 
 
 def is_video(path: str | Path) -> bool:
-    """Whether OpenCV reads more than one picture from a file: a single one may be part of a photo (of a .heic)."""
+    """Whether OpenCV reads more than one frame from a file: a single one may be part of a photo (of a .heic)."""
     capture = _open(path)
     return capture.grab() and capture.grab()
 
@@ -120,7 +120,7 @@ def _look_through(path: str | Path) -> tuple[list[float], str, bool]:
     messages = re.findall(r"\[OPENCV:FFMPEG:(\d+)\] *(.*)", done.stdout + done.stderr)
     errors = [text for level, text in messages if int(level) <= 16]
     opening, _, decoding = (done.stdout + done.stderr).partition("Statistics:")
-    changes = decoding.count("get_format()") > opening.count("get_format()")               # the decoder starts afresh
+    changes = decoding.count("get_format()") > opening.count("get_format()")               # the decoder restarts
     return times, errors[0] if errors else "" if times else "not a video or damaged", changes
 
 

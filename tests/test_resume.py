@@ -194,6 +194,16 @@ def test_a_changed_configuration_is_refused_or_listed(config, copied, capsys):
     assert "workers 0 -> 1" in printed and "log_every 2 -> 7" in printed
 
 
+def test_a_longer_run(config, copied, capsys):
+    """`iters` may grow on resume: the learning rate continues on the longer schedule."""
+    argv = ["--cfg", config, f"out={copied}", "--resume"]
+    train.main([*argv, "iters=6"])
+    *_, last = [entry for entry in logged(copied) if "lr" in entry]
+    assert last["iter"] == 6 and last["lr"] == pytest.approx(train.get_lr(5, load_config(config, ["iters=6"])))
+    line = fails(capsys, *argv, "iters=5")
+    assert "iters" in line and "5" in line and "6" in line
+
+
 def test_an_edited_log(config, uninterrupted, copied, capsys):
     log = copied / "log.jsonl"
     log.write_text(log.read_text().replace("\n", "\n\n"))

@@ -1,1 +1,1 @@
-"""What is drawn for people: overlays, legends, sheets, plots, tables, videos."""
+"""Pictures and reports: overlays, legends, contact sheets, plots, tables."""
