@@ -86,13 +86,13 @@ def evaluate_split(model: SCHNet, pairs: PairSet | DrawnSet, num_classes: int, w
     order = [i for chunk in chunks for i in chunk]
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     per_image = []
-    samples = read_ahead(pairs.read, order, model.cfg.workers)
+    samples = read_ahead(pairs.read, order, model.cfg.workers, lambda i: pairs.name(i), interrupted)
     with tqdm(total=len(order) * world.size, desc="evaluate", unit="image", disable=not progress, leave=False) as bar:
         for chunk in chunks:
+            read = [*islice(samples, len(chunk))]
             if interrupted():
                 break
-            indices, read = zip(*islice(samples, len(chunk)))
-            images, labels = zip(*read)
+            indices, images, labels = zip(*((i, *pair) for i, pair in read))
             for i, pred, label in zip(indices, predict_labels(model, images, scales, flip_pairs), labels):
                 counts = confusion_matrix(torch.from_numpy(pred), torch.from_numpy(label), num_classes)
                 matrix += counts

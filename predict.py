@@ -36,12 +36,12 @@ from tqdm import tqdm
 
 import fast
 import inference
-from config import user_path
+from config import IGNORE, user_path
 from engine.parsing import LESS_MEMORY, Job, Report, printable
 from engine.processes import World, run_together
 from errors import UserError
 from files.atomic import results_folder
-from files.images import ALL_FORMATS, as_shown, read_photo
+from files.images import ALL_FORMATS, read_photo
 from files.inputs import Input, list_inputs
 from files.labels import load_class_map
 from files.results import Results
@@ -91,7 +91,7 @@ class Parser:
     def read(photo: Photo) -> np.ndarray:
         """The pixels of a photo, RGB (H, W, 3) uint8, that label maps belong to."""
         if isinstance(photo, Image.Image):
-            return as_shown(photo)
+            return read_photo(photo)
         if isinstance(photo, str | Path):
             return read_photo(user_path(photo), ALL_FORMATS)
         photo = photo.read() if hasattr(photo, "read") else photo
@@ -135,9 +135,12 @@ class Parser:
 
     def overlay(self, photo: Photo, label: np.ndarray, shown: Iterable[int] | None = None) -> np.ndarray:
         """The photo under its label map, with a legend of the classes that occur (or of those `shown`)."""
-        image, label = self.read(photo), np.asarray(label, np.uint8)
+        image, label = self.read(photo), np.asarray(label)
         if image.shape[:2] != label.shape:
             raise UserError(f"the label map has {label.shape} pixels, its photo {image.shape[:2]}")
+        if not np.isin(label, [*range(len(self.classes)), IGNORE]).all():
+            raise UserError(f"the label map has other values than 0 to {len(self.classes) - 1} and {IGNORE}")
+        label = label.astype(np.uint8)
         shown = pictures.present(label) if shown is None else shown
         return pictures.with_legend(pictures.overlay(image, label, self.palette), self.classes, self.palette, shown)
 

@@ -28,7 +28,7 @@ from torch import Tensor
 import adapter
 from clip_vit import CLIP
 from errors import run_program
-from layers import cast_frozen
+from layers import autocast, cast_frozen
 from losses import lovasz_softmax
 from sam_vit import SIZES, SAMViT
 from test_clip_vit import random_state as clip_state
@@ -48,14 +48,10 @@ class Case(NamedTuple):
     notes: dict[str, str] = {}                             # text of an extra column
 
 
-def autocast(mode: str, device: str):
-    return torch.autocast(device, torch.bfloat16, enabled=mode == "bf16")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # encoders
 
-ENCODERS = {"sam": tuple(peers.SAMS), "clip": tuple(peers.CLIPS)}        # with their peers
+ENCODERS = {"sam": tuple(peers.SAMS), "clip": tuple(peers.CLIPS)}        # the other libraries
 
 
 def make_encoder(encoder: str, name: str, size: int, mode: str, device: str) -> Callable[[Tensor], list[Tensor]]:
@@ -75,10 +71,10 @@ def make_encoder(encoder: str, name: str, size: int, mode: str, device: str) -> 
     if name == OURS:
         cast_frozen(model, mode)
 
-    def in_mode(image: Tensor) -> list[Tensor]:
-        with torch.inference_mode(), autocast(mode, device):
+    def run_in_mode(image: Tensor) -> list[Tensor]:
+        with torch.inference_mode(), autocast(torch.device(device), mode):
             return run(image)
-    return in_mode
+    return run_in_mode
 
 
 def encoder_memory(encoder: str, name: str, size: int, batch: int, mode: str, threads: int) -> float:
@@ -139,7 +135,7 @@ def attention(version, backward: bool, shapes, value, locations, weights) -> lis
 def adapter_alone(version, net, image, tokens, mode: str) -> list[Tensor]:
     """Runs the adapter (1024 channels) without the transformer layers: prior, 4 injectors, 6 extractors, fusion."""
     adapter.ms_deform_attn = version
-    with torch.no_grad(), autocast(mode, image.device.type):
+    with torch.no_grad(), autocast(image.device, mode):
         c1, c = net.prior(image)
         x, outs = tokens, []
         for stage in range(4):
@@ -186,7 +182,7 @@ def features(name: str, batch: int, size: int, device: str, train: bool) -> list
 
 def head_outputs(head: torch.nn.Module, maps: list[Tensor], train: bool, mode: str) -> list[Tensor]:
     """[logits]; in training [logits, gradients of the four maps, gradients of the weights]."""
-    with torch.set_grad_enabled(train), autocast(mode, maps[0].device.type):
+    with torch.set_grad_enabled(train), autocast(maps[0].device, mode):
         logits = head(maps)
     if not train:
         return [logits]

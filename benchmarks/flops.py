@@ -46,8 +46,8 @@ def convolution(out: Tensor, x: Tensor, weight: Tensor, bias, stride, padding, d
 
 
 def backward_convolution(out, grad: Tensor, x: Tensor, weight: Tensor, bias, stride, padding, dilation,
-                         transposed: bool, output_padding, groups: int, wanted: list[bool]) -> int:
-    return sum(wanted[:2]) * convolution(grad, x, weight, bias, stride, padding, dilation, transposed)
+                         transposed: bool, output_padding, groups: int, output_mask: list[bool]) -> int:
+    return sum(output_mask[:2]) * convolution(grad, x, weight, bias, stride, padding, dilation, transposed)
 
 
 def embedding_bag(out, table: Tensor, index: Tensor, *_) -> int:
@@ -58,8 +58,8 @@ def grid_sampler(out: Tensor, *_) -> int:
     return 2 * 4 * out.numel()                             # four neighbours
 
 
-def backward_grid_sampler(out, grad: Tensor, x, grid, mode, padding, align, wanted: list[bool]) -> int:
-    return 2 * 4 * grad.numel() * (wanted[0] + 2 * wanted[1])              # gradient of the map; of x and y
+def backward_grid_sampler(out, grad: Tensor, x, grid, mode, padding, align, output_mask: list[bool]) -> int:
+    return 2 * 4 * grad.numel() * (output_mask[0] + 2 * output_mask[1])              # gradient of the map; of x and y
 
 
 FORMULAS: dict[str, Callable[..., int]] = {

@@ -109,18 +109,18 @@ def measure(runs: dict[str, Callable], rounds: int, precision: str = "", device:
 
     Each round ends with matrix products in `precision`; "": none, for code without matrix products.
     """
-    beside = products(precision, device) if precision else {}
-    flops = {name: count(run)[1] for name, run in {**runs, **beside}.items()}
+    references = products(precision, device) if precision else {}
+    flops = {name: count(run)[1] for name, run in {**runs, **references}.items()}
     names, times = list(runs), {name: [] for name in flops}
     for n in range(rounds):
-        for name in [*names[n % len(names):], *names[:n % len(names)], *beside]:
+        for name in [*names[n % len(names):], *names[:n % len(names)], *references]:
             wall, busy = time.perf_counter(), time.process_time()
-            {**runs, **beside}[name]()
+            {**runs, **references}[name]()
             if torch.device(device).type == "cuda":
                 torch.cuda.synchronize()
             wall, busy = time.perf_counter() - wall, time.process_time() - busy
             times[name].append((wall, busy / torch.get_num_threads()))
-    rates = {name: [flops[name] / wall for wall, _ in times.pop(name)] for name in beside}
+    rates = {name: [flops[name] / wall for wall, _ in times.pop(name)] for name in references}
     best = max(rates, key=lambda name: statistics.median(rates[name]), default="")
     return Measured(times, flops, best, rates.get(best, []))
 

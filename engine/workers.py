@@ -6,8 +6,8 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from multiprocessing.pool import ThreadPool
 
 import cv2
 from torch.utils.data import DataLoader
@@ -35,9 +35,11 @@ def watched(loader: DataLoader, expected: Iterator[list[str]]) -> Iterator:
     handler = child_died and signal.getsignal(child_died)
     others, names, workers = set(multiprocessing.active_children()), [], set()
     try:
-        batches = iter(loader)
-        workers = set(multiprocessing.active_children()) - others
-        atexit.register(kill, workers)                     # also where somebody still holds the loader at the end
+        try:
+            batches = iter(loader)
+        finally:                                           # also of those that were started before one could not be
+            workers = set(multiprocessing.active_children()) - others
+            atexit.register(kill, workers)                 # also where somebody still holds the loader at the end
         if workers and child_died:                         # torch's handler raises wherever the main process is when a
             signal.signal(child_died, handler)             # worker dies; waiting for a batch notices it without it
         while True:
@@ -75,12 +77,23 @@ def kill(workers: set[multiprocessing.Process]):
         worker.kill()
 
 
-def read_ahead(read: Callable, items: Iterable, threads: int) -> Iterator[tuple]:
-    """(item, read(item)) in order; threads decode files while the network works."""
-    with ThreadPoolExecutor(max(1, threads)) as pool:
+def read_ahead(read: Callable, items: Iterable, threads: int, name: Callable[..., str] = str,
+               interrupted: Callable[[], bool] = lambda: False) -> Iterator[tuple]:
+    """(item, read(item)) in order; threads decode files while the network works. Ends early when `interrupted()`.
+
+    UserError with the `name` of an item that cannot be read for STALLED seconds.
+    """
+    with ThreadPool(max(1, threads)) as pool:              # of daemon threads: a process can end while they are blocked
         items = iter(items)
-        waiting = deque((item, pool.submit(read, item)) for item in islice(items, threads + 1))
+        waiting = deque((item, pool.apply_async(read, (item,))) for item in islice(items, threads + 1))
         while waiting:
-            item, future = waiting.popleft()
-            waiting.extend((item, pool.submit(read, item)) for item in islice(items, 1))
-            yield item, future.result()
+            item, result = waiting.popleft()
+            waiting.extend((item, pool.apply_async(read, (item,))) for item in islice(items, 1))
+            end = time.monotonic() + STALLED
+            while not result.ready():
+                if interrupted():
+                    return
+                if time.monotonic() > end:
+                    raise UserError(f"{name(item)}: not read within {STALLED} s")
+                result.wait(0.5)
+            yield item, result.get()

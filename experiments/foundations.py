@@ -283,7 +283,7 @@ def make(folder: Path, quick: bool = False) -> dict[str, dict]:
     mark_folder(folder)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    made = {}
+    records = {}
     for name, file, run, train in (("clip", CLIP_FILE, CLIP_RUN, make_clip), ("sam", SAM_FILE, SAM_RUN, make_sam)):
         settings, record = [*DATA, *run, *(QUICK if quick else []), f"seed={SEED}"], folder / f"{name}.json"
         if not record.exists():
@@ -292,14 +292,14 @@ def make(folder: Path, quick: bool = False) -> dict[str, dict]:
             found = train(folder / file, cfg)
             write_text(record, json.dumps({"machine": f"{processor()}, torch {torch.__version__}"} | found
                                           | {"settings": settings}, indent=1))
-        made[name] = json.loads(record.read_text(encoding="utf-8"))
-        if made[name]["settings"] != settings:
+        records[name] = json.loads(record.read_text(encoding="utf-8"))
+        if records[name]["settings"] != settings:
             raise UserError(f"{record}: was made with other settings; choose another --out")
-    return made
+    return records
 
 
-def summary(made: dict[str, dict]) -> str:
-    clip, sam = made["clip"], made["sam"]
+def summary(records: dict[str, dict]) -> str:
+    clip, sam = records["clip"], records["sam"]
     return (f"foundations: CLIP {clip['seconds']:.0f} s of CPU time, retrieval {100 * clip['retrieval']:.1f} (chance "
             f"{100 * clip['chance']:.1f}), scale {clip['scale']:.1f}; SAM {sam['seconds']:.0f} s, mask IoU "
             f"{100 * sam['mask_iou']:.1f} (untrained {100 * sam['untrained']:.1f})")
@@ -310,8 +310,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--out", type=user_path, default=Path("runs/table6/foundations"))
     parser.add_argument("--quick", action="store_true", help="5 steps each, to test this script")
     args = parser.parse_args(argv)
-    made = make(args.out, args.quick)
-    print(f"{made['clip']['machine']}, one thread\n{summary(made)}\n"
+    records = make(args.out, args.quick)
+    print(f"{records['clip']['machine']}, one thread\n{summary(records)}\n"
           "R^2 of a linear map from an encoder's tokens to the classes' shares of a patch, in percent:")
     for name, value in probe(args.out).items():
         print(f"{name:23}{100 * value:6.1f}")

@@ -92,27 +92,21 @@ def background_scores(cfg: Config) -> dict:
 
 def tables(grid: dict, records: list[dict], rates: dict[str, float], background: dict,
            args: argparse.Namespace) -> list[str]:
-    """Three tables as lines of text: learning rates, each run's mIoU over time, IoU per class."""
+    """Two tables as lines of text: the learning rates, each run's scores over time."""
     lines = [f"mIoU of the learning rates after {args.grid_minutes:g} minutes",
              f"{'':14}" + "".join(f"{lr:10g}" for lr in args.lrs)]
     lines += [f"{name:14}" + "".join(f"{100 * miou:10.2f}" for miou in mious.values()) for name, mious in grid.items()]
     times = "".join(f"{args.minutes * n / LOOKS:7g} min" for n in range(1, LOOKS + 1))
     lines += ["", "mIoU against CPU time, one thread",
               f"{'':14}{'seed':>5}{'rate':>8}{'M params':>10}{'steps':>7}{times}{'pixel acc.':>12}{'mean acc.':>11}"]
-    iou = {}
     for name in MODELS:
-        mine = [record for record in records if record["name"] == name]
-        for record in mine:
+        runs = [record for record in records if record["name"] == name]
+        for record in runs:
             lines.append(f"{name:14}{record['seed']:5}{rates[name]:8g}{record['parameters'] / 1e6:10.2f}"
                          f"{record['looks'][-1]['steps']:7}{scores_over_time([record])}")
-        lines.append(f"{name:14}{'mean':>5}{'':25}{scores_over_time(mine)}")
-        iou[name] = np.mean([record["looks"][-1]["iou"] for record in mine], 0)
-    lines.append("all background: " + ", ".join(f"{key} {100 * background[key]:.2f}"
-                                                for key in ("miou", "pixel_acc", "mean_acc")))
-    lines += ["", f"{'IoU of classes':14}" + "".join(f"{name:>14}" for name in iou)]
-    for k, label in enumerate(label_set(settings(args)).classes):
-        lines.append(f"{label:14}" + "".join(f"{100 * values[k]:14.2f}" for values in iou.values()))
-    return lines
+        lines.append(f"{name:14}{'mean':>5}{'':25}{scores_over_time(runs)}")
+    return [*lines, "all background: " + ", ".join(f"{key} {100 * background[key]:.2f}"
+                                                   for key in ("miou", "pixel_acc", "mean_acc"))]
 
 
 def scores_over_time(records: list[dict]) -> str:
@@ -129,7 +123,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--minutes", type=float, default=12, help="CPU time of a run (12)")
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="trains seeds 0 to N - 1 (2)")
     parser.add_argument("--out", type=user_path, default=Path("runs/learn"))
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of configs/custom.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of configs/custom.yaml")
     args = parser.parse_intermixed_args(argv)
     mark_folder(args.out)
     cfg = settings(args)

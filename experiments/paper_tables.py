@@ -5,7 +5,7 @@
     python experiments/paper_tables.py --train --rows clip sam srm full seed=1 --runs runs/seed1        Table 6 alone
 
 `key=value` is passed to train.py. Interrupted runs are resumed, existing results are kept. Where best.pt was chosen on
-the images that are scored, the table shows last.pt, and best.pt behind it. Table 1, the IoU of each class, is printed
+the images that are scored, the table shows last.pt, then best.pt. Table 1, the IoU of each class, is printed
 by evaluate.py.
 """
 

@@ -137,7 +137,7 @@ def auc(args: argparse.Namespace) -> list[str]:
     clip = foundations.load_clip(cfg.clip_weights, cfg.clip_taps, cfg.clip, cfg.clip_activation)
     f_txt, names, f_cls, shown = clip.encode_text(foundations.prompts(cfg)), label_set(cfg).classes, [], []
     for image, label in foundations.images_of(open_split(cfg, "val")):
-        f_cls.append(clip.encode_image(image)[0])
+        f_cls.append(clip.visual(image)[0])
         shown.append(foundations.presence(label, len(names)))
     cosine, shown, scale = torch.cat(f_cls) @ f_txt.T, torch.cat(shown) > 0, clip.logit_scale.exp()
     f_sim = (scale * cosine).softmax(1)
@@ -182,12 +182,12 @@ def main(argv: list[str] | None = None):
     args.iters = args.iters or (6 if args.quick else 1000)
     args.out = (args.out or Path("runs/simmodule_quick" if args.quick else "runs/table6/simmodule")).resolve()
     mark_folder(args.out)
-    made = foundations.make((args.out if args.quick else args.out.parent) / "foundations", quick=args.quick)
+    encoders = foundations.make((args.out if args.quick else args.out.parent) / "foundations", quick=args.quick)
     jobs = [Job(name, settings(name, seed, args), build=table6.build, score=score,
                 change=functools.partial(change, kind=name)) for seed in range(args.seeds) for name in args.rows]
     records = runner.run_jobs(jobs, args.out)
     lines = [f"{processor()}, torch {torch.__version__}, {runner.PROCESSES} x one thread, {args.iters} steps",
-             foundations.summary(made), "", f"{'':32}{'mIoU':>14}{'masked':>17}{'gain':>16}{'n':>4}{'CPU s':>7}"]
+             foundations.summary(encoders), "", f"{'':32}{'mIoU':>14}{'masked':>17}{'gain':>16}{'n':>4}{'CPU s':>7}"]
     for name in args.rows:
         plain, masked = final(records, name), final(records, name, "masked")
         seconds = np.mean([record["looks"][-1]["seconds"] for record in records if record["name"] == name])

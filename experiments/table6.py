@@ -130,13 +130,13 @@ def row_table(records: Sequence[dict]) -> list[str]:
     return lines
 
 
-def report(records: Sequence[dict], made: dict, args: argparse.Namespace):
+def report(records: Sequence[dict], encoders: dict, args: argparse.Namespace):
     pairs = [(a, b) for a, row in ROWS.items() for b in row.minus]
     differences = runner.differences(records, pairs)
     paper = {(a, b): PAPER[a] - PAPER[b] for a, b in pairs if a in PAPER and b in PAPER}
     lines = [f"{processor()}, torch {torch.__version__}, {runner.PROCESSES} processes of one thread",
-             *["--quick: the numbers mean nothing"] * args.quick, foundations.summary(made), "", *row_table(records),
-             "", *runner.difference_table(differences, TITLES, paper)]
+             *["--quick: the numbers mean nothing"] * args.quick, foundations.summary(encoders), "",
+             *row_table(records), "", *runner.difference_table(differences, TITLES, paper)]
     runner.write_report(args.out, lines, differences)
     runner.write_looks(args.out / "table6.csv", records, label_set(settings("full", 0, args)).classes)
 
@@ -153,8 +153,8 @@ def main(argv: list[str] | None = None):
     args.iters = args.iters or (6 if args.quick else 500)
     args.out = (args.out or Path("runs/table6_quick" if args.quick else "runs/table6")).resolve()
     mark_folder(args.out)
-    made = foundations.make(args.out / "foundations", quick=args.quick)
-    report(train_rows(args), made, args)
+    encoders = foundations.make(args.out / "foundations", quick=args.quick)
+    report(train_rows(args), encoders, args)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ RETRY_AFTER = (1, 3, 10)
 REDUCED, BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC, DNG_VERSION = 254, 258, 259, 262, 50706    # tags of a TIFF
 OLD_JPEG, WHITE_IS_ZERO = 6, 0                             # values of two of them; Canon's previews are old-style JPEG
 T = TypeVar("T")
+Source = str | Path | bytes | Image.Image                  # a path, the bytes of a file, an image that was opened
 
 # How a PNG stores its pixels, in Pillow's words (raw modes).
 LABEL_KINDS = ("L", "P", "P;1", "P;2", "P;4")
@@ -47,17 +48,11 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY           # image generators keep a workflow in one
 
 
-def read_photo(source: str | Path | bytes, formats: tuple[str, ...] = PHOTO_FORMATS) -> np.ndarray:
-    """A photo as a viewer shows it: turned by its EXIF orientation; the first frame of an animation.
-
-    `source`: a path, or the bytes of a file.
+def read_photo(source: Source, formats: tuple[str, ...] = PHOTO_FORMATS) -> np.ndarray:
+    """A photo as a viewer shows it: transparent pixels in white, turned by its EXIF orientation; the first frame of an
+    animation.
     """
-    return _decoded(source, formats, as_shown)
-
-
-def as_shown(image: Image.Image) -> np.ndarray:
-    """The pixels of an image as a viewer shows it: transparent ones in white, turned by its EXIF orientation."""
-    return _turned(_rgb(image), _orientation(image))
+    return _decoded(source, formats, lambda image: _turned(_rgb(image), _orientation(image)))
 
 
 def read_label(path: str | Path, num_classes: int) -> np.ndarray:
@@ -97,11 +92,13 @@ def orientation(path: str | Path) -> int:
     return _decoded(path, PHOTO_FORMATS, _orientation)
 
 
-def _decoded(source: str | Path | bytes, formats: tuple[str, ...], decode: Callable[[Image.Image], T]) -> T:
+def _decoded(source: Source, formats: tuple[str, ...], decode: Callable[[Image.Image], T]) -> T:
     """`decode` of an opened image. A fault of the file is a `UserError`; one that may pass is retried."""
-    name = "the photo" if isinstance(source, bytes) else source
+    name = source if isinstance(source, str | Path) else "the photo"
     for delay in (*RETRY_AFTER, None):
         try:
+            if isinstance(source, Image.Image):
+                return decode(source)
             with _open(source) as file, Image.open(file, formats=formats) as image:
                 return decode(image)
         except UserError as error:
@@ -116,7 +113,7 @@ def _open(source: str | Path | bytes) -> io.BufferedIOBase:
     return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
 
 
-def _fault(source: str | Path | bytes, error: Exception, formats: tuple[str, ...]) -> str:
+def _fault(source: Source, error: Exception, formats: tuple[str, ...]) -> str:
     """Why an image could not be read."""
     if isinstance(error, MemoryError):
         return "does not fit in memory"

@@ -102,14 +102,14 @@ class Results:
 
     def video_is_done(self, source: str, name: str) -> bool:
         record, origin = read_mp4_record(self.video_path(name)), self.origin(source).items()
-        frames = list(self.frame_folder(source, name).glob("*.png")) if self.frames else []
+        frames = _frames(self.frame_folder(source, name)) if self.frames else []
         return (origin <= record.items() and all(origin <= read_record(frame).items() for frame in frames)
                 and (not self.frames or len(frames) == int(record["Frames"])))
 
     def claim_video(self, source: str, name: str, origin: Record):
         """As `claim_photo`, for a video."""
         overlay, folder = self.video_path(name), self.frame_folder(source, name)
-        frames = {frame: _own_label(frame)[0] for frame in sorted(folder.glob("*.png"))}
+        frames = {frame: _own_label(frame)[0] for frame in _frames(folder)}
         if os.path.lexists(overlay) and not read_mp4_record(overlay):
             raise _foreign(overlay)
         if self.frames and not all(frames.values()):
@@ -120,6 +120,11 @@ class Results:
         overlay.unlink(missing_ok=True)
         for place in [overlay.parent, *[folder] * self.frames]:
             place.mkdir(parents=True, exist_ok=True)
+
+
+def _frames(folder: Path) -> list[Path]:
+    """The label maps of a video's frames, without what a killed process left behind (files/atomic.py)."""
+    return sorted(folder.glob("[!.]*.png"))
 
 
 def _foreign(path: Path) -> UserError:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from test_images import numbers, picture, save, written
+from tiny import wait_until
 
 import datasets
 from config import Config, from_dict
@@ -282,6 +283,23 @@ def test_errors_in_workers_and_killed_workers_are_one_line(tmp_path):
     assert str(error.value) == f"{root / PHOTO}: an empty file (0 bytes)"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")       # torch: its loader is incomplete
+def test_too_few_open_files_are_one_line(tmp_path, monkeypatch):
+    """The third worker cannot be started: nothing waits for the other two."""
+    others, start, started = set(multiprocessing.active_children()), multiprocessing.Process.start, []
+
+    def limited(worker):
+        if len(started) == 2:
+            raise OSError(24, "Too many open files")
+        start(worker), started.append(worker)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", limited)
+    cfg = custom(make_custom(tmp_path), workers=3)
+    with pytest.raises(UserError, match=r"open files.*fewer workers.*ulimit -n"):
+        next(train_loader(cfg, open_split(cfg, "train")))
+    wait_until(lambda: set(multiprocessing.active_children()) <= others, 4)
+
+
 def test_a_stalled_worker_is_one_line_with_the_names(tmp_path, monkeypatch):
     root = make_custom(tmp_path)
     for path in root.rglob("images/train/*.jpg"):
@@ -291,3 +309,7 @@ def test_a_stalled_worker_is_one_line_with_the_names(tmp_path, monkeypatch):
     cfg = custom(root, workers=1)
     with pytest.raises(UserError, match=r"\A[^\n]* 1 s.*\bp\d, p\d"):
         next(train_loader(cfg, open_split(cfg, "train")))
+    pairs = open_split(cfg, "train")                       # in evaluation, read by threads
+    with pytest.raises(UserError, match=r"p\d: .* 1 s"):
+        next(workers.read_ahead(pairs.read, range(3), 2, pairs.name))
+    assert not list(workers.read_ahead(pairs.read, range(3), 2, interrupted=lambda: True))

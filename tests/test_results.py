@@ -112,7 +112,7 @@ def test_results_of_the_same_file_and_settings_are_skipped(parse, here: Path, ca
     assert parsed("east") == 1 and files("out") == ["labels/front.png", "overlays/front.jpg"]
     clip("v.avi", 3)
     assert [parsed("v.avi"), parsed("v.avi"), parsed("v.avi", "--frames"), parsed("v.avi", "--frames")] == [1, 0, 1, 0]
-    Path("out/labels/v.avi/000002.png").unlink()
+    Path("out/labels/v.avi/000002.png").rename("out/labels/v.avi/.000002-0123abcd.part.png")          # killed there
     assert parsed("v.avi", "--frames") == 1 and len(files("out/labels/v.avi")) == 3
     clip("v.avi", 3, (60, 70))                             # as many frames, another video
     assert [parsed("v.avi"), parsed("v.avi", "--frames")] == [1, 1]
@@ -184,11 +184,12 @@ def test_out_must_not_be_a_data_set(parse, here: Path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no file size limit")
 @pytest.mark.parametrize("options, limit, name", [
-    (["--probs"], 200_000, "probs/large.npy"), ([], 500, "labels/large.png"), ([], 20_000, "overlays/v.mp4")])
+    (["--probs"], 200_000, "probs/large.npy"), ([], 500, "labels/large.png"), ([], 20_000, "overlays/large.jpg"),
+    ([], 20_000, "overlays/v.mp4")])
 def test_a_full_disk_is_reported_per_file(parse, here: Path, capsys, options: list[str], limit: int, name: str):
     import resource
     source = "v.avi" if "v.mp4" in name else "large.png"
-    save("large.png", photo(300, 200)) if source == "large.png" else clip("v.avi", 30)
+    save("large.png", photo(300, 200)), clip("v.avi", 30)
     Image.new("RGB", (1, 1)).save("small.png")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
@@ -256,7 +257,9 @@ def test_a_photo_may_be_a_path_bytes_a_file_an_image_or_an_array(parser: Parser,
     white = photo(50, 70)
     white[:, 40:] = 255
     assert (parser.parse(clear) == parser.parse(white)).all() and clear.mode == "RGBA"     # not changed in place
-    for wrong, words in ((photo(5, 5)[..., 0], "RGB.*5, 5"), (photo(5, 5) / 255, "float64"), ("no.png", "No such file"),
+    Path("cut.png").write_bytes(content[:-200])
+    for wrong, words in ((photo(5, 5)[..., 0], "RGB.*5, 5"), (Image.open("cut.png"), "cut off"),
+                         (photo(5, 5) / 255, "float64"), ("no.png", "No such file"),
                          (Image.new("F", (5, 5)), "'s F"), (3, "not int"), ({"x.png"}, "not set"), (b"x", "photo"),
                          (np.zeros((0, 4, 3), np.uint8), "RGB")):
         for take in (parser.parse, parser.probabilities):
@@ -311,5 +314,6 @@ def test_the_example_of_the_docstring_and_overlays(small: Path, parser: Parser, 
     assert np.array_equal(parser.overlay("photo.jpg", label), pictures.with_legend(
         drawn, parser.classes, parser.palette, pictures.present(label)))
     assert np.array_equal(parser.overlay(original, label.astype(int)), parser.overlay("photo.jpg", label))
-    with pytest.raises(UserError, match="70.*50"):
-        parser.overlay(original, label.T)
+    for wrong, words in ((label.T, "70.*50"), (label + 20, "19"), (label.astype(int) + 256, "19")):
+        with pytest.raises(UserError, match=words):
+            parser.overlay(original, wrong)

@@ -5,6 +5,7 @@ text.
 """
 
 import contextlib
+import io
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -253,7 +254,10 @@ def save_jpeg(path: str | Path, rgb: np.ndarray):
     if max(rgb.shape) > LONGEST_JPEG:
         size = [max(1, side * LONGEST_JPEG // max(rgb.shape)) for side in rgb.shape[1::-1]]
         rgb = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
-    _save(path, Image.fromarray(np.ascontiguousarray(rgb)), format="JPEG", quality=92, subsampling=0)
+    content = io.BytesIO()                                 # Pillow does not notice a JPEG that a full disk cut off
+    Image.fromarray(np.ascontiguousarray(rgb)).save(content, format="JPEG", quality=92, subsampling=0)
+    with atomic_write(path) as part:
+        part.write_bytes(content.getvalue())
 
 
 def save_palette_png(path: str | Path, label: np.ndarray, palette: Palette, text: dict[str, str] | None = None):

@@ -27,15 +27,6 @@ def right(cfg):
     return compare.logits(model, cfg, 1, compare.DEVICE), compare.one_step(model, cfg, 2, compare.DEVICE)
 
 
-def test_no_comparison_fails_without_a_fault(cfg, right):
-    model = compare.network(cfg)
-    compare.same_logits(compare.logits(model, cfg, 1, compare.DEVICE), right[0], 1e-6)
-    losses, gradients = compare.one_step(model, cfg, 2, compare.DEVICE)
-    compare.same_loss(losses, right[1][0], 1e-6)
-    compare.same_gradients(gradients, right[1][1], 1e-5)
-    assert compare.fused_attention_is_taken(model, cfg).startswith("8 layers")
-
-
 def test_a_wrong_scale_in_a_fast_version(cfg, right, monkeypatch):
     wrong = fast.replaced_by(lambda self, x: 1.02 * fast.sam_attention(self, x))(Attention.forward.plain)
     monkeypatch.setattr(Attention, "forward", wrong)
