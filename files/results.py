@@ -6,8 +6,8 @@
     probs/NAME.npy       with --probs: probabilities (classes, H, W) in float16
     labels/NAME.mp4/*    with --frames: the label map of each frame of the video NAME.mp4, with the record in each
 
-A file that has no record is never replaced, nor is a label map or mask whose pixels were changed since. A photo's label
-map is written before its other results, whose record it is.
+A file that has no record is never replaced, nor is a label map or mask whose pixels were changed since, nor a result of
+another file that still exists. A photo's label map is written before its other results, whose record it is.
 """
 
 import hashlib
@@ -69,13 +69,14 @@ class Results:
                 and all(path.exists() for kind in self.kinds for path in self.paths(kind, name, self.classes)))
 
     def claim_photo(self, origin: Record, name: str) -> list[str]:
-        """Removes the earlier results of a photo. UserError, and nothing is removed, if a file in the way has no
-        record.
+        """Removes the earlier results of a photo. UserError, and nothing is removed, if a file in the way has no record
+        or was made from another file.
 
         Kept are results of other kinds that were made from the same file with the same settings; their kinds are
         returned.
         """
         record, label = _own_label(self.path("labels", name))
+        _check_source(self.path("labels", name), record, origin)
         old = {kind: self.paths(kind, name, json.loads(record["Classes"]))
                for kind in record.get("Results", "").split()}
         written = {path for paths in old.values() for path in paths}
@@ -114,6 +115,8 @@ class Results:
             raise _foreign(overlay)
         if self.frames and not all(frames.values()):
             raise _foreign(next(frame for frame, record in frames.items() if not record))
+        for path, record in [(overlay, read_mp4_record(overlay)), *frames.items()]:
+            _check_source(path, record, origin)
         for frame, record in frames.items():
             if record and (self.frames or not origin.items() <= record.items()):
                 frame.unlink()
@@ -129,6 +132,13 @@ def _frames(folder: Path) -> list[Path]:
 
 def _foreign(path: Path) -> UserError:
     return UserError(f"{path}: was not written by predict.py, or was changed since: it is left as it is")
+
+
+def _check_source(path: Path, record: Record, origin: Record):
+    """UserError if a result was made from another file, which still exists: a file that moved is parsed again."""
+    old, new = record.get("Source", ""), origin["Source"]
+    if old != new and os.path.exists(old) and not os.path.samefile(old, new):
+        raise UserError(f"{path} was made from {old}, not from {new}: choose another --out")
 
 
 def _digest(label: np.ndarray) -> str:
