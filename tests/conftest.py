@@ -82,4 +82,5 @@ def parse(small: Path):
 
 def pytest_collection_modifyitems(items: list[pytest.Item]):
     """The longest files first: workers that take files in turn then end at about the same time."""
-    items.sort(key=lambda item: item.path.stem not in ("test_export", "test_processes", "test_programs", "test_formats"))
+    longest = ("test_export", "test_processes", "test_programs", "test_formats")
+    items.sort(key=lambda item: item.path.stem not in longest)
