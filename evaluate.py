@@ -205,13 +205,14 @@ def run(args: argparse.Namespace, world: World):
         print(f"{seconds:.3f} s per image; " + ", ".join(map(str, [folder / RESULTS, *drawn])))
     if chosen and last.exists():
         newest = checkpoint.read(last)
-        if newest["progress"]["iteration"] != progress["iteration"]:
+        iteration, best = newest["progress"]["iteration"], progress["iteration"]
+        if iteration != best:
             checkpoint.load_state(model, newest["model"], last)
             result = scores(score()[0])
+            world.print0(f"{path.name} (iteration {best}) was chosen on this very set; mIoU of {last.name} (iteration "
+                         f"{iteration}): {100 * result['miou']:.2f}")
         if world.main:
-            record["last"] = {"iteration": newest["progress"]["iteration"], **_main_scores(result)}
-            print(f"{path.name} (iteration {progress['iteration']}) was chosen on this very set; mIoU of {last.name} "
-                  f"(iteration {record['last']['iteration']}): {100 * result['miou']:.2f}")
+            record["last"] = {"iteration": iteration, **_main_scores(result)}
             write_record(folder, record)
 
 
