@@ -13,7 +13,7 @@ CLASSES = ("Background", "Hat", "Hair", "Upper-clothes")
 PALETTE = ((0, 0, 0), (128, 0, 0), (255, 0, 0), (255, 85, 0))
 
 
-def figure(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+def drawing(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """A grey photo and a label map with a rectangle of class 2 in the middle."""
     label = np.zeros((height, width), np.uint8)
     label[height // 4:height * 3 // 4, width // 4:width * 3 // 4] = 2
@@ -39,7 +39,7 @@ def test_labels_have_the_palettes_colours_and_unknown_labels_are_hatched():
     assert [tuple(v) for v in rgb[0]] == list(PALETTE)
     assert all(tuple(v) in pictures.HATCH for v in rgb[1, :3]) and tuple(rgb[1, 3]) == PALETTE[0]
     assert pictures.present(label) == [0, 1, 2, 3, 4, 254, 255]
-    image, label = figure(16, 16)
+    image, label = drawing(16, 16)
     label[15], prediction = 255, label.copy()
     prediction[0, 0], prediction[15, 3] = 1, 3
     rgb = pictures.errors(image, label, prediction)
@@ -47,15 +47,15 @@ def test_labels_have_the_palettes_colours_and_unknown_labels_are_hatched():
 
 
 def test_overlay_blends_colours_and_draws_outlines():
-    rgb = pictures.overlay(*figure(400, 400), PALETTE, alpha=0.6)
+    rgb = pictures.overlay(*drawing(400, 400), PALETTE, alpha=0.6)
     assert np.abs(rgb[200, 200] - [0.4 * 100 + 0.6 * 255, 40, 40]).max() <= 1
     assert (np.abs(rgb[2, 2].astype(int) - 70) <= 1).all()
     lines = where(rgb, 255)
     assert lines[100, 100:300].all() and lines[100:300, 100].all() and lines.sum() == 4 * 200 - 1    # 1 pixel wide
-    small = pictures.overlay(*figure(40, 40), PALETTE)
+    small = pictures.overlay(*drawing(40, 40), PALETTE)
     assert np.abs(small[10, 20] - (0.4 * 255 + 0.6 * small[20, 20])).max() <= 1
-    assert where(pictures.overlay(*figure(2400, 2400), PALETTE), 255)[1200].sum() == 2 * 4   # lines scale with the size
-    dark = pictures.drawn_label(figure(400, 400)[1], [(0, 0, 0), (9, 9, 9), (0, 0, 85)])
+    assert where(pictures.overlay(*drawing(2400, 2400), PALETTE), 255)[1200].sum() == 2 * 4   # lines scale with the size
+    dark = pictures.drawn_label(drawing(400, 400)[1], [(0, 0, 0), (9, 9, 9), (0, 0, 85)])
     assert (dark[200, 101:299] == (0, 0, 85)).all() and (dark[50, 50] == 0).all()
     assert dark[100, 200].min() > 200 and dark[200, 300].min() > 200
 
@@ -75,7 +75,7 @@ def test_legend_shows_every_class_and_is_never_cut_off(size: tuple[int, int], co
 
 
 def test_legend_lists_the_labels_shown():
-    image, label = figure(50, 50)
+    image, label = drawing(50, 50)
     label[0, 0] = 255
     some = colours(pictures.with_legend(image, CLASSES, PALETTE, shown=pictures.present(label)))
     assert some >= {PALETTE[2], *pictures.HATCH} and PALETTE[1] not in some
