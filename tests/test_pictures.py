@@ -54,7 +54,7 @@ def test_overlay_blends_colours_and_draws_outlines():
     assert lines[100, 100:300].all() and lines[100:300, 100].all() and lines.sum() == 4 * 200 - 1    # 1 pixel wide
     small = pictures.overlay(*drawing(40, 40), PALETTE)
     assert np.abs(small[10, 20] - (0.4 * 255 + 0.6 * small[20, 20])).max() <= 1
-    assert where(pictures.overlay(*drawing(2400, 2400), PALETTE), 255)[1200].sum() == 2 * 4   # lines scale with the size
+    assert where(pictures.overlay(*drawing(2400, 2400), PALETTE), 255)[1200].sum() == 2 * 4  # lines scale with the size
     dark = pictures.drawn_label(drawing(400, 400)[1], [(0, 0, 0), (9, 9, 9), (0, 0, 85)])
     assert (dark[200, 101:299] == (0, 0, 85)).all() and (dark[50, 50] == 0).all()
     assert dark[100, 200].min() > 200 and dark[200, 300].min() > 200
