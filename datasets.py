@@ -10,6 +10,7 @@ file layouts and readers: files/; augmentation: augment.py.
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import math
@@ -39,7 +40,20 @@ __all__ = ["LABEL_SETS", "LabelSet", "label_set"]          # from files/labels.p
 # ----------------------------------------------------------------------------------------------------------------------
 # splits
 
-class PairSet:
+class Samples:
+    """The base of PairSet and DrawnSet."""
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Number and hash of the names and file sizes in order: where it is equal, index i is the same sample."""
+        digest = hashlib.sha256()
+        for i in range(len(self)):
+            sizes = [os.path.getsize(path) for path in self.paths(i)] if self.place else []
+            digest.update(os.fsencode(self.name(i)) + f" {sizes}\n".encode())
+        return f"{len(self)} {digest.hexdigest()}"
+
+
+class PairSet(Samples):
     """The labelled photos of one split."""
 
     def __init__(self, place: Place, pairs: list[tuple[str, Path, Path]], num_classes: int):
@@ -61,7 +75,7 @@ class PairSet:
         return read_photo_of(label, photo_path, label_path), label
 
 
-class DrawnSet:
+class DrawnSet(Samples):
     """The synthetic data set: people drawn on first use. All runs are scored on the same ones.
 
     Drawing costs more than reading a small JPEG, so drawings are kept in memory, up to KEPT_BYTES per process.
@@ -101,15 +115,6 @@ def open_split(cfg: Config, split: str) -> PairSet | DrawnSet:
         more = f" (and {len(faults) - 1} more: python datasets.py lists them all)" if len(faults) > 1 else ""
         raise UserError(faults[0] + more)
     return PairSet(place, pairs, len(label_set(cfg).classes))
-
-
-def fingerprint(pairs: PairSet | DrawnSet) -> str:
-    """Number and hash of a split's names and file sizes in order: where it is equal, index i is the same sample."""
-    digest = hashlib.sha256()
-    for i in range(len(pairs)):
-        sizes = [os.path.getsize(path) for path in pairs.paths(i)] if pairs.place else []
-        digest.update(os.fsencode(pairs.name(i)) + f" {sizes}\n".encode())
-    return f"{len(pairs)} {digest.hexdigest()}"
 
 
 def sample_warning(pairs: PairSet | DrawnSet, classes: Sequence[str], count: int = 100) -> str:

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import OVERRIDABLE, Config, from_dict, parse_overrides, user_path
-from datasets import DrawnSet, LabelSet, PairSet, fingerprint, label_set, open_split, sample_warning
+from datasets import DrawnSet, LabelSet, PairSet, label_set, open_split, sample_warning
 from engine import checkpoint
 from engine.processes import World, device_name, run_together
 from engine.workers import read_ahead
@@ -86,7 +86,7 @@ def evaluate_split(model: SCHNet, pairs: PairSet | DrawnSet, num_classes: int, w
     order = [i for chunk in chunks for i in chunk]
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     per_image = []
-    samples = read_ahead(pairs.read, order, model.cfg.workers, lambda i: pairs.name(i), interrupted)
+    samples = read_ahead(pairs.read, order, model.cfg.workers, pairs.name, interrupted)
     with tqdm(total=len(order) * world.size, desc="evaluate", unit="image", disable=not progress, leave=False) as bar:
         for chunk in chunks:
             read = [*islice(samples, len(chunk))]
@@ -157,18 +157,17 @@ def run(args: argparse.Namespace, world: World):
         model, labels = load_content(content, path, args.overrides, world.device)
         progress, trained = content.get("progress", {}), from_dict(content["config"], str(path))
         sha256, pairs = weights.sha256(path), open_labelled(model, labels, path, args.split)
-        data = fingerprint(pairs)
         scales, flip_pairs = tta_views(model.cfg, labels.flip_pairs, args.tta)
         folder = args.out or path.parent / results_name(args, model.cfg, trained)
-        identity = {"run": str(path.parent.resolve()), "checkpoint": path.name, "data": data, "split": args.split,
-                    "scales": scales, "flip": args.tta,
+        identity = {"run": str(path.parent.resolve()), "checkpoint": path.name, "data": pairs.fingerprint,
+                    "split": args.split, "scales": scales, "flip": args.tta,
                     **{key: getattr(model.cfg, key) for key in sorted(OVERRIDABLE - NO_EFFECT - {"tta_scales"})},
                     "data_root": os.path.abspath(model.cfg.data_root) if pairs.place else ""}
         if world.main:
             claim(folder, identity)
             warning = sample_warning(pairs, labels.classes)
     world.check_same(sha256, "checkpoint")
-    world.check_same(data, f"{args.split} split")
+    world.check_same(pairs.fingerprint, f"{args.split} split")
     labels = dataclasses.replace(labels, name=model.cfg.dataset)         # of the scored data, not of the training data
     how = f"scales {' '.join(map(str, scales))} and flips" if args.tta else "single scale"
     world.print0(f"{path}: {len(pairs)} images of {labels.name} {args.split}, {how}")
@@ -184,7 +183,7 @@ def run(args: argparse.Namespace, world: World):
     seconds = (time.monotonic() - start) / len(pairs)
     result = scores(matrix)
     last = path.with_name(checkpoint.LAST)
-    chosen = path.name == checkpoint.BEST and progress.get("val") == data
+    chosen = path.name == checkpoint.BEST and progress.get("val") == pairs.fingerprint
     record = {"identity": identity, "checkpoint": str(path), "sha256": sha256, "iteration": progress.get("iteration"),
               "chosen_on_this_set": chosen, "last": None, "images": len(pairs), "data": labels.name,
               "split": args.split,

@@ -138,10 +138,11 @@ class Parser:
         image, label = self.read(photo), np.asarray(label)
         if image.shape[:2] != label.shape:
             raise UserError(f"the label map has {label.shape} pixels, its photo {image.shape[:2]}")
-        if not np.isin(label, [*range(len(self.classes)), IGNORE]).all():
+        given, label = label, label.astype(np.uint8)
+        present = pictures.present(label)
+        if (given != label).any() or not {*present} <= {*range(len(self.classes)), IGNORE}:
             raise UserError(f"the label map has other values than 0 to {len(self.classes) - 1} and {IGNORE}")
-        label = label.astype(np.uint8)
-        shown = pictures.present(label) if shown is None else shown
+        shown = present if shown is None else shown
         return pictures.with_legend(pictures.overlay(image, label, self.palette), self.classes, self.palette, shown)
 
     def _views(self, tta: bool | None) -> inference.Views:

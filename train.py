@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config import Config, load_config
-from datasets import DrawnSet, LabelSet, PairSet, fingerprint, label_set, open_split, train_loader
+from datasets import DrawnSet, LabelSet, PairSet, label_set, open_split, train_loader
 from engine import checkpoint
 from engine.processes import StopSignal, World, device_name, memory, run_together
 from engine.run import Run
@@ -170,8 +170,8 @@ def open_data(cfg: Config, world: World) -> tuple[LabelSet, PairSet | DrawnSet, 
     """The label set, the training split and the validation split; all processes must see the same files."""
     with world.all_or_none():
         labels, train_pairs, val_pairs = label_set(cfg), open_split(cfg, "train"), open_split(cfg, "val")
-    world.check_same(fingerprint(train_pairs), "train split")
-    world.check_same(fingerprint(val_pairs), "val split")
+    world.check_same(train_pairs.fingerprint, "train split")
+    world.check_same(val_pairs.fingerprint, "val split")
     return labels, train_pairs, val_pairs
 
 

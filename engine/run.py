@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import RESUMABLE, Config, to_yaml
-from datasets import DrawnSet, LabelSet, PairSet, fingerprint, sample_warning
+from datasets import DrawnSet, LabelSet, PairSet, sample_warning
 from engine import checkpoint
 from engine.processes import Stop, StopSignal, World, device_name, memory
 from errors import UserError
@@ -124,18 +124,12 @@ class Run:
         progress = content["progress"]
         if self.cfg.iters < progress["iteration"]:
             raise UserError(f"iters ({self.cfg.iters}) is below the {progress['iteration']} iterations of {path}")
-        self.entries = [entry for entry in self._read_log()
+        entries = training.read_log(self.log_path) if self.log_path.exists() else []
+        self.entries = [entry for entry in entries
                         if entry["iter"] <= progress["validated" if "miou" in entry else "iteration"]]
         self.world.print0(f"resuming from {path}, iteration {progress['iteration']}"
                           + (f"; changed: {', '.join(changed.values())}" if changed else ""))
         return content
-
-    def _read_log(self) -> list[dict]:
-        lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
-        try:
-            return [*map(json.loads, filter(str.strip, lines))]
-        except ValueError as error:
-            raise UserError(f"{self.log_path}: a line is no JSON ({error}): remove it or the file") from None
 
     def start(self, learner, content: dict | None, train: PairSet | DrawnSet, val: PairSet | DrawnSet):
         """Restores the learner from the checkpoint and claims the folder: config.yaml, log.jsonl."""
@@ -144,7 +138,7 @@ class Run:
             checkpoint.load_optimizer(learner.model, learner.optimizer, content["optimizer"])
             learner.scaler.load_state_dict(content["scaler"])
             self.progress = Progress(**content["progress"])
-        self._note_data(fingerprint(train), fingerprint(val))
+        self._note_data(train.fingerprint, val.fingerprint)
         self.progress.machine = f"{self.world.size} x {device_name(self.world.device)}"
         self.saved = self.progress.iteration
         if self.world.main:
@@ -222,7 +216,7 @@ class Run:
     def _time_left(self) -> timedelta:
         """The time of the remaining iterations at the mean speed since the first."""
         progress, elapsed = self.progress, time.monotonic() - self.begun
-        each = elapsed / max(1, progress.iteration - self.first - 1)
+        each = elapsed / (progress.iteration - self.first - 1)
         return timedelta(seconds=round(each * (self.cfg.iters - progress.iteration)))
 
     def _state(self, losses: dict[str, float], lr: float) -> str:
@@ -239,8 +233,8 @@ class Run:
         progress.sums, progress.count, self.waited, self.logged = {}, 0, 0.0, now
         self._try_write(self._write_log)
         if self.bar.disable:
-            self.world.print0(f"iteration {progress.iteration}/{self.cfg.iters}: {self._state(means, lr)}, "
-                              f"{self._time_left()} to go")
+            left = f", {self._time_left()} to go" if progress.iteration > self.first + 1 else ""
+            self.world.print0(f"iteration {progress.iteration}/{self.cfg.iters}: {self._state(means, lr)}{left}")
 
     def validated(self, result: dict, images: int, learner):
         """A validation's scores: into the log, and best.pt where they are the best so far."""

@@ -111,11 +111,12 @@ class Results:
         """As `claim_photo`, for a video."""
         overlay, folder = self.video_path(name), self.frame_folder(source, name)
         frames = {frame: _own_label(frame)[0] for frame in _frames(folder)}
-        if os.path.lexists(overlay) and not read_mp4_record(overlay):
+        record = read_mp4_record(overlay)
+        if os.path.lexists(overlay) and not record:
             raise _foreign(overlay)
         if self.frames and not all(frames.values()):
             raise _foreign(next(frame for frame, record in frames.items() if not record))
-        for path, record in [(overlay, read_mp4_record(overlay)), *frames.items()]:
+        for path, record in [(overlay, record), *frames.items()]:
             _check_source(path, record, origin)
         for frame, record in frames.items():
             if record and (self.frames or not origin.items() <= record.items()):

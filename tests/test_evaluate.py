@@ -157,6 +157,9 @@ class Pairs(list):
     def read(self, i):
         return self[i]
 
+    def name(self, i: int) -> str:
+        return str(i)
+
 
 @pytest.fixture
 def pairs():

@@ -71,7 +71,7 @@ def test_errors_are_one_line_and_bugs_keep_their_traceback(capsys, error, code, 
     (evaluate, "--checkpoint runs/x --tta --split train --batch 2 --device cpu --out y a=b"),
     (predict, "x --checkpoint runs/x --out y --map m --skip-existing --tta --size 64 --masks --probs --batch 2 z")])
 def test_torchrun_accepts_the_options_of_the_programs(program, options):
-    """It interprets abbreviations of its own options, such as --run for --run-path on Python 3.11."""
+    """On Python 3.11, torchrun itself takes abbreviations: --run would be its --run-path."""
     from torch.distributed.run import parse_args
     assert parse_args(["--nproc_per_node", "4", "x.py", *options.split()]).training_script_args == options.split()
     args = program.arguments(options.split())

@@ -230,7 +230,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)       # the server imports 
 
 
 def _child(action, args, output: Path, environment: dict[str, str], tests: int):
-    os.setsid()                                            # a process group of its own, as under torchrun and Slurm
+    os.setsid()                                            # a new process group, as under torchrun and Slurm
     os.environ.update(environment)
     with open(output, "wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)

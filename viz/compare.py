@@ -13,13 +13,12 @@ import statistics
 from pathlib import Path
 
 from config import load_config, user_path
-from errors import UserError, reading, run_program
-from viz import pictures, plots
+from errors import UserError, run_program
+from viz import pictures, plots, training
 
 
-def log(run: Path) -> list[dict]:
-    with reading(run / "log.jsonl", "log of a run"):
-        return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines() if line.strip()]
+def read_logs(runs: list[Path]) -> list[list[dict]]:
+    return [training.read_log(run / "log.jsonl") for run in runs]
 
 
 def group(runs: list[Path]) -> dict[str, list[Path]]:
@@ -45,8 +44,8 @@ def table(groups: dict[str, list[Path]]) -> str:
                          ", ".join(sorted({str(result.get("iteration")) for result in found})),
                          spread([result.get("training", {}).get("hours") or math.nan for result in found])))
         if not kinds:
-            scores = [max((entry["miou"] or 0 for entry in log(run) if "miou" in entry), default=math.nan)
-                      for run in runs]
+            scores = [max((entry["miou"] or 0 for entry in log if "miou" in entry), default=math.nan)
+                      for log in read_logs(runs)]
             rows.append((name, "best validation", spread([100 * score for score in scores]), "", "", "", ""))
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
@@ -60,11 +59,11 @@ def spread(values: list[float]) -> str:
 
 def curves(groups: dict[str, list[Path]]):
     """Loss and validation mIoU of every group; of several seeds the mean, each seed pale."""
-    panels = {}
+    panels, logs = {}, {name: read_logs(runs) for name, runs in groups.items()}
     for title, key, factor in (("loss", "loss", 1), ("validation mIoU, %", "miou", 100)):
         series = {}
-        for name, runs in groups.items():
-            points = [{e["iter"]: factor * e[key] for e in log(run) if e.get(key) is not None} for run in runs]
+        for name, entries in logs.items():
+            points = [{e["iter"]: factor * e[key] for e in log if e.get(key) is not None} for log in entries]
             shared = sorted(set.intersection(*map(set, points)))         # iterations that all seeds have
             if shared:
                 values = [[seed[it] for it in shared] for seed in points]

@@ -254,10 +254,7 @@ def save_jpeg(path: str | Path, rgb: np.ndarray):
     if max(rgb.shape) > LONGEST_JPEG:
         size = [max(1, side * LONGEST_JPEG // max(rgb.shape)) for side in rgb.shape[1::-1]]
         rgb = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
-    content = io.BytesIO()                                 # Pillow does not notice a JPEG that a full disk cut off
-    Image.fromarray(np.ascontiguousarray(rgb)).save(content, format="JPEG", quality=92, subsampling=0)
-    with atomic_write(path) as part:
-        part.write_bytes(content.getvalue())
+    _save(path, Image.fromarray(np.ascontiguousarray(rgb)), format="JPEG", quality=92, subsampling=0)
 
 
 def save_palette_png(path: str | Path, label: np.ndarray, palette: Palette, text: dict[str, str] | None = None):
@@ -278,5 +275,7 @@ def palette_picture(label: np.ndarray, palette: Palette) -> Image.Image:
 
 
 def _save(path: str | Path, picture: Image.Image, **options):
+    content = io.BytesIO()                                 # Pillow does not notice a JPEG that a full disk cut off
+    picture.save(content, **options)
     with atomic_write(path) as part:
-        picture.save(part, **options)
+        part.write_bytes(content.getvalue())

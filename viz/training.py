@@ -1,16 +1,29 @@
-"""Pictures of a training run: curves of its log, samples of its validation."""
+"""The log of a training run, and pictures of it: curves, samples of its validation."""
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from config import IGNORE
+from errors import UserError, reading
 from files.labels import LabelSet
 from viz import pictures, plots
 
 LOSSES = {"loss": "total", "ce": "cross-entropy", "lovasz": "Lovasz-softmax", "aux": "auxiliary head"}
 SCORES = {"miou": "mIoU", "mean_acc": "mean accuracy", "pixel_acc": "pixel accuracy"}
+
+
+def read_log(path: Path) -> list[dict]:
+    """The entries of a log.jsonl."""
+    with reading(path, "log of a run"):
+        lines = path.read_text().splitlines()
+    try:
+        return [*map(json.loads, filter(str.strip, lines))]
+    except ValueError as error:
+        raise UserError(f"{path}: a line is no JSON ({error}): remove it or the file") from None
 
 
 def curves(entries: Sequence[dict]) -> np.ndarray:
