@@ -8,7 +8,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# bytecode is compiled when a module is first imported: compiling all of torch takes half of the installation
+PIP    := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt
 # two processes of one thread are twice as fast as one of two threads; a test file is never split between them
 PYTEST := -m pytest -q -n 2 --dist loadfile
 # the demo as well, on the CPU even if there is a GPU

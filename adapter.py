@@ -19,9 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-import fast
 from errors import UserError
-from layers import init_linears, level_sizes, resize
+from layers import init_linears, resize
 
 Shapes = list[tuple[int, int]]
 STAGES = 4
@@ -42,7 +41,12 @@ def cell_centres(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Te
     return torch.cat(maps)                                  # (Q, 2)
 
 
-@fast.replaced_by(fast.ms_deform_attn, on=("cpu",), in_onnx=False)      # ONNX lacks embedding_bag
+def level_sizes(shapes: Shapes, device: torch.device) -> Tensor:
+    """(width, height) of each map, (L, 2), filled on the device: a list would force a GPU sync."""
+    sides = [torch.full((), side, device=device) for h, w in shapes for side in (w, h)]
+    return torch.stack(sides).view(-1, 2)
+
+
 def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of bilinear samples, zero outside the maps, in fp32 or better as the original.
 

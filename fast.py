@@ -1,7 +1,7 @@
 """Faster versions of plain functions elsewhere in this repository.
 
-    @fast.replaced_by(fast.ms_deform_attn)
-    def ms_deform_attn(value, shapes, locations, weights): ...
+    @fast.replaced_by(fast.conv_of_resized)
+    def conv_of_resized(maps, weight, size): ...
 
 calls the version in this file while `fast.ENABLED` is true; `SCHNET_FAST=0 python train.py ...` runs the plain ones.
 tests/test_fast.py compares each pair, values and gradients; `python benchmarks/bench_fast.py` measures each.
@@ -16,20 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import IGNORE
-from layers import level_sizes, relative_positions
+from layers import relative_positions
 
 ENABLED = os.environ.get("SCHNET_FAST", "1") != "0"
 PIECE = 4 << 20                                            # bytes of attention logits at a time on a CPU
 CPU_STRIP, GPU_STRIP = 2 << 20, 256 << 20                  # bytes of class probabilities at a time
 
 
-def replaced_by(form, on: tuple[str, ...] = ("cpu", "cuda"), in_onnx: bool = True):
-    """Decorator: replaces a plain function by `form` while ENABLED, on devices `on`, in ONNX export if `in_onnx`."""
+def replaced_by(form, on: tuple[str, ...] = ("cpu", "cuda")):
+    """Decorator: replaces a plain function by `form` while ENABLED, on devices `on`."""
     def decorate(plain):
         @functools.wraps(plain)
         def chosen(*args, **kwargs):
-            fast = ENABLED and _device(args) in on and (in_onnx or not torch.onnx.is_in_onnx_export())
-            return (form if fast else plain)(*args, **kwargs)
+            return (form if ENABLED and _device(args) in on else plain)(*args, **kwargs)
 
         chosen.plain, chosen.fast, chosen.on = plain, form, on
         return chosen
@@ -152,58 +151,6 @@ def _in_pieces(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor | None = None,
 
 def _pieces(size: int, step: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, size, step)]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# adapter.ms_deform_attn: one head of a query is a weighted sum of 4LP rows of `value`, four cells per sample
-
-def ms_deform_attn(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """value (B, S, M, D), locations (B, Q, M, L, P, 2), weights (B, Q, M, L, P) -> (B, Q, M * D)."""
-    b, s, m, d = value.shape
-    dtype, device = torch.promote_types(value.dtype, torch.float32), value.device
-    size = level_sizes(shapes, device).T                                                 # (2, L): widths, heights
-    start = (size[0] * size[1]).cumsum(0) - size[0] * size[1]                            # (L,)
-    size, start = size.int().view(2, 1, 1, 1, -1, 1), start.int().view(-1, 1)
-    batch = torch.arange(0, b * s, s, device=device, dtype=torch.int32).view(b, 1, 1, 1, 1)
-    head = torch.arange(m, device=device, dtype=torch.int32).view(m, 1, 1)
-
-    position = locations.to(dtype).permute(5, 0, 1, 2, 3, 4) * size - 0.5                # cell i is centred at i + 0.5
-    low = position.detach().floor()
-    cells = torch.stack([low, low + 1])                                                  # (2, 2, B, Q, M, L, P)
-    shares = torch.stack([low + 1 - position, position - low]) * ((cells >= 0) & (cells < size))
-    column, row = cells.int().clamp(min=0).minimum(size - 1).unbind(1)               # out of bounds: any cell, weight 0
-    index = ((batch + start) + row.unsqueeze(1) * size[0] + column) * m + head           # (2, 2, B, Q, M, L, P)
-    shares = shares[:, 1].unsqueeze(1) * (shares[:, 0] * weights.to(dtype))
-    index, shares = (x.permute(2, 3, 4, 0, 1, 5, 6).flatten(3).flatten(0, 2) for x in (index, shares))
-
-    table = value.to(dtype).reshape(b * s * m, d)
-    out = F.embedding_bag(index, table.detach(), per_sample_weights=shares, mode="sum")
-    out = _TableGradient.apply(out, table, index, shares.detach())
-    return out.view(b, -1, m * d).to(value.dtype)
-
-
-class _TableGradient(torch.autograd.Function):
-    """Identity on `out` (the embedding-bag sums of `table`); backward computes the gradient of `table`.
-
-    embedding_bag's own backward takes most of the attention's time on a CPU. The gradient of a row is the weighted sum
-    of the bags that used it: one sort groups them, then embedding_bag adds them up.
-    """
-
-    @staticmethod
-    def forward(ctx, out: Tensor, table: Tensor, index: Tensor, weights: Tensor):
-        ctx.rows = table.shape[0]
-        ctx.save_for_backward(index, weights)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        index, weights = ctx.saved_tensors
-        rows, order = index.flatten().sort()
-        first = torch.searchsorted(rows, torch.arange(ctx.rows, device=rows.device, dtype=rows.dtype))
-        bags = order // index.shape[1]
-        weights = weights.flatten()[order]
-        grad_table = F.embedding_bag(bags, grad.contiguous(), first, per_sample_weights=weights, mode="sum")
-        return grad, grad_table, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

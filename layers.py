@@ -40,12 +40,6 @@ def relative_positions(table: Tensor, size: int) -> Tensor:
     return table[steps[:, None] - steps + size - 1]
 
 
-def level_sizes(shapes: list[tuple[int, int]], device: torch.device) -> Tensor:
-    """(width, height) of each map, (L, 2), filled on the device: a list would force a GPU sync."""
-    sides = [torch.full((), side, device=device) for h, w in shapes for side in (w, h)]
-    return torch.stack(sides).view(-1, 2)
-
-
 def init_linears(module: nn.Module):
     """ViT's initialisation of linear layers: truncated normal of 0.02, no bias."""
     for layer in module.modules():

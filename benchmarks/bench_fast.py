@@ -12,7 +12,6 @@ import full_size
 import torch
 from timing import measure, options, print_machine, report
 
-import adapter
 import fast
 import losses
 import sam_vit
@@ -23,7 +22,6 @@ from layers import autocast
 PAIRS = {
     "SAM's attention, on CPUs": (sam_vit.Attention, "forward"),
     "SAM's attention, fused": (sam_vit.Attention, "attend"),
-    "deformable attention": (adapter, "ms_deform_attn"),
     "convolution of resized maps": (uperhead, "conv_of_resized"),
     "Lovasz, class by class": (losses, "lovasz_softmax"),
     "Lovasz weights": (losses, "lovasz_weights")}

@@ -5,7 +5,6 @@
 
 sam      SAM's ViT-L, the outputs of layers 6 12 18 24: segment-anything, transformers (without their necks)
 clip     CLIP's image tower, the class embedding and four taps: open_clip, transformers
-adapter  deformable attention alone and in the adapter: Deformable DETR's version, one grid_sample per level
 head     UperNet's head, evaluation and training: transformers
 loss     Lovasz-softmax and its gradient: the reference method, one sort per class
 
@@ -25,7 +24,6 @@ import torch.nn.functional as F
 from timing import error, in_new_process, measure, options, print_machine, report, reset_peak, resident
 from torch import Tensor
 
-import adapter
 from clip_vit import CLIP
 from errors import run_program
 from layers import autocast, cast_frozen
@@ -33,7 +31,6 @@ from losses import lovasz_softmax
 from sam_vit import SIZES, SAMViT
 from test_clip_vit import random_state as clip_state
 from test_sam_vit import build, random_state as sam_state
-from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
 from uperhead import UPerHead
 
 OURS = "this project"
@@ -100,71 +97,6 @@ def encoder_cases(encoder: str, args: argparse.Namespace) -> Iterator[Case]:
             name: f"{in_new_process(encoder_memory, encoder, name, *sizes):6.0f} MiB" for name in names}
         yield Case(f"{encoder}, {mode}", runs, {name: error(run(), expected) for name, run in runs.items()},
                    {"fp32": 1e-5, "bf16": 0.05}[mode], mode, notes)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# adapter
-
-def grid_sample_version(value, shapes, locations, weights):
-    value, locations, weights = value.float(), locations.float(), weights.float()      # as the original kernel runs
-    return MultiScaleDeformableAttention()(value, torch.tensor(shapes), shapes, None, locations, weights, 64)
-
-
-VERSIONS = {OURS: adapter.ms_deform_attn, "grid_sample": grid_sample_version}
-
-
-def deformable_inputs(queries: list, shapes: list, batch: int, device: str) -> list[Tensor]:
-    """Values, locations (an untrained adapter's plus noise of one cell) and weights: 16 heads of width 32, 4 points."""
-    module = adapter.MSDeformAttn(1024, len(shapes), 16, 4, 0.5)
-    module.reset_parameters()
-    offsets = module.sampling_offsets.bias.detach().view(1, 1, 16, len(shapes), 4, 2)
-    reference = adapter.cell_centres(queries, "cpu", torch.float32).view(1, -1, 1, 1, 1, 2)
-    offsets = offsets + torch.randn(batch, reference.shape[1], *offsets.shape[2:])
-    locations = reference + offsets / torch.tensor([(w, h) for h, w in shapes]).view(-1, 1, 2)
-    weights = torch.randn(*locations.shape[:3], 4 * len(shapes)).softmax(-1).view(locations.shape[:-1])
-    value = torch.randn(batch, sum(h * w for h, w in shapes), 16, 32)
-    return [x.to(device).requires_grad_() for x in (value, locations, weights)]
-
-
-def attention(version, backward: bool, shapes, value, locations, weights) -> list[Tensor]:
-    with torch.set_grad_enabled(backward):
-        out = version(value, shapes, locations, weights)
-    return [out, *torch.autograd.grad(out.square().sum(), (value, locations, weights))] if backward else [out]
-
-
-def adapter_alone(version, net, image, tokens, mode: str) -> list[Tensor]:
-    """Runs the adapter (1024 channels) without the transformer layers: prior, 4 injectors, 6 extractors, fusion."""
-    adapter.ms_deform_attn = version
-    with torch.no_grad(), autocast(image.device, mode):
-        c1, c = net.prior(image)
-        x, outs = tokens, []
-        for stage in range(4):
-            x = net.inject(stage, x, c)
-            c = net.extract(stage, x, c)
-            outs.append(x)
-        return net.fuse(c1, c, outs)
-
-
-def adapter_cases(args: argparse.Namespace) -> Iterator[Case]:
-    """Errors are the difference between the two versions."""
-    h = w = args.size // 16
-    pyramid = adapter.pyramid(h, w)
-    calls = []
-    for name, queries, shapes in (("injector", [(h, w)], pyramid), ("extractor", pyramid, [(h, w)])):
-        inputs = shapes, *deformable_inputs(queries, shapes, args.batch, args.device)
-        calls.append((f"{name}, forward", "fp32", attention, (False, *inputs), 1e-5))
-        calls.append((f"{name}, + backward", "fp32", attention, (True, *inputs), 1e-2))  # gradients jump between cells
-    net = adapter.ViTAdapter(1024, 64, 16, 4, 0.5, 0.25, 0.0).to(args.device).eval()
-    for injector in net.injectors:
-        torch.nn.init.ones_(injector.gamma)
-    image = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
-    tokens = torch.randn(args.batch, h, w, 1024, device=args.device)
-    calls += [(f"adapter, {mode}", mode, adapter_alone, (net, image, tokens, mode), {"fp32": 1e-4, "bf16": 0.02}[mode])
-              for mode in args.modes]
-    for title, mode, function, inputs, allowed in calls:
-        runs = {name: lambda version=version: function(version, *inputs) for name, version in VERSIONS.items()}
-        ours, theirs = (run() for run in runs.values())
-        yield Case(title, runs, dict.fromkeys(runs, error(ours, theirs)), allowed, mode)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -258,7 +190,7 @@ def loss_cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 PARTS = {"sam": lambda args: encoder_cases("sam", args), "clip": lambda args: encoder_cases("clip", args),
-         "adapter": adapter_cases, "head": head_cases, "loss": loss_cases}
+         "head": head_cases, "loss": loss_cases}
 
 
 def main(argv: list[str] | None = None) -> int:

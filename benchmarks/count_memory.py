@@ -20,7 +20,6 @@ from timing import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-import adapter
 from config import Config, load_config
 from errors import run_program
 from files.labels import label_set
@@ -104,7 +103,6 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     Attention.forward = Attention.forward.plain            # a GPU uses the plain version, with `attend` fused
-    adapter.ms_deform_attn = adapter.ms_deform_attn.plain
     if args.modules:
         print("\n".join(module_table()))
         return

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import fast
-from adapter import ms_deform_attn
 from inference import label_map, probabilities
 from losses import lovasz_softmax
 from sam_vit import Attention
@@ -29,20 +28,6 @@ def sam(h, w, window, grid, dim, heads, pair=Attention.forward):
     return pair, make
 
 
-def deformable(shapes, queries, heads, points, width):
-    """Locations at least 0.01 cells away from the cell centres, where the gradient is discontinuous."""
-    def make(random, dtype):
-        value = random((2, sum(h * w for h, w in shapes), heads, width)).to(dtype).requires_grad_()
-        cells = torch.tensor([[w, h] for h, w in shapes], dtype=torch.float64).unsqueeze(1)
-        at = random((2, queries, heads, len(shapes), points, 2)).double() * cells / 2 + cells / 2 - 0.5
-        at = at.floor() + (at - at.floor()).clamp(0.01, 0.99) + 0.5
-        exact = dtype if dtype == torch.float64 else torch.float32                   # as in MSDeformAttn
-        locations = (at / cells).to(exact).requires_grad_()
-        weights = random((2, queries, heads, len(shapes), points)).to(exact).requires_grad_()
-        return (value, shapes, locations, weights), [value, locations, weights]
-    return ms_deform_attn, make
-
-
 def fusion(sizes, dim, b=2):
     def make(random, dtype):
         maps = [random((b, dim, *size)).to(dtype).requires_grad_() for size in sizes]
@@ -59,9 +44,6 @@ PAIRS = {
     "SAM, windows, ViT-L at 480 px": sam(30, 30, 14, 64, 1024, 16),
     "SAM, complete grid, ViT-L at 480 px": sam(30, 30, 0, 64, 1024, 16),
     "SAM, fused, ViT-L at 480 px": sam(30, 30, 0, 64, 1024, 16, Attention.attend),
-    "deformable attention": deformable([(3, 5), (4, 2), (1, 1)], 4, 3, 2, 5),
-    "deformable attention, injector at 480 px": deformable([(60, 60), (30, 30), (15, 15)], 900, 16, 4, 32),
-    "deformable attention, extractor at 480 px": deformable([(30, 30)], 4725, 16, 4, 32),
     "convolution of resized maps": fusion([(7, 9), (5, 4), (3, 3), (1, 1)], 6),
     "convolution of resized maps, enlarged and reduced": fusion([(4, 4), (9, 8)], 6),
     "convolution of resized maps, UperNet at 480 px": fusion([(120, 120), (60, 60), (30, 30), (15, 15)], 512, b=1),
