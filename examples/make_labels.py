@@ -4,13 +4,11 @@
     python examples/make_labels.py labelme annotations/ labels/ Background Hair Coat
     python examples/make_labels.py coco instances.json labels/ Background Hair Coat
 
-Labels are numbered in the order of the classes, as in configs/custom.yaml. Colours that are not listed become 255
-(ignore).
+Classes are numbered in the order given, as in configs/custom.yaml; other colours become 255 (ignore).
 """
 
 import json
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +33,7 @@ def from_labelme(source: Path, classes: list[str]):
 def from_coco(source: Path, classes: list[str]):
     data = json.loads(source.read_text(encoding="utf-8"))
     names = {category["id"]: category["name"] for category in data["categories"]}
-    shapes = defaultdict(list)
+    shapes = {image["id"]: [] for image in data["images"]}
     for part in data["annotations"]:
         shapes[part["image_id"]] += [(names[part["category_id"]], polygon) for polygon in part["segmentation"]]
     for image in data["images"]:
@@ -54,11 +52,9 @@ def draw_polygons(size: tuple[int, int], shapes: list[tuple[str, list]], classes
 
 if __name__ == "__main__":
     if len(sys.argv) < 5:
-        print("usage:", __doc__)
-        sys.exit("--help" not in sys.argv)
+        sys.exit(__doc__)
     kind, source, out, *classes = sys.argv[1:]
+    Path(out).mkdir(exist_ok=True)
     for name, label in globals()[f"from_{kind}"](Path(source), classes):
-        path = Path(out) / f"{Path(name).stem}.png"
-        path.parent.mkdir(exist_ok=True)
-        with open(path, "xb") as file:                    # fails if it exists: made by hand, or two of one name
+        with open(Path(out) / f"{Path(name).stem}.png", "xb") as file:   # fails if it exists: edited, or two of one name
             Image.fromarray(label).save(file, "PNG")
