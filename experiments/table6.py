@@ -8,7 +8,8 @@ trained on other drawings. The rows are those of the paper's Table 6 (configs/ab
 four variants for the two residuals and the two initialisations of Eq. 6, and controls.
 
 Runs of one seed initialise the parts they share to the same values and see the same images in the same order. All take
-the same number of steps, except "from scratch", which trains every weight for the CPU time of `full`.
+the same number of steps, except the "from scratch" and "long" rows. From scratch, every weight is trained for the CPU
+time of `printed_torch`, at three learning rates; in the long rows, for that time and what both encoders took.
 
 Writes to --out: table.txt, table6.csv (a line per run), differences.csv and a file per run. Finished runs are kept: the
 same command trains the missing ones.
@@ -50,6 +51,7 @@ class Row:
     minus: tuple[str, ...] = ()                            # rows to compare with
     weights: tuple[str, ...] = ("sam", "clip")             # encoders that are loaded; the others are random
     time_of: str = ""                                      # row whose CPU time is the budget; "": cfg.iters steps
+    long: bool = False                                     # the budget includes the training of the encoders
 
 
 FULL, EQ_6 = "lip", ("ftm.first", "ftm.second", "ftm.third")
@@ -65,8 +67,11 @@ ROWS = {
                          minus=("full", "printed", "full_torch", "srm", "sam", "clip")),
     "random": Row("full, both encoders random", FULL, weights=(), minus=("full", "printed_torch")),
     "random_clip": Row("SRM, CLIP random", "ablation/sam_clip_srm", minus=("srm", "sam"), weights=("sam",)),
-    "scratch": Row("from scratch, the same time", FULL, ("freeze=false",), minus=("full", "printed_torch"), weights=(),
-                   time_of="full"),
+    **{f"scratch_{lr}": Row(f"from scratch, lr {lr}", FULL, ("freeze=false", f"lr={lr}"), minus=("printed_torch",),
+                            weights=(), time_of="printed_torch") for lr in ("1e-3", "3e-3", "1e-2")},
+    "long": Row("full, long", FULL, minus=("printed_torch",), time_of="printed_torch", long=True),
+    "scratch_long": Row("from scratch, long", FULL, ("freeze=false",), minus=("printed_torch", "long"), weights=(),
+                        time_of="printed_torch", long=True),
 }
 TITLES = {name: row.title for name, row in ROWS.items()}
 PAPER = {"clip": 51.89, "sam": 54.61, "srm": 61.85, "full": 62.98, "printed_torch": 62.98}      # mIoU on LIP, Table 6
@@ -99,7 +104,7 @@ def settings(name: str, seed: int, args: argparse.Namespace) -> Config:
         *quick, f"iters={args.iters}", *row.overrides, *args.overrides, f"seed={seed}"], row.weights)
 
 
-def train_rows(args: argparse.Namespace) -> list[dict]:
+def train_rows(args: argparse.Namespace, encoders: dict) -> list[dict]:
     """Trains all rows and seeds, those with a time budget last; returns their records."""
     def job(name: str, seed: int, seconds: float = math.inf) -> Job:
         return Job(name, settings(name, seed, args), seconds, build=build)
@@ -109,8 +114,10 @@ def train_rows(args: argparse.Namespace) -> list[dict]:
     first += [ROWS[name].time_of for name in timed if ROWS[name].time_of not in first]
     records = runner.run_jobs([job(name, seed) for seed in range(args.seeds) for name in first], args.out)
     used = {(record["name"], record["seed"]): record["looks"][-1]["seconds"] for record in records}
+    more = sum(encoder["seconds"] for encoder in encoders.values())
     return records + runner.run_jobs([
-        job(name, seed, used[ROWS[name].time_of, seed]) for seed in range(args.seeds) for name in timed], args.out)
+        job(name, seed, used[ROWS[name].time_of, seed] + more * ROWS[name].long)
+        for seed in range(args.seeds) for name in timed], args.out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -154,7 +161,7 @@ def main(argv: list[str] | None = None):
     args.out = (args.out or Path("runs/table6_quick" if args.quick else "runs/table6")).resolve()
     mark_folder(args.out)
     encoders = foundations.make(args.out / "foundations", quick=args.quick)
-    report(train_rows(args), encoders, args)
+    report(train_rows(args, encoders), encoders, args)
 
 
 if __name__ == "__main__":
