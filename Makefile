@@ -8,7 +8,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# bytecode is compiled when a module is first imported: compiling all of torch takes half of the installation
+# pip would compile all of torch, half of the installation; Python compiles what is imported, if it may write the result
+export PYTHONDONTWRITEBYTECODE :=
 PIP    := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt
 # two processes of one thread are twice as fast as one of two threads; a test file is never split between them
 PYTEST := -m pytest -q -n 2 --dist loadfile
