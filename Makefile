@@ -10,7 +10,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # pip would compile all of torch, half of the installation; Python compiles what is imported, if it may write the result
 export PYTHONDONTWRITEBYTECODE :=
-PIP    := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL := -m pip install --no-compile --quiet --disable-pip-version-check
+PIP    := $(BIN)/python $(INSTALL) --constraint constraints.txt
 # two processes of one thread are twice as fast as one of two threads; a test file is never split between them
 PYTEST := -m pytest -q -n 2 --dist loadfile
 # the demo as well, on the CPU even if there is a GPU
@@ -52,8 +53,7 @@ test-oldest:
 	@echo "installing the lower bounds of requirements.txt into $(VENV)-oldest ..."
 	@$(PYTHON) -m venv $(VENV)-oldest
 	@sed -n "s/ *\#.*//; s/>=\(.*\)/==\1.*/p; s/^opencv-python==/opencv-python-headless==/p" requirements.txt > $(VENV)-oldest/oldest.txt
-	@$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
-		--requirement requirements-dev.txt --constraint $(VENV)-oldest/oldest.txt
+	@$(VENV)-oldest/bin/python $(INSTALL) --requirement requirements-dev.txt --constraint $(VENV)-oldest/oldest.txt
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python $(PYTEST)
 
 test-gpu: export SCHNET_TEST_DEVICE ?= cuda

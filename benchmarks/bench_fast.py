@@ -3,7 +3,8 @@
     python benchmarks/bench_fast.py                        a photo at 480 px and a training step of 2, fp32 and bf16
     python benchmarks/bench_fast.py --device cuda --batch 16
 
-A fast version must save a tenth of the time of a photo or a step on some machine; otherwise it is removed.
+A fast version must save a tenth of the time of a photo or a step on some machine, and slow down a photo on none;
+otherwise it is removed.
 """
 
 from unittest import mock

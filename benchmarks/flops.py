@@ -2,8 +2,8 @@
 
 Counted: matrix products, convolutions, attention and the weighted samples of deformable attention, each time they run:
 forward, backward, recomputation. Not counted: elementwise operations, norms, softmax, interpolation.
-torch.utils.flop_counter misses attention on a CPU, nn.MultiheadAttention's fast path, embedding_bag and grid_sample,
-and counts the weight gradient of a grouped convolution once per group.
+torch.utils.flop_counter misses attention on a CPU, nn.MultiheadAttention's fast path and grid_sample, and
+counts the weight gradient of a grouped convolution once per group.
 
 An operator that multiplies but has no formula here raises an error: too low a count would look like a slow run.
 """
@@ -50,10 +50,6 @@ def backward_convolution(out, grad: Tensor, x: Tensor, weight: Tensor, bias, str
     return sum(output_mask[:2]) * convolution(grad, x, weight, bias, stride, padding, dilation, transposed)
 
 
-def embedding_bag(out, table: Tensor, index: Tensor, *_) -> int:
-    return 2 * index.numel() * table.shape[1]
-
-
 def grid_sampler(out: Tensor, *_) -> int:
     return 2 * 4 * out.numel()                             # four neighbours
 
@@ -68,8 +64,6 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "mv": lambda out, a, b: 2 * a.numel(), "dot": lambda out, a, b: 2 * a.numel(),
     "convolution": convolution, "convolution_backward": backward_convolution,
     "_native_multi_head_attention": multi_head_attention,
-    "_embedding_bag": embedding_bag, "_embedding_bag_forward_only": embedding_bag,
-    "_embedding_bag_per_sample_weights_backward": lambda out, grad, table, index, *_: embedding_bag(out, table, index),
     "grid_sampler_2d": grid_sampler, "grid_sampler_2d_backward": backward_grid_sampler}
 for kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
     FORMULAS[f"_scaled_dot_product_{kernel}"] = forward_attention

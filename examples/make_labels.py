@@ -1,10 +1,9 @@
 """Converts colour masks, LabelMe files or COCO polygons to index PNGs. Existing files are never overwritten.
+Classes are numbered in the order given, as in configs/custom.yaml; other colours become 255 (ignore).
 
     python examples/make_labels.py colours masks/ labels/ Background=0,0,0 Hair=255,0,0 Coat=0,119,221
     python examples/make_labels.py labelme annotations/ labels/ Background Hair Coat
     python examples/make_labels.py coco instances.json labels/ Background Hair Coat
-
-Classes are numbered in the order given, as in configs/custom.yaml; other colours become 255 (ignore).
 """
 
 import json
@@ -33,11 +32,11 @@ def from_labelme(source: Path, classes: list[str]):
 def from_coco(source: Path, classes: list[str]):
     data = json.loads(source.read_text(encoding="utf-8"))
     names = {category["id"]: category["name"] for category in data["categories"]}
-    shapes = {image["id"]: [] for image in data["images"]}
+    shapes = {}
     for part in data["annotations"]:
-        shapes[part["image_id"]] += [(names[part["category_id"]], polygon) for polygon in part["segmentation"]]
+        shapes.setdefault(part["image_id"], []).extend((names[part["category_id"]], p) for p in part["segmentation"])
     for image in data["images"]:
-        yield image["file_name"], draw_polygons((image["width"], image["height"]), shapes[image["id"]], classes)
+        yield image["file_name"], draw_polygons((image["width"], image["height"]), shapes.get(image["id"], []), classes)
 
 
 def draw_polygons(size: tuple[int, int], shapes: list[tuple[str, list]], classes: list[str]) -> np.ndarray:
@@ -52,9 +51,10 @@ def draw_polygons(size: tuple[int, int], shapes: list[tuple[str, list]], classes
 
 if __name__ == "__main__":
     if len(sys.argv) < 5:
-        sys.exit(__doc__)
+        print("usage:", __doc__)
+        sys.exit("--help" not in sys.argv)
     kind, source, out, *classes = sys.argv[1:]
     Path(out).mkdir(exist_ok=True)
     for name, label in globals()[f"from_{kind}"](Path(source), classes):
-        with open(Path(out) / f"{Path(name).stem}.png", "xb") as file:   # fails if it exists: edited, or two of one name
+        with open(Path(out) / f"{Path(name).stem}.png", "xb") as file:   # fails if it exists: edited, or a second one
             Image.fromarray(label).save(file, "PNG")

@@ -34,7 +34,7 @@ def problem(shapes=SHAPES, b=2, q=4, m=3, p=2, d=5, dtype=torch.float64, reach=0
 @pytest.mark.parametrize("shapes, sizes, tolerance", [
     (SHAPES, dict(dtype=torch.float64), 1e-10),
     ([(60, 60), (30, 30), (15, 15)], dict(b=1, q=900, m=16, p=4, d=32, dtype=torch.float32, reach=0.05), 1e-3)])
-def test_sampling_against_deformable_detr(both_forms, shapes, sizes, tolerance):
+def test_sampling_against_deformable_detr(shapes, sizes, tolerance):
     """At small sizes in double precision and at those of the injector; some locations are outside the maps."""
     value, _, locations, weights = problem(shapes, **sizes)
     inside = (locations > 0).all(-1) & (locations < 1).all(-1)
@@ -57,7 +57,7 @@ def test_samples_outside_the_maps_are_zero():
     assert broken.isnan().all()                            # no memory was read out of bounds
 
 
-def test_half_precision_is_sampled_in_single(both_forms):
+def test_half_precision_is_sampled_in_single():
     value, shapes, locations, weights = problem(dtype=torch.float32)
     out = ms_deform_attn(value.bfloat16(), shapes, locations, weights)
     assert out.dtype == torch.bfloat16
@@ -77,7 +77,7 @@ def deformable_detr(levels, dim=32, heads=8, points=4):
 
 
 @pytest.mark.parametrize("shapes", [SHAPES, [(6, 4)]])
-def test_module_against_deformable_detr(shapes, both_forms):
+def test_module_against_deformable_detr(shapes):
     theirs, ours = deformable_detr(len(shapes))
     sizes = torch.tensor(shapes)
     query = torch.randn(2, 7, 32).double()
