@@ -1,13 +1,13 @@
-"""Parse your own photos and videos with a trained SCHNet.
+"""Parse your own photos with a trained SCHNet.
 
     python predict.py photo.jpg                          # the newest run
-    python predict.py photos/ "more/*.jpg" clip.mp4 --run runs/lip --tta --out parsed
+    python predict.py photos/ "more/*.jpg" --run runs/lip --tta --out parsed
     torchrun --nproc_per_node 8 predict.py photos/ --out parsed --skip-existing
                                                          # split across processes, one GPU each; skips finished files
 
-Writes labels/NAME.png (pixel values are classes), overlays/NAME.jpg and what --masks, --probs, --frames ask for below
---out: see files/results.py. With --map configs/maps/atr.yaml (or tryon, viton_hd, coarse, or your own) all of them use
-another label set. Config overrides may be mixed with the inputs: precision=bf16, sam_weights=PATH of a moved file.
+Writes labels/NAME.png (pixel values are classes), overlays/NAME.jpg and what --masks and --probs ask for below --out:
+see files/results.py. With --map configs/maps/atr.yaml (or tryon, viton_hd, coarse, or your own) all of them use another
+label set. Config overrides may be mixed with the inputs: precision=bf16, sam_weights=PATH of a moved file.
 
 Or from Python, for photos of any size; see `Parser`:
 
@@ -178,7 +178,7 @@ class Parser:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", type=os.path.expanduser, metavar="INPUT",
-                        help="photo, video, folder or pattern; key=value: overrides of the run's config")
+                        help="photo, folder or pattern; key=value: overrides of the run's config")
     inference.add_run_options(parser, BATCH)
     parser.add_argument("--out", type=user_path, default=Path("predictions"),
                         help="folder of the results, new or of an earlier call (predictions)")
@@ -187,9 +187,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--skip-existing", action="store_true",
                         help="skip files whose results were made from the same file, run and options")
     parser.add_argument("--size", type=int, help="long side of a photo as the network sees it; the run's if not given")
-    parser.add_argument("--masks", action="store_true", help="photos: also a black and white picture for each class")
-    parser.add_argument("--probs", action="store_true", help="photos: also the probabilities, as .npy")
-    parser.add_argument("--frames", action="store_true", help="videos: also the label map of each frame")
+    parser.add_argument("--masks", action="store_true", help="also a black and white picture for each class")
+    parser.add_argument("--probs", action="store_true", help="also the probabilities, as .npy")
     args = parser.parse_intermixed_args(argv)
     args.overrides = [text for text in args.inputs
                       if re.match("[a-z_]+=", text) and not glob.glob(text) and not os.path.lexists(text)]
@@ -205,19 +204,18 @@ def run(args: argparse.Namespace, world: World, report: Report):
         inputs = list_inputs(args.inputs) if world.main else None
         if world.main:
             ignored = ", ".join(f"{count} {what}" for what, count in inputs.ignored.most_common())
-            if not inputs.photos and not inputs.videos:
-                raise UserError("; ".join(inputs.missing) or f"no photo or video in {', '.join(args.inputs)}" + (
+            if not inputs.photos:
+                raise UserError("; ".join(inputs.missing) or f"no photo in {', '.join(args.inputs)}" + (
                     f" (ignored: {ignored})" if ignored else ""))
             results_folder(args.out)
     inputs = world.broadcast(inputs)
     with world.all_or_none():
         parser = Parser(args.run, args.tta, args.size, world.device, args.map, args.overrides)
         kinds = ["labels", "overlays", *["masks"] * args.masks, *["probs"] * args.probs]
-        results = Results(args.out, parser.classes, parser.settings, kinds, args.frames)
+        results = Results(args.out, parser.classes, parser.settings, kinds)
         done = set()
         if args.skip_existing and world.main:
-            done |= {found for found in inputs.photos if results.photo_is_done(found.path, found.name)}
-            done |= {found for found in inputs.videos if results.video_is_done(found.path, found.name)}
+            done |= {found for found in inputs.photos if results.is_done(found.path, found.name)}
     done = world.broadcast(done)
     if world.main:
         report.failed += inputs.missing
@@ -227,7 +225,7 @@ def run(args: argparse.Namespace, world: World, report: Report):
                  + (", with TTA" if args.tta else "") + (f"; {len(done)} already done" if done else ""))
     parser.batch = args.batch
     try:
-        work(Job(parser, results, report), inputs.photos, inputs.videos, done, world)
+        work(Job(parser, results, report), inputs.photos, done, world)
     finally:                                               # of Ctrl-C too
         if world.size == 1:
             report.print(time.monotonic() - start, args.out)
@@ -239,16 +237,14 @@ def run(args: argparse.Namespace, world: World, report: Report):
         world.gather(None)                                 # torchrun ends all when one exits: wait for the report
 
 
-def work(job: Job, photos: list[Input], videos: list[Input], done: set[Input], world: World):
-    """This process's shard: complete batches, so that they are the same for any number of processes, and videos."""
+def work(job: Job, photos: list[Input], done: set[Input], world: World):
+    """This process's shard: complete batches, so that they are the same for any number of processes."""
     batch = job.parser.batch
     batches = [photos[start:start + batch] for start in range(0, len(photos), batch)]
     batches = [batch for batch in batches if not done.issuperset(batch)][world.rank::world.size]
     count = sum(found not in done for batch in batches for found in batch) * world.size
     with tqdm(total=count, unit="photo", disable=not (world.main and count)) as bar:
-        job.photos(batches, done, lambda: bar.update(world.size))
-    for found in [found for found in videos if found not in done][world.rank::world.size]:
-        job.video(found, progress=world.main)
+        job.run(batches, done, lambda: bar.update(world.size))
 
 
 def main(argv: list[str] | None = None) -> int:

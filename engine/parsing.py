@@ -1,27 +1,24 @@
-"""Parsing many photos and videos: in batches, read ahead and written behind; a bad file does not stop the rest."""
+"""Parsing many photos: in batches, read ahead and written behind; a bad file does not stop the rest."""
 
 import contextlib
 import itertools
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from engine.workers import read_ahead
-from errors import UserError, in_one_line
-from files import video
+from errors import in_one_line
 from files.atomic import atomic_write
 from files.images import ALL_FORMATS, read_photo
 from files.inputs import Input
-from files.results import Record, Results, append_mp4_record
+from files.results import Record, Results
 from viz import pictures
 
-BATCH_PIXELS = 32 << 20                                    # upper bound for a batch's pixels: large photos go alone
 THREADS = 4                                                # they read and write files while the network works
 LESS_MEMORY = "a smaller --batch or --size, or --device cpu"
 
@@ -68,14 +65,15 @@ class Job:
     def __init__(self, parser, results: Results, report: Report):
         self.parser, self.results, self.report = parser, results, report
 
-    def photos(self, batches: list[list[Input]], done: set[Input], progress: Callable[[], object]):
+    def run(self, batches: list[list[Input]], done: set[Input], progress: Callable[[], object]):
         """A label can depend, in the last bits, on what else is in its batch. So batches are always the same, whichever
         process parses them: photos of a batch that are `done` go through the network too, but are not written again."""
         reading = read_ahead(self._read, itertools.chain.from_iterable(batches), THREADS, lambda found: found.path)
         with ThreadPoolExecutor(THREADS) as pool:
             writing = []
             try:
-                for group in itertools.chain.from_iterable(_groups(itertools.islice(reading, len(b))) for b in batches):
+                for batch in batches:
+                    group = [photo for _, photo in itertools.islice(reading, len(batch)) if photo]
                     labels = self._parse(group, done)
                     list(map(Future.result, writing))            # the group before, written while this one was parsed
                     writing = [pool.submit(self._write, *one, progress) for one in labels]
@@ -100,7 +98,7 @@ class Job:
     def _write(self, photo: Photo, label: np.ndarray | None, progress: Callable[[], object]):
         results, parser, name = self.results, self.parser, photo.found.name
         with self.report.work_on(photo.found):
-            kept = results.claim_photo(photo.origin, name)
+            kept = results.claim(photo.origin, name)
             with atomic_write(results.path("probs", name)) if label is None else contextlib.nullcontext() as part:
                 if label is None:
                     label = parser.write_probabilities(part, photo.image)
@@ -111,57 +109,3 @@ class Job:
             pictures.save_jpeg(results.path("overlays", name), parser.overlay(photo.image, label))
             self.report.parsed.append(name)
         progress()
-
-    def video(self, found: Input, progress: bool):
-        """Overlays with a legend, and with --frames the label map of each frame. Frames are parsed independently, so
-        labels may flicker where the network is unsure. A file with faults is parsed as far as it can be read, then
-        reported."""
-        results, parser, target = self.results, self.parser, self.results.video_path(found.name)
-        with self.report.work_on(found):
-            origin, reader = results.origin(found.path), video.Reader(found.path)
-            results.claim_video(found.path, found.name, origin)
-            frames = results.frame_folder(found.path, found.name)
-            with tqdm(self._labelled(reader), total=reader.count or None, unit="frame", desc=Path(found.path).name,
-                      disable=not progress) as bar, atomic_write(target) as part:
-                with video.Writer(part, reader.rate) as writer:
-                    for n, (frame, label) in enumerate(bar, 1):
-                        if results.frames:
-                            stored = reader.as_stored(label)
-                            pictures.save_palette_png(frames / f"{n:06d}.png", stored, parser.palette,
-                                                      results.record(origin, stored))
-                        writer.write(parser.overlay(frame, label, range(len(parser.classes))))
-                        if writer.error and not results.frames:
-                            break
-                if not writer.count:
-                    raise UserError(f"{found.path}: no frame could be read" + f" ({reader.fault})" * bool(reader.fault))
-                if writer.error:
-                    raise UserError(f"{found.path}: {writer.error}" + f"; label maps are in {frames}" * results.frames)
-                if video.count_frames(part) != writer.count:             # the writer reports no errors
-                    raise UserError(f"{target} could not be written completely: is the disk full?")
-                append_mp4_record(part, origin | {"Frames": str(writer.count)})
-            if reader.fault:
-                raise UserError(f"{found.path}: damaged or cut off ({reader.fault}); the {writer.count} frames that "
-                                "could be read were parsed")
-            self.report.parsed.append(found.name)
-
-    def _labelled(self, frames: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(frame, label map) of every frame."""
-        frames = iter(frames)
-        while some := list(itertools.islice(frames, self.parser.batch)):
-            yield from zip(some, self.parser.parse(some))
-
-
-def _groups(batch: Iterable[tuple[Input, Photo | None]]) -> Iterator[list[Photo]]:
-    """The photos of a batch that could be read, in parts of at most BATCH_PIXELS pixels or a single photo."""
-    group, pixels = [], 0
-    for _, photo in batch:
-        if photo is None:
-            continue
-        size = photo.image.shape[0] * photo.image.shape[1]
-        if group and pixels + size > BATCH_PIXELS:
-            yield group
-            group, pixels = [], 0
-        group.append(photo)
-        pixels += size
-    if group:
-        yield group

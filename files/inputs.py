@@ -1,4 +1,4 @@
-"""The photos and videos that predict.py's arguments mean: files, folders, patterns; and the names of their results.
+"""The photos that predict.py's arguments mean: files, folders, patterns; and the names of their results.
 
 The name of a result depends only on its own file and on the folder it was asked for with: photos/a/x.jpg is saved as
 "x" if it was named itself or matched by a pattern, as "a/x" if `photos` was given.
@@ -10,17 +10,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from errors import UserError
-from files import video
 from files.atomic import MARK
 from files.images import ALL_SUFFIXES
 from files.walk import walk
 
-VIDEO_SUFFIXES = frozenset(".3g2 .3gp .asf .avi .divx .f4v .flv .m2ts .m2v .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf "
-                           ".ogv .ts .vob .webm .wmv".split())
-INPUT_SUFFIXES = ALL_SUFFIXES | VIDEO_SUFFIXES | {".heic", ".heif"}      # HEIC is listed to be reported, not ignored
+INPUT_SUFFIXES = ALL_SUFFIXES | {".heic", ".heif"}         # HEIC is listed to be reported, not ignored
 SYSTEM_FOLDERS = ("@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "system volume information",
                   "__macosx", "lost+found")                            # thumbnails and deleted files, in small letters
 
@@ -34,7 +30,6 @@ class Input:
 @dataclass
 class Inputs:
     photos: list[Input] = field(default_factory=list)
-    videos: list[Input] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)       # one line each: argument or folder, and reason
     ignored: Counter = field(default_factory=Counter)      # what was found and is not parsed, in words
 
@@ -49,32 +44,19 @@ def list_inputs(arguments: list[str]) -> Inputs:
                 inputs.ignored["found twice, or a link to one of the others"] += 1
                 continue
             seen.add(real)
-            (inputs.videos if _is_video(path) else inputs.photos).append(Input(path, os.path.splitext(name)[0]))
-    for kind in (inputs.photos, inputs.videos):
-        taken = {}
-        for found in kind:
-            _differ(taken.setdefault(_folded(found.name), found), found)
-    frames = {_folded(found.name + os.path.splitext(found.path)[1]): found for found in inputs.videos}
-    for found in inputs.photos if frames else ():          # labels/x.mp4 holds the frames of x.mp4
-        for above in Path(_folded(found.name)).parents:
-            _differ(frames.get(str(above), found), found)
+            inputs.photos.append(Input(path, os.path.splitext(name)[0]))
+    taken = {}
+    for found in inputs.photos:
+        first = taken.setdefault(_folded(found.name), found)
+        if first is not found:
+            raise UserError(f"{first.path} and {found.path} would both be saved as {found.name}: parse them with an "
+                            "--out folder each, or rename one")
     return inputs
 
 
 def _folded(name: str) -> str:
     """Some file systems ignore case, or how an accent is stored."""
     return unicodedata.normalize("NFC", name).casefold()
-
-
-def _differ(first: Input, second: Input):
-    if first is not second:
-        raise UserError(f"{first.path} and {second.path} would both be saved as {second.name}: parse them with an "
-                        "--out folder each, or rename one")
-
-
-def _is_video(path: str) -> bool:
-    suffix = _suffix(path)
-    return suffix in VIDEO_SUFFIXES or suffix not in INPUT_SUFFIXES and video.is_video(path)
 
 
 def _matching(text: str, inputs: Inputs) -> Iterator[tuple[str, str]]:
@@ -93,7 +75,7 @@ def _matching(text: str, inputs: Inputs) -> Iterator[tuple[str, str]]:
 
 
 def _below(folder: str, inputs: Inputs) -> Iterator[tuple[str, str]]:
-    """(path, path inside the folder) of the photos and videos below a folder, hidden ones left out."""
+    """(path, path inside the folder) of the photos below a folder, hidden ones left out."""
     def left_out(path: str) -> bool:
         reason = _left_out(path)
         inputs.ignored.update([f"{path}: {reason}"] if reason else [])

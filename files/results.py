@@ -1,10 +1,9 @@
 """Where the results of predict.py go, and the record that says which file they were made from.
 
     labels/NAME.png      the label map at the photo's size; its metadata hold the record
-    overlays/NAME.jpg    the photo under its label map (a video: NAME.mp4, with the record behind its last byte)
+    overlays/NAME.jpg    the photo under its label map
     masks/NAME/*.png     with --masks: a black and white picture for each class
     probs/NAME.npy       with --probs: probabilities (classes, H, W) in float16
-    labels/NAME.mp4/*    with --frames: the label map of each frame of the video NAME.mp4, with the record in each
 
 A file that has no record is never replaced, nor is a label map or mask whose pixels were changed since, nor a result of
 another file that still exists. A photo's label map is written before its other results, whose record it is.
@@ -14,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +23,6 @@ from errors import UserError
 
 KINDS = {"labels": ".png", "overlays": ".jpg", "masks": ".png", "probs": ".npy"}       # folder and extension
 SOFTWARE = "SCHNet predict.py"
-BOX = 8                                                   # bytes before the record in an .mp4: a box of the kind "free"
 
 Record = dict[str, str]
 
@@ -33,9 +30,8 @@ Record = dict[str, str]
 class Results:
     """The results of one call: `kinds` of KINDS for each photo, by a network that `settings` describes in one line."""
 
-    def __init__(self, out: Path, classes: Sequence[str], settings: str, kinds: Sequence[str] = ("labels", "overlays"),
-                 frames: bool = False):
-        self.out, self.classes, self.settings, self.kinds, self.frames = out, classes, settings, kinds, frames
+    def __init__(self, out: Path, classes: Sequence[str], settings: str, kinds: Sequence[str] = ("labels", "overlays")):
+        self.out, self.classes, self.settings, self.kinds = out, classes, settings, kinds
 
     def origin(self, source: str) -> Record:
         """The part of a record that is known before the file `source` is opened: which file, and what is done to it."""
@@ -44,8 +40,6 @@ class Results:
         return {"Software": SOFTWARE, "Source": path, "Source bytes": str(status.st_size),
                 "Source modified": str(status.st_mtime_ns), "Settings": self.settings,
                 "Classes": json.dumps(self.classes)}
-
-    # ---- photos
 
     def path(self, kind: str, name: str) -> Path:
         return self.out / kind / f"{name}{KINDS[kind]}"
@@ -58,17 +52,17 @@ class Results:
         return [self.path(kind, name)]
 
     def record(self, origin: Record, label: np.ndarray, kept: Sequence[str] = ()) -> Record:
-        """The metadata of a label map; `kept`: see `claim_photo`."""
+        """The metadata of a label map; `kept`: see `claim`."""
         return origin | {"Source size": f"{label.shape[1]} x {label.shape[0]}",
                          "Results": " ".join([*self.kinds, *kept]), "Pixels": _digest(label)}
 
-    def photo_is_done(self, source: str, name: str) -> bool:
+    def is_done(self, source: str, name: str) -> bool:
         """Whether all results of a photo are there, made from this very file with these settings."""
         record = read_record(self.path("labels", name))
         return (self.origin(source).items() <= record.items() and set(self.kinds) <= set(record["Results"].split())
                 and all(path.exists() for kind in self.kinds for path in self.paths(kind, name, self.classes)))
 
-    def claim_photo(self, origin: Record, name: str) -> list[str]:
+    def claim(self, origin: Record, name: str) -> list[str]:
         """Removes the earlier results of a photo. UserError, and nothing is removed, if a file in the way has no record
         or was made from another file.
 
@@ -91,44 +85,6 @@ class Results:
         for path in [path for kind in old if kind not in ("labels", *kept) for path in old[kind]]:
             path.unlink(missing_ok=True)
         return kept
-
-    # ---- videos
-
-    def video_path(self, name: str) -> Path:
-        return self.out / "overlays" / f"{name}.mp4"
-
-    def frame_folder(self, source: str, name: str) -> Path:
-        """Its extension tells it from a folder of photos, which may be the video's stills."""
-        return self.out / "labels" / f"{name}{os.path.splitext(source)[1] or '.frames'}"
-
-    def video_is_done(self, source: str, name: str) -> bool:
-        record, origin = read_mp4_record(self.video_path(name)), self.origin(source).items()
-        frames = _frames(self.frame_folder(source, name)) if self.frames else []
-        return (origin <= record.items() and all(origin <= read_record(frame).items() for frame in frames)
-                and (not self.frames or len(frames) == int(record["Frames"])))
-
-    def claim_video(self, source: str, name: str, origin: Record):
-        """As `claim_photo`, for a video."""
-        overlay, folder = self.video_path(name), self.frame_folder(source, name)
-        frames = {frame: _own_label(frame)[0] for frame in _frames(folder)}
-        record = read_mp4_record(overlay)
-        if os.path.lexists(overlay) and not record:
-            raise _foreign(overlay)
-        if self.frames and not all(frames.values()):
-            raise _foreign(next(frame for frame, record in frames.items() if not record))
-        for path, record in [(overlay, record), *frames.items()]:
-            _check_source(path, record, origin)
-        for frame, record in frames.items():
-            if record and (self.frames or not origin.items() <= record.items()):
-                frame.unlink()
-        overlay.unlink(missing_ok=True)
-        for place in [overlay.parent, *[folder] * self.frames]:
-            place.mkdir(parents=True, exist_ok=True)
-
-
-def _frames(folder: Path) -> list[Path]:
-    """The label maps of a video's frames, without what a killed process left behind (files/atomic.py)."""
-    return sorted(folder.glob("[!.]*.png"))
 
 
 def _foreign(path: Path) -> UserError:
@@ -171,21 +127,3 @@ def _pixels(path: Path) -> np.ndarray:
             return np.asarray(image)
     except Exception:
         return np.empty(0, np.uint8)
-
-
-def append_mp4_record(path: Path, record: Record):
-    """Players skip a box of the kind "free"."""
-    data = json.dumps(record).encode()
-    with open(path, "ab") as file:
-        file.write(struct.pack(">I4s", BOX + len(data), b"free") + data)
-
-
-def read_mp4_record(path: Path) -> Record:
-    """The record behind the last byte of an overlay video; {} if there is none."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - (1 << 16)))
-            end = file.read()
-        return json.loads(end[end.rindex(b'free{"Software"') + 4:])
-    except (OSError, ValueError):
-        return {}

@@ -7,8 +7,7 @@ from urllib.parse import urlparse
 import numpy as np
 import pytest
 from PIL import Image
-from test_video import photo, read
-from tiny import free_port
+from tiny import free_port, photo, read
 
 from predict import Parser
 

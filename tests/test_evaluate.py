@@ -14,8 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_video import photo
-from tiny import ALONE, SIZE, make_config, make_data
+from tiny import ALONE, SIZE, make_config, make_data, photo
 
 import evaluate
 import inference

@@ -10,8 +10,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from PIL import Image
-from test_video import clip, photo, read
-from tiny import Processes, wait_until
+from tiny import Processes, photo, read, wait_until
 
 import fast
 import predict
@@ -114,10 +113,9 @@ def test_labels_are_the_argmax_of_the_networks_probabilities(small: Path, parse,
 def test_all_results_use_the_class_map(small: Path, parse, here: Path, parser: Parser, name: str):
     image, path = photo(50, 70), MAPS / f"{name}.yaml"
     save("x.png", image)
-    clip("v.avi", 3)
     target, merge = load_class_map(path, LABEL_SETS["lip"])
     assert parse("x.png", "--map", path, "--out", "a", "--probs", "--masks") == 0
-    assert parse("x.png", "v.avi", "--map", path, "--out", "b", "--frames") == 0
+    assert parse("x.png", "--map", path, "--out", "b") == 0
     expected = np.stack([parser.probabilities(image)[list(sources)].sum(0) for sources in merge])
     np.testing.assert_allclose(np.load("a/probs/x.npy"), expected, atol=1e-3)
     best, label = np.sort(expected, 0), read("a/labels/x.png")
@@ -127,8 +125,6 @@ def test_all_results_use_the_class_map(small: Path, parse, here: Path, parser: P
         assert picture.getpalette()[:3 * len(merge)] == [v for colour in target.palette for v in colour]
     masks = np.stack([read(file) for file in sorted(Path("a/masks/x").iterdir())])
     assert len(masks) == len(merge) and (masks.argmax(0) == label).all()
-    frames = [read(file) for file in sorted(Path("b/labels/v.avi").iterdir())]
-    assert len(frames) == 3 and max(frame.max() for frame in frames) < len(merge)
     drawn = pictures.with_legend(pictures.overlay(image, label, target.palette), target.classes, target.palette,
                                  pictures.present(label))
     assert np.abs(read("a/overlays/x.jpg").astype(int) - drawn).mean() < 3
@@ -205,18 +201,17 @@ def parse_in_a_process(argv: list[str]):
 
 @pytest.fixture(scope="module")
 def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photos of several sizes in several folders, two files that are not photos, and a video."""
+    """Photos of several sizes in several folders, and two files that are not photos."""
     folder = tmp_path_factory.mktemp("album")
     for n in range(33):
         save(folder / "abc"[n % 3] / f"{n}.png", photo(*((50, 70), (70, 50), (64, 64), (33, 90))[n % 4], n))
     for name in ("b/empty.png", "c/text.jpg"):
         (folder / name).touch()
-    clip(folder / "c/walk.avi", 4)
     return folder
 
 
 def arguments(small: Path, album: Path, out: Path, *more: str) -> list[str]:
-    return [str(album), "--checkpoint", str(small), "--out", str(out), "--batch", "3", "--frames", "--masks", *more]
+    return [str(album), "--checkpoint", str(small), "--out", str(out), "--batch", "3", "--masks", *more]
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +219,7 @@ def alone(small: Path, album: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The results of one process."""
     folder = tmp_path_factory.mktemp("alone")
     with Processes(folder, parse_in_a_process, arguments(small, album, folder / "out")) as one:
-        assert one.wait() == [1] and "34 parsed" in one.printed() and "2 not parsed" in one.printed()
+        assert one.wait() == [1] and "33 parsed" in one.printed() and "2 not parsed" in one.printed()
     return contents(folder / "out")
 
 
@@ -233,7 +228,7 @@ def test_three_processes_write_the_same_files_as_one(small: Path, album: Path, t
         assert three.wait() == [1] * 3                     # 1: two files were not parsed
         printed = [three.printed(rank) for rank in range(3)]
     assert contents(tmp_path / "out") == alone
-    assert printed[0].count("34 parsed in") == printed[0].count("2 not parsed:") == 1 and printed[1:] == ["", ""]
+    assert printed[0].count("33 parsed in") == printed[0].count("2 not parsed:") == 1 and printed[1:] == ["", ""]
     assert printed[0].count("empty.png") == printed[0].count("text.jpg") == 1
 
 

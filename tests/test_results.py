@@ -14,8 +14,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from test_predict import MAPS, contents, files, save
-from test_video import clip, opened, photo, read
-from tiny import throw
+from tiny import photo, read, throw
 
 from errors import UserError
 from files.atomic import MARK
@@ -26,14 +25,14 @@ from viz import pictures
 
 def found(*arguments: str) -> list[str]:
     inputs = list_inputs([*arguments])
-    return [one.name for one in inputs.photos + inputs.videos] + inputs.missing
+    return [one.name for one in inputs.photos] + inputs.missing
 
 
 def test_inputs_are_found_once_by_folder_pattern_and_name(here: Path):
-    for name in ("p/a.jpg", "p/deep/b.PNG", "p/clip.mp4", "q/c.jpg", "p/.git/d.jpg", "p/x.txt", "7", "we[i]rd.jpg"):
+    for name in ("p/a.jpg", "p/deep/b.PNG", "p/walk.mp4", "q/c.jpg", "p/.git/d.jpg", "p/x.txt", "7", "we[i]rd.jpg"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(b"x")
-    assert found("p") == ["a", "deep/b", "clip"] and found("p", "q", "p/../p") == ["a", "deep/b", "c", "clip"]
+    assert found("p") == ["a", "deep/b"] and found("p", "q", "p/../p") == ["a", "deep/b", "c"]
     assert found("p/a.jpg", "p/../p/a.jpg", "q/c.jpg") == ["a", "c"] and found("**/*.jpg") == ["a", "c", "we[i]rd"]
     assert found("we[i]rd.jpg", "7") == ["we[i]rd", "7"]
     assert [line.split(":")[0] for line in found("gone.jpg", "gone*")] == ["gone.jpg", "gone*"]
@@ -41,8 +40,7 @@ def test_inputs_are_found_once_by_folder_pattern_and_name(here: Path):
 
 @pytest.mark.parametrize("first, second, arguments", [
     ("p/a.jpg", "q/a.jpg", ["p/a.jpg", "q/a.jpg"]), ("p/a.jpg", "q/A.jpg", ["*/*.jpg"]), ("p/a.jpg", "p/a.png", ["p"]),
-    ("p/x/a.mp4", "q/x/a.avi", ["p", "q"]), ("p/x/a.jpg", "x/a.jpg", ["p", "."]),
-    ("p/\u00e9.jpg", "q/e\u0301.jpg", ["p", "q"]), ("p/a.avi", "q/A.avi/000001.jpg", ["p", "q"])])
+    ("p/x/a.jpg", "x/a.jpg", ["p", "."]), ("p/\u00e9.jpg", "q/e\u0301.jpg", ["p", "q"])])
 def test_two_inputs_with_the_same_result_name_are_refused(here: Path, first: str, second: str, arguments: list[str]):
     for name in (first, second):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -93,15 +91,14 @@ def test_results_of_another_file_are_not_replaced(parse, here: Path, capsys):
     """Of another call into the same folder; a photo that moved is the same one."""
     for folder in ("east", "west"):
         save(f"{folder}/front.png", photo(20, 30))
-        clip(f"{folder}/v.avi", 3)
-    assert parse("east", "--out", "out", "--frames") == 0
+    assert parse("east", "--out", "out") == 0
     before = {name: Path("out", name).read_bytes() for name in files("out")}
-    assert parse("west", "--out", "out", "--frames") == 1
+    assert parse("west", "--out", "out") == 1
     printed = capsys.readouterr().err
-    assert all(f"{folder}/{name}" in printed for folder in ("east", "west") for name in ("front.png", "v.avi"))
+    assert "east/front.png" in printed and "west/front.png" in printed
     assert {name: Path("out", name).read_bytes() for name in files("out")} == before
     Path("east").rename("moved")
-    assert parse("moved", "--out", "out", "--frames") == 0
+    assert parse("moved", "--out", "out") == 0
 
 
 def test_results_of_the_same_file_and_settings_are_skipped(parse, here: Path, capsys):
@@ -124,13 +121,6 @@ def test_results_of_the_same_file_and_settings_are_skipped(parse, here: Path, ca
         assert parsed("west", "--masks", "--probs") == 1 and Path("out", lost).exists()
     save("west/front.png", photo(20, 30))
     assert parsed("west") == 1 and files("out") == ["labels/front.png", "overlays/front.jpg"]
-    clip("v.avi", 3)
-    assert [parsed("v.avi"), parsed("v.avi"), parsed("v.avi", "--frames"), parsed("v.avi", "--frames")] == [1, 0, 1, 0]
-    Path("out/labels/v.avi/000002.png").rename("out/labels/v.avi/.000002-0123abcd.part.png")          # killed there
-    assert parsed("v.avi", "--frames") == 1 and len(files("out/labels/v.avi")) == 3
-    clip("v.avi", 3, (60, 70))                             # as many frames, another video
-    assert [parsed("v.avi"), parsed("v.avi", "--frames")] == [1, 1]
-    assert read("out/labels/v.avi/000001.png").shape == (60, 70) and opened("out/overlays/v.mp4")[0] == 3
     shutil.copy(MAPS / "coarse.yaml", "map.yaml")
     for text in ("[255, 0, 0]", "[254, 0, 0]"):            # a map is known by its content
         Path("map.yaml").write_text(Path("map.yaml").read_text().replace("[255, 0, 0]", text))
@@ -139,18 +129,16 @@ def test_results_of_the_same_file_and_settings_are_skipped(parse, here: Path, ca
 
 @pytest.mark.parametrize("name, skip", [
     ("labels/x.png", []), ("labels/x.png", ["--skip-existing"]), ("masks/x/05_Upper-clothes.png", []),
-    ("probs/x.npy", []), ("overlays/x.jpg", []), ("overlays/v.mp4", []),
-    ("labels/v.avi/000001.png", ["--skip-existing"])])
+    ("probs/x.npy", []), ("overlays/x.jpg", [])])
 def test_foreign_files_are_never_replaced(parse, here: Path, capsys, name: str, skip: list[str]):
     for photos in ("x.png", "y.png"):
         save(photos)
-    clip("v.avi", 2)
     assert parse("y.png", "--out", "out") == 0
     Path("out", name).parent.mkdir(parents=True, exist_ok=True)
     save("mine.png", np.full((20, 30), 5, np.uint8))
     mine = Path("mine.png").read_bytes()
     Path("out", name).write_bytes(mine)
-    assert parse("x.png", "v.avi", "y.png", "--out", "out", "--masks", "--probs", "--frames", *skip) == 1
+    assert parse("x.png", "y.png", "--out", "out", "--masks", "--probs", *skip) == 1
     assert Path("out", name).read_bytes() == mine and f"out/{name}: " in capsys.readouterr().err
     assert len(list(Path("out").glob("masks/y/*"))) == 20
 
@@ -158,22 +146,20 @@ def test_foreign_files_are_never_replaced(parse, here: Path, capsys, name: str, 
 @pytest.mark.parametrize("keeps_text", [False, True])
 def test_labels_and_masks_edited_by_hand_are_never_replaced(parse, here: Path, capsys, keeps_text: bool):
     save("x.png")
-    clip("v.avi", 2)
-    assert parse("x.png", "v.avi", "--out", "out", "--frames") == 0
+    assert parse("x.png", "--out", "out") == 0
     if keeps_text:
         assert parse("x.png", "--out", "masks", "--masks") == 0
         edited = 255 - read("masks/masks/x/03_Glove.png")
         save("masks/masks/x/03_Glove.png", edited)
         assert parse("x.png", "--out", "masks", "--masks") == parse("x.png", "--tta", "--out", "masks") == 1
         assert (read("masks/masks/x/03_Glove.png") == edited).all() and capsys.readouterr().err.count("03_Glove") == 2
-    for name in ("out/labels/x.png", "out/labels/v.avi/000002.png"):
-        with Image.open(name) as image:
-            text, edited = PngInfo(), image.copy()
-        for key, value in image.info.items():
-            if keeps_text and isinstance(value, str):
-                text.add_text(key, value)
-        edited.putpixel((3, 4), 19 - edited.getpixel((3, 4)))
-        edited.save(name, pnginfo=text)
+    with Image.open("out/labels/x.png") as image:
+        text, edited = PngInfo(), image.copy()
+    for key, value in image.info.items():
+        if keeps_text and isinstance(value, str):
+            text.add_text(key, value)
+    edited.putpixel((3, 4), 19 - edited.getpixel((3, 4)))
+    edited.save("out/labels/x.png", pnginfo=text)
     if keeps_text:                                         # cut off by a copy
         for name in ("out/labels/x.png", "masks/masks/x/04_Sunglasses.png"):
             Path(name).write_bytes(Path(name).read_bytes()[:-20])
@@ -182,8 +168,8 @@ def test_labels_and_masks_edited_by_hand_are_never_replaced(parse, here: Path, c
         capsys.readouterr()
     before = contents("out")
     for more in ([], ["--masks"], ["--tta"]):
-        assert parse("x.png", "v.avi", "--out", "out", "--frames", *more) == 1
-        assert contents("out") == before and capsys.readouterr().err.count("changed since") == 2
+        assert parse("x.png", "--out", "out", *more) == 1
+        assert contents("out") == before and capsys.readouterr().err.count("changed since") == 1
 
 
 def test_out_must_not_be_a_data_set(parse, here: Path):
@@ -198,20 +184,18 @@ def test_out_must_not_be_a_data_set(parse, here: Path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no file size limit")
 @pytest.mark.parametrize("options, limit, name", [
-    (["--probs"], 200_000, "probs/large.npy"), ([], 500, "labels/large.png"), ([], 20_000, "overlays/large.jpg"),
-    ([], 20_000, "overlays/v.mp4")])
+    (["--probs"], 200_000, "probs/large.npy"), ([], 500, "labels/large.png"), ([], 20_000, "overlays/large.jpg")])
 def test_a_full_disk_is_reported_per_file(parse, here: Path, capsys, options: list[str], limit: int, name: str):
     import resource
-    source = "v.avi" if "v.mp4" in name else "large.png"
-    save("large.png", photo(300, 200)), clip("v.avi", 30)
+    save("large.png", photo(300, 200))
     Image.new("RGB", (1, 1)).save("small.png")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        assert parse(source, "small.png", "--out", "out", *options) == 1
+        assert parse("large.png", "small.png", "--out", "out", *options) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert re.search(f"{source}: out/{name} could not be written", capsys.readouterr().err)
+    assert re.search(f"large.png: out/{name} could not be written", capsys.readouterr().err)
     assert Path("out/labels/small.png").exists() == (limit > 500) and not Path("out", name).exists()
     assert not list(Path("out").rglob(".*part*"))
 
@@ -233,13 +217,12 @@ def test_an_interrupt_leaves_complete_files(parse, here: Path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("first, second, left", [
-    (["x.png", "--masks", "--map", MAPS / "coarse.yaml"], ["x.png"], 0), (["v.avi", "--frames"], ["v.avi", "--tta"], 0),
+    (["x.png", "--masks", "--map", MAPS / "coarse.yaml"], ["x.png"], 0),
     (["x.png", "--masks", "--map", MAPS / "coarse.yaml"], ["x.png", "--masks"], 20)])
 def test_results_of_other_settings_are_removed(parse, here: Path, first: list, second: list, left: int):
     save("x.png")
-    clip("v.avi", 3)
     assert parse(*first, "--out", "out") == parse(*second, "--out", "out") == 0
-    assert len(files("out/masks/x") + files("out/labels/v.avi")) == left
+    assert len(files("out/masks/x")) == left
 
 
 def test_a_photo_edited_while_it_is_parsed_is_not_skipped_later(parse, here: Path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -41,6 +42,16 @@ TINY = RANDOM | dict(crop_size=(SIZE, SIZE), base_size=SIZE, sam="tiny", clip="t
 RUN = TINY | dict(dataset="custom", classes=("ground", "left", "right"), flip_pairs=((1, 2),), scale_range=(0.75, 1.25),
                   workers=0, freeze=False, iters=4, batch_size=4, loss_group=2, lr=1e-3, warmup_iters=1, log_every=2,
                   eval_every=2, save_every=1)
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return cv2.resize(rng.integers(0, 256, (6, 5, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def read(path: str | Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image)
 
 
 def small_run(path: Path) -> Path:
