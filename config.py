@@ -62,7 +62,7 @@ class Config:
     max_class_share: Share = 0.75                          # mmsegmentation: crop again while one class fills more
     photometric: bool = True                               # §4.2: photometric distortion
     flip_prob: Share = 0.5                                 # §4.2: random left-right flipping
-    workers: Block = 4                                     # loader processes per training process
+    workers: Block = 4                                     # threads that read ahead, per process
 
     # network (§3, §4.2)
     backbone: Annotated[str, "sam", "clip"] = "sam"        # "CLIP alone" is row 1 of Table 6

@@ -15,20 +15,17 @@ import hashlib
 import itertools
 import math
 import os
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from augment import augment
 from config import Config, load_config, user_path
-from engine.workers import LOOK_EVERY, start_worker, watched
+from engine.workers import read_ahead
 from errors import UserError, run_program
 from files.images import read_label, read_photo_of
 from files.labels import LABEL_SETS, LabelSet, LabelStats, label_fault, label_set, label_warning
@@ -109,12 +106,11 @@ def open_split(cfg: Config, split: str) -> PairSet | DrawnSet:
     """The "train" or "val" split of a configuration's data set."""
     if cfg.dataset == "synthetic":
         return DrawnSet(cfg, split)
-    place = find_split(cfg, split)
-    pairs, faults = match_files(place)
+    _, pairs, faults = find_pairs(cfg, split)
     if faults:
         more = f" (and {len(faults) - 1} more: python datasets.py lists them all)" if len(faults) > 1 else ""
         raise UserError(faults[0] + more)
-    return PairSet(place, pairs, len(label_set(cfg).classes))
+    return pairs
 
 
 def sample_warning(pairs: PairSet | DrawnSet, classes: Sequence[str], count: int = 100) -> str:
@@ -166,20 +162,8 @@ def random_numbers(purpose: str, *key: int) -> np.random.Generator:
     return np.random.default_rng((int.from_bytes(purpose.encode(), "big"), *key))
 
 
-@dataclass
-class Batch:
-    """A micro-batch on its way out of a loader process. NumPy arrays cross through a pipe: PyTorch's tensors would need
-    shared memory, of which a container has 64 MB."""
-    image: np.ndarray | Tensor                             # uint8 (b, 3, h, w)
-    label: np.ndarray | Tensor                             # uint8 (b, h, w)
-    names: list[str]
-
-    def pin_memory(self) -> "Batch":                       # DataLoader's thread calls it
-        return Batch(torch.from_numpy(self.image).pin_memory(), torch.from_numpy(self.label).pin_memory(), self.names)
-
-
-class TrainSet(Dataset):
-    """Augmented micro-batches: a list of (index, iteration, slot) gives a `Batch`."""
+class TrainSet:
+    """Augmented samples."""
 
     def __init__(self, pairs: PairSet | DrawnSet, cfg: Config):
         self.pairs, self.cfg, self.flip_pairs = pairs, cfg, label_set(cfg).flip_pairs
@@ -191,35 +175,27 @@ class TrainSet(Dataset):
     def names(self, keys: list[tuple[int, int, int]]) -> list[str]:
         return [self.pairs.name(index) for index, _, _ in keys]
 
-    def __getitem__(self, keys: list[tuple[int, int, int]]) -> Batch | UserError:
-        images = np.empty((len(keys), 3, *self.cfg.crop_size), np.uint8)
-        labels = np.empty((len(keys), *self.cfg.crop_size), np.uint8)
-        try:
-            for image, label, key in zip(images, labels, keys):
-                rgb, numbers = self.sample(*key)
-                cv2.split(rgb, list(image))                # written into `image`, in half the time of a transpose
-                label[:] = numbers
-        except UserError as error:                         # returned, not raised: an exception in a worker would reach
-            return error                                   # the user inside that worker's traceback
-        return Batch(images, labels, self.names(keys))
+    def batch(self, keys: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor, list[str]]:
+        """The samples of (index, iteration, slot): image uint8 (b, 3, h, w), label uint8 (b, h, w), names."""
+        pinned = torch.cuda.is_available()                 # copied to a GPU without waiting
+        image = torch.empty(len(keys), 3, *self.cfg.crop_size, dtype=torch.uint8, pin_memory=pinned)
+        label = torch.empty(len(keys), *self.cfg.crop_size, dtype=torch.uint8, pin_memory=pinned)
+        for planes, numbers, key in zip(image.numpy(), label.numpy(), keys):
+            rgb, numbers[:] = self.sample(*key)
+            cv2.split(rgb, list(planes))                   # written into `image`, in half the time of a transpose
+        return image, label, self.names(keys)
 
 
 def train_loader(cfg: Config, pairs: PairSet | DrawnSet, rank: int = 0, world: int = 1,
                  start_iter: int = 0) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-    """Endless micro-batches of this process: image uint8 (b, 3, h, w), label uint8 (b, h, w), names."""
-    warnings.filterwarnings("ignore", message="This DataLoader will create")    # how many workers is the user's choice
+    """Endless micro-batches of this process, see `TrainSet.batch`.
+
+    Threads are enough: one makes 500 samples a second (benchmarks/README.md), a GPU takes ten.
+    """
+    cv2.setNumThreads(0)                                   # the threads are the parallelism
     samples, order = TrainSet(pairs, cfg), BatchOrder(len(pairs), cfg, rank, world, start_iter)
-    loader = DataLoader(
-        samples, batch_size=None, sampler=order, num_workers=cfg.workers, collate_fn=_unchanged,
-        pin_memory=torch.cuda.is_available(), worker_init_fn=start_worker, timeout=LOOK_EVERY if cfg.workers else 0,
-        generator=torch.Generator())                       # own generator: the global RNG must not depend on the loader
-    expected = map(samples.names, BatchOrder(len(pairs), cfg, rank, world, start_iter))
-    for batch in watched(loader, expected):
-        yield torch.as_tensor(batch.image), torch.as_tensor(batch.label), batch.names
-
-
-def _unchanged(batch: Batch) -> Batch:
-    return batch
+    for _, batch in read_ahead(samples.batch, order, cfg.workers, lambda keys: ", ".join(samples.names(keys))):
+        yield batch
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,11 +203,13 @@ def _unchanged(batch: Batch) -> Batch:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check a data set before training on it.")
-    parser.add_argument("--cfg", help="a file of configs/; the drawn data set if not given")
+    parser.add_argument("--cfg", required=True, help="a file of configs/")
     parser.add_argument("--out", type=user_path, help="folder of the contact sheets (<folder of the run>_data)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config")
     args = parser.parse_intermixed_args(argv)
     cfg = load_config(args.cfg, args.overrides)
+    if cfg.dataset == "synthetic":
+        parser.error("drawn people have no files to check")
     return check_data(cfg, args.out or Path(f"{Path(cfg.out or f'runs/{cfg.dataset}')}_data"))
 
 
@@ -243,10 +221,8 @@ def check_data(cfg: Config, out: Path) -> int:
     return report(cfg, label_set(cfg), splits, lambda source, i, slot: TrainSet(source, cfg).sample(i, 0, slot), out)
 
 
-def find_pairs(cfg: Config, name: str) -> tuple[str, PairSet | DrawnSet | None, list[str]]:
+def find_pairs(cfg: Config, name: str) -> tuple[str, PairSet | None, list[str]]:
     """The name of a split, the split with all pairs that were found (None: no folder was), and the faults so far."""
-    if cfg.dataset == "synthetic":
-        return name, DrawnSet(cfg, name), []
     try:
         place = find_split(cfg, name)
         pairs, faults = match_files(place)

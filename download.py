@@ -17,8 +17,8 @@ facebook/sam-vit-large.
 import argparse
 import http.client
 import os
+import ssl
 import sys
-import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from config import user_path
 from errors import UserError, run_program
 from files.weights import sha256
 
-TRIES = 3                                                  # in a row without a mebibyte of progress
+TRIES = 3                                                  # of each address
 TIMEOUT = 30                                               # seconds without a byte
 CHUNK = 1 << 20
 HUB = "https://huggingface.co"
@@ -68,10 +68,6 @@ OTHER_FILES = (                                            # available by name
          "SAM ViT-B"),
     _sam("sam_vit_h_4b8939.pth", 2_564_550_879, "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
          "SAM ViT-H"))
-
-
-class ConnectionFault(Exception):
-    """A network error worth retrying."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,80 +127,40 @@ def mismatch(path: Path, spec: FileSpec) -> str | None:
 
 
 def download(urls: list[str], part: Path, spec: FileSpec):
-    """Fills `part` from the first address that serves the official file; prints why an address was not used."""
-    for url in urls:
+    """Fills `part`, from address to address: each goes on where the one before broke off."""
+    for url in TRIES * urls:
         try:
-            return fill(url, part, spec)
-        except UserError as error:
-            print(error, file=sys.stderr, flush=True)
+            if size(part) < spec.bytes:
+                receive(url, part, spec)
+            fault = mismatch(part, spec)
+            if fault is None:
+                return
+            part.unlink()
+            fault = f"serves another file than the official {spec.name} ({fault})"
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+            fault = error                                  # of the network; a full disk is another OSError
+        print(f"{url}: {fault}", file=sys.stderr, flush=True)
     raise UserError(f"{spec.name}: none of {len(urls)} addresses served it (see above); run the same command to "
                     "resume, or try --mirror or another format (--help)")
-
-
-def fill(url: str, part: Path, spec: FileSpec):
-    """Downloads the rest of `part`. Where the result is not the official file, an old beginning is discarded once."""
-    resumed, failures = size(part) > 0, 0
-    while True:
-        before = size(part)
-        try:
-            if before < spec.bytes:
-                receive(url, part, spec)
-        except ConnectionFault as fault:
-            failures = 1 if size(part) - before >= CHUNK else failures + 1
-            if failures == TRIES:
-                raise UserError(f"{url}: {fault} ({TRIES} tries)") from None
-            print(f"{url}: {fault}; trying again in {2**failures} s", file=sys.stderr)
-            time.sleep(2**failures)
-            continue
-        fault = mismatch(part, spec)
-        if fault is None:
-            return
-        part.unlink()
-        if not resumed:
-            raise UserError(f"{url}: serves another file than the official {spec.name} ({fault})")
-        resumed = False
 
 
 def receive(url: str, part: Path, spec: FileSpec):
     """One request for the rest of the file."""
     start = size(part)
     headers = {"User-Agent": "schnet-download", "Accept-Encoding": "identity"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    with connect(urllib.request.Request(url, headers=headers)) as response:
-        if response.status != 206:
-            start = 0                                      # the server ignores ranges: from the beginning
-        elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            part.unlink()
-            raise ConnectionFault("the server sent another range than asked for")
+    headers |= {"Range": f"bytes={start}-"} if start else {}
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
+        start = start if response.status == 206 else 0     # some servers ignore ranges: from the beginning
         length = response.headers.get("Content-Length", "")
-        if length.isdigit() and start + int(length) != spec.bytes:
-            raise UserError(f"{url}: serves {start + int(length):,} bytes, the official {spec.name} has {spec.bytes:,}")
+        if length.isdigit() and start + int(length) != spec.bytes:             # a page in place of the file
+            raise ConnectionError(f"serves {start + int(length):,} bytes, the official file has {spec.bytes:,}")
         with open(part, "ab" if start else "wb") as file, \
                 tqdm(total=spec.bytes, initial=start, unit="B", unit_scale=True, desc=spec.name, disable=None) as bar:
-            while file.tell() < spec.bytes and (chunk := read(response, spec.bytes - file.tell())):
+            while chunk := response.read1(min(CHUNK, spec.bytes - file.tell())):    # what has arrived, to lose nothing
                 file.write(chunk)
                 bar.update(len(chunk))
     if size(part) < spec.bytes:
-        raise ConnectionFault("the connection was cut")
-
-
-def connect(request: urllib.request.Request) -> http.client.HTTPResponse:
-    try:
-        return urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code in (408, 429) or error.code >= 500:
-            raise ConnectionFault(f"HTTP {error.code} {error.reason}") from None
-        raise UserError(f"{request.full_url}: HTTP {error.code} {error.reason}") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise ConnectionFault(f"no connection ({getattr(error, 'reason', error)})") from None
-
-
-def read(response: http.client.HTTPResponse, most: int) -> bytes:
-    try:
-        return response.read1(min(CHUNK, most))            # what has arrived, so that a stop loses nothing
-    except (OSError, http.client.HTTPException) as error:
-        raise ConnectionFault(f"the connection broke ({error or type(error).__name__})") from None
+        raise ConnectionError("the connection was cut")
 
 
 def size(path: Path) -> int:

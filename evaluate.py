@@ -216,7 +216,7 @@ def run(args: argparse.Namespace, world: World):
 
 
 def write_record(folder: Path, record: dict):
-    write_text(folder / RESULTS, json.dumps(reports.without_nan(record), indent=1))
+    write_text(folder / RESULTS, json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None), indent=1))
 
 
 def _main_scores(result: dict) -> dict:

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import IGNORE
-from layers import relative_positions
+from layers import relative_positions, window_partition, window_unpartition
 
 ENABLED = os.environ.get("SCHNET_FAST", "1") != "0"
-PIECE = 4 << 20                                            # bytes of attention logits at a time on a CPU
 CPU_STRIP, GPU_STRIP = 2 << 20, 256 << 20                  # bytes of class probabilities at a time
 
 
@@ -42,12 +41,21 @@ def _device(args: tuple) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# sam_vit.Attention.attend, on a GPU (a CPU has the form below): one fused kernel, no (h w, h w) array of biases
+# sam_vit.Attention.forward: padding is not projected; one fused kernel, no (h w, h w) array of biases
 
-def sam_attend(self, x: Tensor) -> Tensor:
-    """Attention within each window or grid: (B, h, w, C) -> (B, h, w, C)."""
-    B, h, w, C = x.shape
-    q, k, v = self.qkv(x).view(B, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)       # (B, n, h w, d)
+def sam_attention(self, x: Tensor) -> Tensor:
+    """(B, h, w, C) -> (B, h, w, C). SAM pads before `qkv`, so that a padded position has the bias of `qkv`."""
+    if not self.window:
+        return self.proj(_attend(self, self.qkv(x)))
+    qkv = window_partition(F.linear(x, self.qkv.weight), self.window)
+    windows = _attend(self, qkv + self.qkv.bias.to(qkv.dtype))
+    return self.proj(window_unpartition(windows, *x.shape[1:3]))
+
+
+def _attend(self, qkv: Tensor) -> Tensor:
+    """Attention within each window or grid: (B, h, w, 3C) -> (B, h, w, C)."""
+    B, h, w, _ = qkv.shape
+    q, k, v = qkv.view(B, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)               # (B, n, h w, d)
     rows, columns, place = _folded_positions(self.rel_pos_h, self.rel_pos_w, h, w, q.dtype)
     by_row = torch.einsum("bnhwd,hkd->bnhwk", q.unflatten(2, (h, w)), rows).flatten(2, 3)
     by_column = torch.einsum("bnhwd,wkd->bnhwk", q.unflatten(2, (h, w)), columns).flatten(2, 3)
@@ -55,7 +63,7 @@ def sam_attend(self, x: Tensor) -> Tensor:
     q = torch.cat([q * d ** -0.5, by_row, by_column], -1)                                # (B, n, h w, D)
     k = torch.cat([k, place.expand(B, self.heads, -1, -1)], -1)
     x = F.scaled_dot_product_attention(q, k, F.pad(v, (0, q.shape[-1] - d)), scale=1.0)[..., :d]     # equal widths
-    return self.proj(x.transpose(1, 2).reshape(B, h, w, C))
+    return x.transpose(1, 2).reshape(B, h, w, -1)
 
 
 def _folded_positions(rel_pos_h: Tensor, rel_pos_w: Tensor, H: int, W: int,
@@ -72,85 +80,6 @@ def _folded_positions(rel_pos_h: Tensor, rel_pos_w: Tensor, H: int, W: int,
     of_row = torch.eye(H, dtype=dtype, device=rows.device).repeat_interleave(W, 0)
     of_column = torch.eye(W, columns.shape[1], dtype=dtype, device=rows.device).repeat(H, 1)
     return rows, columns, torch.cat([of_row, of_column], 1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# sam_vit.Attention.forward, on a CPU: padding is not projected, and the logits stay in cache
-
-def sam_attention(self, x: Tensor) -> Tensor:
-    """(B, h, w, C) -> (B, h, w, C). Full windows form one block; windows cut by an edge form up to three more.
-
-    SAM pads with zeros before `qkv`, so that a padded position's key and value are the bias of `qkv`. Here those
-    are filled in, and there are no padded queries.
-    """
-    H, W = (self.window, self.window) if self.window else x.shape[1:3]
-    bands = self.qkv(x).split(_spans(x.shape[1], H), 1)
-    bands = [[_windows(self, piece, H, W) for piece in band.split(_spans(x.shape[2], W), 2)] for band in bands]
-    return self.proj(torch.cat([torch.cat(band, 2) for band in bands], 1))
-
-
-def _spans(size: int, window: int) -> list[int]:
-    """Length covered by full windows, and length of the rest; zeros are left out."""
-    return [length for length in (size // window * window, size % window) if length]
-
-
-def _windows(self, qkv: Tensor, H: int, W: int) -> Tensor:
-    """y x windows of H x W keys, of which the first h x w are tokens: (B, y h, x w, 3C) -> (B, y h, x w, C)."""
-    h, w = min(H, qkv.shape[1]), min(W, qkv.shape[2])
-    q, k, v = qkv.unflatten(3, (3, self.heads, -1)).unflatten(2, (-1, w)).unflatten(1, (-1, h)).unbind(5)
-    bias = self.qkv.bias.to(q.dtype).view(3, self.heads, -1)
-    k, v = _fill(k, bias[1], H, W), _fill(v, bias[2], H, W)                     # (B, y, x, n, H W, d)
-    rows, columns, place = _folded_positions(self.rel_pos_h, self.rel_pos_w, H, W, q.dtype)
-    fold = q.dtype != torch.float32                                             # faster in bf16, but not in fp32
-    columns = columns if fold else columns[:, :W]
-    by_row = torch.einsum("byhxwnd,hkd->byxnhwk", q, rows[:h])                  # (B, y, x, n, h, w, H)
-    by_column = torch.einsum("byhxwnd,wkd->byxnhwk", q, columns[:w])
-    q = q.permute(0, 1, 3, 5, 2, 4, 6) * q.shape[-1] ** -0.5                    # (B, y, x, n, h, w, d)
-    if fold:
-        q = torch.cat([q, by_row, by_column], -1)
-        k = torch.cat([k, place.expand(*k.shape[:-1], -1)], -1)
-        x = _in_pieces(q, k, v)
-    else:
-        x = _in_pieces(q, k, v, by_row, by_column)
-    return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
-
-
-def _fill(x: Tensor, padding: Tensor, H: int, W: int) -> Tensor:
-    """Fills windows up to H x W with the key or value of padding: (B, y, h, x, w, n, d) -> (B, y, x, n, H W, d)."""
-    for dim, missing in ((2, H - x.shape[2]), (4, W - x.shape[4])):
-        if missing:
-            x = torch.cat([x, padding.expand(*x.shape[:dim], missing, *x.shape[dim + 1:])], dim)
-    return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5)
-
-
-def _in_pieces(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor | None = None,
-               by_column: Tensor | None = None) -> Tensor:
-    """softmax(q.k + by_row + by_column) v: q (..., h, w, D), k and v (..., H W, D), by_row (..., h, w, H).
-
-    Processes a few heads and at most one window of queries at a time, so that the logits stay in cache.
-    """
-    *_, h, w, _ = shape = q.shape
-    q, k, v = q.flatten(0, -4), k.flatten(0, -3).transpose(-1, -2), v.flatten(0, -3)     # G windows times heads
-    if by_row is not None:
-        by_row, by_column = by_row.flatten(0, -4).unsqueeze(-1), by_column.flatten(0, -4).unsqueeze(-2)
-
-    def attend(heads: slice, rows: slice) -> Tensor:
-        logits = q[heads, rows].flatten(1, 2) @ k[heads]
-        if by_row is not None:
-            pairs = logits.view(*q[heads, rows].shape[:3], by_row.shape[3], by_column.shape[4])
-            pairs += by_row[heads, rows]
-            pairs += by_column[heads, rows]
-        return logits.softmax(-1) @ v[heads]
-
-    rows = max(1, 196 // w)
-    heads = max(1, PIECE // (min(rows, h) * w * k.shape[-1] * q.element_size()))
-    groups = [slice(None)] if torch.compiler.is_compiling() else _pieces(len(q), heads)  # the batch size is dynamic
-    x = torch.cat([torch.cat([attend(some, part) for part in _pieces(h, rows)], 1) for some in groups])
-    return x.view(*shape[:-1], -1)
-
-
-def _pieces(size: int, step: int) -> list[slice]:
-    return [slice(start, start + step) for start in range(0, size, step)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

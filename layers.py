@@ -40,6 +40,21 @@ def relative_positions(table: Tensor, size: int) -> Tensor:
     return table[steps[:, None] - steps + size - 1]
 
 
+def window_partition(x: Tensor, size: int) -> Tensor:
+    """(B, h, w, C) -> windows (B w', size, size, C); zero-padded at the bottom and right."""
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % size, 0, -x.shape[1] % size))
+    x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))      # (B, rows, size, columns, size, C)
+    return x.transpose(2, 3).flatten(0, 2)
+
+
+def window_unpartition(x: Tensor, h: int, w: int) -> Tensor:
+    """Windows (B w', size, size, C) back to (B, h, w, C); drops the padding."""
+    size = x.shape[1]
+    x = x.unflatten(0, (-1, -(-h // size), -(-w // size)))
+    x = x.transpose(2, 3)                                   # (B, rows, size, columns, size, C)
+    return x.flatten(3, 4).flatten(1, 2)[:, :h, :w]
+
+
 def init_linears(module: nn.Module):
     """ViT's initialisation of linear layers: truncated normal of 0.02, no bias."""
     for layer in module.modules():

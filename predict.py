@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 predict.py photos/ --out parsed --skip-existing
                                                          # split across processes, one GPU each; skips finished files
 
-Writes labels/NAME.png (pixel values are classes), overlays/NAME.jpg and what --masks and --probs ask for below --out:
+Writes labels/NAME.png (pixel values are classes), overlays/NAME.jpg and with --probs probs/NAME.npy below --out:
 see files/results.py. With --map configs/maps/atr.yaml (or tryon, viton_hd, coarse, or your own) all of them use another
 label set. Config overrides may be mixed with the inputs: precision=bf16, sam_weights=PATH of a moved file.
 
@@ -34,7 +34,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import fast
 import inference
 from config import IGNORE, user_path
 from engine.parsing import LESS_MEMORY, Job, Report, printable
@@ -77,7 +76,8 @@ class Parser:
         overrides = [*([overrides] if isinstance(overrides, str) else overrides)]
         overrides += [] if size is None else [f"base_size={size}"]
         self.model, self.labels, self.path = inference.load_run(run, overrides, device)
-        self.tta, self.flip_pairs, self.merge, self.batch = tta, self.labels.flip_pairs, None, BATCH
+        self.tta, self.merge, self.batch = tta, None, BATCH
+        self.views = inference.tta_views(self.model.cfg, self.labels.flip_pairs, tta)
         status = self.path.stat()
         settings = [self.path.resolve(), status.st_size, status.st_mtime_ns, f"tta={tta}", *sorted(overrides)]
         if class_map is not None:
@@ -104,34 +104,31 @@ class Parser:
         return np.ascontiguousarray(photo)
 
     @overload
-    def parse(self, photo: Photo, tta: bool | None = None) -> np.ndarray: ...
+    def parse(self, photo: Photo) -> np.ndarray: ...
     @overload
-    def parse(self, photo: list[Photo] | tuple[Photo, ...], tta: bool | None = None) -> list[np.ndarray]: ...
+    def parse(self, photo: list[Photo] | tuple[Photo, ...]) -> list[np.ndarray]: ...
 
-    def parse(self, photo, tta=None):
-        """The label map (H, W) uint8 of a photo; of a list of photos, whose sizes may differ, a list of them.
-
-        `tta` overrides the Parser's setting.
-        """
+    def parse(self, photo):
+        """The label map (H, W) uint8 of a photo; of a list of photos, whose sizes may differ, a list of them."""
         if not isinstance(photo, list | tuple):
-            return self._parse([self.read(photo)], tta)[0]
+            return self._parse([self.read(photo)])[0]
         labels = []
         for start in range(0, len(photo), self.batch):
-            labels += self._parse([self.read(one) for one in photo[start:start + self.batch]], tta)
+            labels += self._parse([self.read(one) for one in photo[start:start + self.batch]])
         return labels
 
     @overload
-    def probabilities(self, photo: Photo, tta: bool | None = None) -> np.ndarray: ...
+    def probabilities(self, photo: Photo) -> np.ndarray: ...
     @overload
-    def probabilities(self, photo: list[Photo] | tuple[Photo, ...], tta: bool | None = None) -> list[np.ndarray]: ...
+    def probabilities(self, photo: list[Photo] | tuple[Photo, ...]) -> list[np.ndarray]: ...
 
-    def probabilities(self, photo, tta=None):
+    def probabilities(self, photo):
         """Class probabilities (K, H, W) float32 of a photo, or of each photo of a list."""
         if isinstance(photo, list | tuple):
-            return [self.probabilities(one, tta) for one in photo]
+            return [self.probabilities(one) for one in photo]
         image = self.read(photo)
         with self.lock:
-            return inference.predict(self.model, image, *self._views(tta), self.merge).cpu().numpy()
+            return inference.predict(self.model, image, *self.views, self.merge).cpu().numpy()
 
     def overlay(self, photo: Photo, label: np.ndarray, shown: Iterable[int] | None = None) -> np.ndarray:
         """The photo under its label map, with a legend of the classes that occur (or of those `shown`)."""
@@ -145,31 +142,9 @@ class Parser:
         shown = present if shown is None else shown
         return pictures.with_legend(pictures.overlay(image, label, self.palette), self.classes, self.palette, shown)
 
-    def _views(self, tta: bool | None) -> inference.Views:
-        return inference.tta_views(self.model.cfg, self.flip_pairs, self.tta if tta is None else tta)
-
-    def _parse(self, images: list[np.ndarray], tta: bool | None) -> list[np.ndarray]:
+    def _parse(self, images: list[np.ndarray]) -> list[np.ndarray]:
         with self.lock:
-            return inference.predict_labels(self.model, images, *self._views(tta), self.merge)
-
-    @torch.inference_mode()
-    def write_probabilities(self, path: Path, photo: Photo) -> np.ndarray:
-        """Writes the probabilities as .npy in float16, strip by strip to bound memory; returns the label map."""
-        image = self.read(photo)
-        height, width = image.shape[:2]
-        with self.lock:
-            views = inference.views(self.model, [image], *self._views(None))[0]
-        label = np.empty((height, width), np.uint8)
-        with open(path, "wb") as file:
-            np.lib.format.write_array_header_1_0(
-                file, {"descr": "<f2", "fortran_order": False, "shape": (len(self.classes), height, width)})
-            start = file.tell()
-            for rows, strip in fast.strips(views, (height, width), self.merge):
-                label[rows] = strip.max(0).indices.byte().cpu()
-                for k, part in enumerate(strip.half().cpu().numpy()):
-                    file.seek(start + 2 * width * (k * height + rows.start))
-                    file.write(part.tobytes())
-        return label
+            return inference.predict_labels(self.model, images, *self.views, self.merge)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -187,7 +162,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--skip-existing", action="store_true",
                         help="skip files whose results were made from the same file, run and options")
     parser.add_argument("--size", type=int, help="long side of a photo as the network sees it; the run's if not given")
-    parser.add_argument("--masks", action="store_true", help="also a black and white picture for each class")
     parser.add_argument("--probs", action="store_true", help="also the probabilities, as .npy")
     args = parser.parse_intermixed_args(argv)
     args.overrides = [text for text in args.inputs
@@ -211,7 +185,7 @@ def run(args: argparse.Namespace, world: World, report: Report):
     inputs = world.broadcast(inputs)
     with world.all_or_none():
         parser = Parser(args.run, args.tta, args.size, world.device, args.map, args.overrides)
-        kinds = ["labels", "overlays", *["masks"] * args.masks, *["probs"] * args.probs]
+        kinds = ["labels", "overlays", *["probs"] * args.probs]
         results = Results(args.out, parser.classes, parser.settings, kinds)
         done = set()
         if args.skip_existing and world.main:

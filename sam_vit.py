@@ -17,7 +17,7 @@ from torch import Tensor
 import fast
 from files import foundations
 from files.weights import read_tensors
-from layers import init_linears, relative_positions, resample_positions
+from layers import init_linears, relative_positions, resample_positions, window_partition, window_unpartition
 
 MEAN = (123.675, 116.28, 103.53)         # SAM's preprocessing: ImageNet's, for values from 0 to 255
 STD = (58.395, 57.12, 57.375)
@@ -29,21 +29,6 @@ SIZES = {
     "small": (96,   4,    4,    8,     16),                 # configs/custom.yaml
     "demo":  (64,   4,    4,    4,     8),                  # configs/demo.yaml
 }
-
-
-def window_partition(x: Tensor, size: int) -> Tensor:
-    """(B, h, w, C) -> windows (B w', size, size, C); zero-padded at the bottom and right."""
-    x = F.pad(x, (0, 0, 0, -x.shape[2] % size, 0, -x.shape[1] % size))
-    x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))      # (B, rows, size, columns, size, C)
-    return x.transpose(2, 3).flatten(0, 2)
-
-
-def window_unpartition(x: Tensor, h: int, w: int) -> Tensor:
-    """Windows (B w', size, size, C) back to (B, h, w, C); drops the padding."""
-    size = x.shape[1]
-    x = x.unflatten(0, (-1, -(-h // size), -(-w // size)))
-    x = x.transpose(2, 3)                                   # (B, rows, size, columns, size, C)
-    return x.flatten(3, 4).flatten(1, 2)[:, :h, :w]
 
 
 class Attention(nn.Module):
@@ -58,7 +43,7 @@ class Attention(nn.Module):
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * size - 1, dim // heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, dim // heads))
 
-    @fast.replaced_by(fast.sam_attention, on=("cpu",))
+    @fast.replaced_by(fast.sam_attention)
     def forward(self, x: Tensor) -> Tensor:                 # (B, h, w, C)
         # SAM does not mask the padding of a window: `qkv` turns zeros into its bias, so the bias is
         # key and value of a padded position in the softmax. The weights were trained that way.
@@ -66,7 +51,6 @@ class Attention(nn.Module):
             return window_unpartition(self.attend(window_partition(x, self.window)), *x.shape[1:3])
         return self.attend(x)
 
-    @fast.replaced_by(fast.sam_attend)
     def attend(self, x: Tensor) -> Tensor:
         """softmax(q.k / sqrt(d) + q.Rh[y - y'] + q.Rw[x - x']) v for all pairs of (B, h, w, C)."""
         B, h, w, C = x.shape

@@ -250,7 +250,7 @@ def dry_run(cfg: Config, world: World, steps: int = 4):
         values = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
         world.print0(f"step {it + 1}: {seconds:.2f} s, {values}")
     world.print0(f"dry run ok; {memory(world.device):.1f} GiB per process; 10,000 iterations take about "
-                 f"{10_000 * seconds / 3600:.1f} hours")     # the last step: the first also starts the loader
+                 f"{10_000 * seconds / 3600:.1f} hours")     # the first step also waits for photos
 
 
 def first_screen(model: SCHNet, cfg: Config, world: World, counts: tuple[int, int]) -> str:

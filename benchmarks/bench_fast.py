@@ -21,12 +21,11 @@ from errors import run_program
 from layers import autocast
 
 PAIRS = {
-    "SAM's attention, on CPUs": (sam_vit.Attention, "forward"),
-    "SAM's attention, fused": (sam_vit.Attention, "attend"),
+    "SAM's attention": (sam_vit.Attention, "forward"),
     "convolution of resized maps": (uperhead, "conv_of_resized"),
     "Lovasz, class by class": (losses, "lovasz_softmax"),
     "Lovasz weights": (losses, "lovasz_weights")}
-HIDDEN_ON_CPU = ("SAM's attention, fused", "Lovasz weights")             # not called while another fast version is on
+HIDDEN_ON_CPU = ("Lovasz weights",)                        # not called while another fast version is on
 
 
 def variants(run, device: str) -> dict:

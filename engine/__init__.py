@@ -1,1 +1,1 @@
-"""Training machinery: processes, signals, loader workers, the run folder, checkpoints."""
+"""Training machinery: processes, signals, threads that read ahead, the run folder, checkpoints."""

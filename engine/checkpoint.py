@@ -6,13 +6,11 @@ official file (§4.3: CLIP and SAM are frozen) are left out; a hash of their nam
 checked when the run is loaded. No random state is saved: every random number of training is a function of (seed,
 iteration, place in the batch).
 
-    runs/cihp/last.pt       the newest state: model, optimizer, iteration
-    runs/cihp/previous.pt   the one before, used when last.pt is damaged
-    runs/cihp/best.pt       the best validation mIoU so far, without the optimizer
+    runs/cihp/last.pt    the newest state: model, optimizer, iteration
+    runs/cihp/best.pt    the best validation mIoU so far, without the optimizer
 """
 
 import dataclasses
-import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,13 +24,9 @@ from files.atomic import atomic_write
 from files.walk import walk
 
 FORMAT = 3
-LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+LAST, BEST = "last.pt", "best.pt"
 BY_CLASS = {"head.conv_seg.weight": 0, "head.conv_seg.bias": 0, "aux.conv_seg.weight": 0, "aux.conv_seg.bias": 0,
             "srm.expand.weight": 1}                        # tensors with a row or column per class, and that dimension
-
-
-class DamagedCheckpoint(UserError):
-    """A readable file that is not a complete checkpoint."""
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
@@ -102,9 +96,8 @@ def _optimizer_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
-def write(path: Path, content: dict, keep: Path | None = None):
-    """Writes `content` atomically; with `keep`, the file that was there before is kept under that name."""
-    with atomic_write(path, keep) as part:
+def write(path: Path, content: dict):
+    with atomic_write(path) as part:
         with open(part, "wb") as file:
             torch.save(content, file)
 
@@ -112,7 +105,7 @@ def write(path: Path, content: dict, keep: Path | None = None):
 def read(path: Path) -> dict:
     """A checkpoint, on the CPU. UserError if it is missing, damaged or not a checkpoint of SCHNet."""
     try:
-        with reading(path, "checkpoint"):
+        with reading(path, "checkpoint", f" to resume; init={path.parent} out=FOLDER starts a new run from {BEST}"):
             with zipfile.ZipFile(path) as archive:         # torch.load ignores the checksums
                 damaged = archive.testzip()
             if damaged:
@@ -125,20 +118,7 @@ def read(path: Path) -> dict:
         if in_one_line(error, ""):                         # UserError, out of memory
             raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise DamagedCheckpoint(f"{path}: damaged or not a checkpoint of format {FORMAT} ({reason})") from None
-
-
-def read_last(folder: Path) -> tuple[dict, Path, list[tuple[Path, str]]]:
-    """The newest complete checkpoint of a run: (content, its path, the damaged ones with the reason)."""
-    damaged = []
-    for name in (LAST, PREVIOUS):
-        if os.path.lexists(folder / name):
-            try:
-                return read(folder / name), folder / name, damaged
-            except DamagedCheckpoint as error:             # a transient disk error is not damage
-                damaged.append((folder / name, str(error)))
-    raise UserError(f"{folder}: no usable checkpoint ({'; '.join(why for _, why in damaged)}); start a new run "
-                    "with out=FOLDER")
+        raise UserError(f"{path}: damaged or not a checkpoint of format {FORMAT} ({reason})") from None
 
 
 def find(run: str | Path | None) -> Path:
@@ -149,7 +129,7 @@ def find(run: str | Path | None) -> Path:
         path = max(found, key=lambda file: file.stat().st_mtime).parent if found else path
     if path.is_file():
         return path
-    for name in (BEST, LAST, PREVIOUS):
+    for name in (BEST, LAST):
         if (path / name).exists():
             return path / name
     raise UserError(f"{path}: no checkpoint ({BEST} or {LAST}); `python train.py` trains one, --run names one")

@@ -99,13 +99,14 @@ class Job:
         results, parser, name = self.results, self.parser, photo.found.name
         with self.report.work_on(photo.found):
             kept = results.claim(photo.origin, name)
-            with atomic_write(results.path("probs", name)) if label is None else contextlib.nullcontext() as part:
-                if label is None:
-                    label = parser.write_probabilities(part, photo.image)
-                record = results.record(photo.origin, label, kept)
-                pictures.save_palette_png(results.path("labels", name), label, parser.palette, record)
-            for k, path in enumerate(results.paths("masks", name, parser.classes) if "masks" in results.kinds else ()):
-                pictures.save_png(path, np.uint8(255) * (label == k))
+            if label is None:
+                probabilities = parser.probabilities(photo.image)
+                label = probabilities.argmax(0).astype(np.uint8)
+            pictures.save_palette_png(results.path("labels", name), label, parser.palette,
+                                      results.record(photo.origin, label, kept))
+            if "probs" in results.kinds:
+                with atomic_write(results.path("probs", name)) as part:
+                    np.save(part, probabilities.astype(np.float16))
             pictures.save_jpeg(results.path("overlays", name), parser.overlay(photo.image, label))
             self.report.parsed.append(name)
         progress()

@@ -1,15 +1,14 @@
 """A training run on disk: its folder, log, checkpoints and pictures, and what its progress is.
 
-    runs/cihp/last.pt, previous.pt, best.pt      see checkpoint.py
-    runs/cihp/config.yaml                        every setting of the run
-    runs/cihp/log.jsonl                          a line per log_every iterations, and one per validation
-    runs/cihp/curves.png, validation.png         plots, updated during training
-    runs/cihp/.lock                              held by the process that trains in it
+    runs/cihp/last.pt, best.pt               see checkpoint.py
+    runs/cihp/config.yaml                    every setting of the run
+    runs/cihp/log.jsonl                      a line per log_every iterations, and one per validation
+    runs/cihp/curves.png, validation.png     plots, updated during training
+    runs/cihp/.lock                          held by the process that trains in it
 
 Only the main process opens and writes the folder: the others may be on machines that do not see it.
 """
 
-import contextlib
 import dataclasses
 import errno
 import json
@@ -76,13 +75,10 @@ class Run:
         return self.world.broadcast(content)
 
     def _open(self, resume: bool) -> dict | None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock()                               # first: of two concurrent starts, one must see the other's files
-        except OSError as error:
-            raise UserError(f"out: {self.folder} cannot be used ({error.strerror})") from None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock()                                   # first: of two concurrent starts, one must see the other's files
         held = any(os.path.lexists(self.folder / name)                   # also a link to a disk that is not mounted
-                   for name in (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST))
+                   for name in (checkpoint.LAST, checkpoint.BEST))
         if held and not resume:
             raise UserError(f"{self.folder} already contains a run: continue it with --resume, or choose another with "
                             "out=FOLDER")
@@ -101,7 +97,7 @@ class Run:
         if sys.platform == "win32":
             return
         import fcntl
-        self.lock = open(self.folder / ".lock", "a")       # lockf: not inherited by the loaders, as flock's would be
+        self.lock = open(self.folder / ".lock", "a")       # lockf works on NFS too
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:                           # anything else: a file system without locks
@@ -110,11 +106,8 @@ class Run:
                                 "out=FOLDER") from None
 
     def _resume(self) -> dict:
-        content, path, damaged = checkpoint.read_last(self.folder)
-        for file, why in damaged:                     # renamed, so that the next save does not rotate it over the other
-            with contextlib.suppress(OSError):
-                file.rename(file.with_suffix(".damaged"))
-            self.world.print0(f"warning: {why}; {path} is used")
+        path = self.folder / checkpoint.LAST
+        content = checkpoint.read(path)
         old = dataclasses.asdict(Config()) | content["config"]           # a key may be newer than the checkpoint
         changed = {key: f"{key} {old[key]!r} -> {new!r}" for key, new in vars(self.cfg).items() if old[key] != new}
         refused = [text for key, text in changed.items() if key not in RESUMABLE]
@@ -209,7 +202,7 @@ class Run:
         self.bar.set_postfix_str(self._state(losses, lr), refresh=False)
         self.bar.update()
         if progress.iteration == self.first + 1:
-            self.begun = time.monotonic()                  # the first step also starts the loader
+            self.begun = time.monotonic()                  # the first step also waits for the first photos
         if progress.iteration == self.first + 1 + TIMED:
             self.world.print0(f"time     about {self._time_left()}, without validations")
 
@@ -285,7 +278,7 @@ class Run:
         self._write_log()                                  # first, so that the log is never behind the checkpoint
         checkpoint.write(self.folder / checkpoint.LAST, self._content(learner) | {
             "optimizer": checkpoint.optimizer_state(learner.model, learner.optimizer),
-            "scaler": learner.scaler.state_dict()}, keep=self.folder / checkpoint.PREVIOUS)
+            "scaler": learner.scaler.state_dict()})
         self.saved = self.progress.iteration
 
     def _content(self, learner) -> dict:

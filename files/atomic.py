@@ -15,18 +15,16 @@ MARK = ".schnet"                                          # in folders of result
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """A temporary path in the folder of `path`, renamed to it when the block succeeds and removed otherwise.
 
-    With `keep`, the file that was there before is kept under that name. A system error becomes a `UserError`.
+    A system error becomes a `UserError`.
     """
     path = Path(path)
     part = path.with_name(f".{path.stem[:40]}-{secrets.token_hex(4)}.part{path.suffix}")       # names have 255 bytes
     try:
         yield part
         _sync(part)
-        if keep is not None and path.exists():
-            os.replace(path, keep)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:               # torch hides an OSError in a RuntimeError
         cause = _system_error(error)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from config import IGNORE
 from errors import UserError
@@ -28,7 +28,6 @@ MORE_FORMATS = ("AVIF", "GIF", "JPEG2000", "PCX", "PPM", "PSD", "QOI", "SGI", "T
 ALL_FORMATS = PHOTO_FORMATS + tuple(name for name in MORE_FORMATS if name in Image.OPEN)     # of what is to be parsed
 ALL_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in (*ALL_FORMATS, "MPO")}
 MAX_PIXELS = 1 << 28                                       # phones take 200 megapixels; tiny files can claim more
-ORIENTATION = 0x0112                                       # EXIF tag: which way up the camera was held
 
 # System errors that may pass, as of a file server that is away, and the seconds until each further try.
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.EHOSTDOWN, errno.ENOTCONN}
@@ -40,7 +39,6 @@ Source = str | Path | bytes | Image.Image                  # a path, the bytes o
 
 # How a PNG stores its pixels, in Pillow's words (raw modes).
 LABEL_KINDS = ("L", "P", "P;1", "P;2", "P;4")
-TO_8_BITS = {"1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}        # what Pillow multiplies their values by
 
 # Pillow's limits against small files that fill the memory are for the process, its threads and forks.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2                   # it refuses twice as many, and would warn from here on
@@ -52,7 +50,7 @@ def read_photo(source: Source, formats: tuple[str, ...] = PHOTO_FORMATS) -> np.n
     """A photo as a viewer shows it: transparent pixels in white, turned by its EXIF orientation; the first frame of an
     animation.
     """
-    return _decoded(source, formats, lambda image: _turned(_rgb(image), _orientation(image)))
+    return _decoded(source, formats, lambda image: _rgb(image, turn=True))
 
 
 def read_label(path: str | Path, num_classes: int) -> np.ndarray:
@@ -76,20 +74,11 @@ def read_label(path: str | Path, num_classes: int) -> np.ndarray:
 
 def read_photo_of(label: np.ndarray, path: str | Path, label_path: str | Path) -> np.ndarray:
     """The photo of a label, turned by its EXIF orientation only where that makes the sizes match."""
-    def decode(image: Image.Image) -> np.ndarray:
-        rgb = _rgb(image)
-        return rgb if rgb.shape[:2] == label.shape else _turned(rgb, _orientation(image))
-
-    rgb = _decoded(path, PHOTO_FORMATS, decode)
+    rgb = _decoded(path, PHOTO_FORMATS, lambda image: _rgb(image, turn=image.size[::-1] != label.shape))
     if rgb.shape[:2] != label.shape:
         raise UserError(f"{path}: {rgb.shape[1]} x {rgb.shape[0]} pixels, but its label {label_path} has "
                         f"{label.shape[1]} x {label.shape[0]}")
     return rgb
-
-
-def orientation(path: str | Path) -> int:
-    """A photo's EXIF orientation: 1 (as stored) to 8, see `_turned`."""
-    return _decoded(path, PHOTO_FORMATS, _orientation)
 
 
 def _decoded(source: Source, formats: tuple[str, ...], decode: Callable[[Image.Image], T]) -> T:
@@ -134,12 +123,13 @@ def _kind(image: Image.Image) -> str:
     return tile[0][3] if tile else ""
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
-    """The pixels as stored, of 8 bits; transparent ones are white."""
+def _rgb(image: Image.Image, turn: bool) -> np.ndarray:
+    """The pixels in 8 bits, as stored or turned by the EXIF orientation; transparent ones are white."""
     tags = getattr(image, "tag_v2", {})                    # of a TIFF
     if tags.get(REDUCED, 0) & 1 or tags.get(COMPRESSION) == OLD_JPEG or DNG_VERSION in tags:
         raise UserError("a camera's raw file, of which only a thumbnail could be read: convert it first")
     kind, clear = _kind(image), image.info.get("transparency")          # a value as it is stored, or alpha of a palette
+    image = ImageOps.exif_transpose(image) if turn else image
     if kind == "I;16B" or image.mode.startswith("I;16"):   # grey of more than 8 bits, which Pillow would clip at 255
         values, bits = np.asarray(image), tags.get(BITS_PER_SAMPLE, (16,))[0]
         grey = np.where(values == clear, 255, values >> (bits - 8)).astype(np.uint8)
@@ -148,29 +138,8 @@ def _rgb(image: Image.Image) -> np.ndarray:
     if image.mode in ("I", "F", "LAB"):
         raise UserError(f"unsupported pixel format (Pillow's {image.mode}): convert it to 8-bit RGB")
     image.load()
-    if clear is not None and kind in TO_8_BITS:
-        clear = np.minimum(np.array(clear) * TO_8_BITS[kind], 255).astype(int).tolist()
-        image.info["transparency"] = tuple(clear) if isinstance(clear, list) else clear
     if image.mode in ("RGBA", "LA") or clear is not None:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (0, 0):   # all transparent: clipboard tools leave alpha at 0
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        way = image.getexif().get(ORIENTATION, 1)
-        return way if way in range(1, 9) else 1            # some cameras write 0
-    except Exception:                                      # a damaged tag does not make the photo unusable
-        return 1
-
-
-def _turned(rgb: np.ndarray, way: int) -> np.ndarray:
-    if way in (5, 6, 7, 8):
-        rgb = rgb.transpose(1, 0, 2)
-    if way in (2, 3, 6, 7):
-        rgb = rgb[:, ::-1]
-    if way in (3, 4, 7, 8):
-        rgb = rgb[::-1]
-    return np.ascontiguousarray(rgb)

@@ -2,17 +2,15 @@
 
     labels/NAME.png      the label map at the photo's size; its metadata hold the record
     overlays/NAME.jpg    the photo under its label map
-    masks/NAME/*.png     with --masks: a black and white picture for each class
     probs/NAME.npy       with --probs: probabilities (classes, H, W) in float16
 
-A file that has no record is never replaced, nor is a label map or mask whose pixels were changed since, nor a result of
-another file that still exists. A photo's label map is written before its other results, whose record it is.
+A file that has no record is never replaced, nor is a label map whose pixels were changed since, nor a result of another
+file that still exists. A photo's label map is written before its other results, whose record it is.
 """
 
 import hashlib
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from PIL import Image
 
 from errors import UserError
 
-KINDS = {"labels": ".png", "overlays": ".jpg", "masks": ".png", "probs": ".npy"}       # folder and extension
+KINDS = {"labels": ".png", "overlays": ".jpg", "probs": ".npy"}       # folder and extension
 SOFTWARE = "SCHNet predict.py"
 
 Record = dict[str, str]
@@ -44,13 +42,6 @@ class Results:
     def path(self, kind: str, name: str) -> Path:
         return self.out / kind / f"{name}{KINDS[kind]}"
 
-    def paths(self, kind: str, name: str, classes: Sequence[str]) -> list[Path]:
-        """The files of a kind: one, or a mask for each class."""
-        if kind == "masks":
-            return [self.path(kind, f"{name}/{k:02d}_" + re.sub(r"[^\w-]+", "_", title))
-                    for k, title in enumerate(classes)]
-        return [self.path(kind, name)]
-
     def record(self, origin: Record, label: np.ndarray, kept: Sequence[str] = ()) -> Record:
         """The metadata of a label map; `kept`: see `claim`."""
         return origin | {"Source size": f"{label.shape[1]} x {label.shape[0]}",
@@ -60,7 +51,7 @@ class Results:
         """Whether all results of a photo are there, made from this very file with these settings."""
         record = read_record(self.path("labels", name))
         return (self.origin(source).items() <= record.items() and set(self.kinds) <= set(record["Results"].split())
-                and all(path.exists() for kind in self.kinds for path in self.paths(kind, name, self.classes)))
+                and all(self.path(kind, name).exists() for kind in self.kinds))
 
     def claim(self, origin: Record, name: str) -> list[str]:
         """Removes the earlier results of a photo. UserError, and nothing is removed, if a file in the way has no record
@@ -69,26 +60,18 @@ class Results:
         Kept are results of other kinds that were made from the same file with the same settings; their kinds are
         returned.
         """
-        record, label = _own_label(self.path("labels", name))
+        record = _own_record(self.path("labels", name))
         _check_source(self.path("labels", name), record, origin)
-        old = {kind: self.paths(kind, name, json.loads(record["Classes"]))
-               for kind in record.get("Results", "").split()}
-        written = {path for paths in old.values() for path in paths}
-        for path in [path for kind in self.kinds for path in self.paths(kind, name, self.classes)]:
-            if path not in written and os.path.lexists(path):
-                raise _foreign(path)
+        old = record.get("Results", "").split()
+        for kind in self.kinds:
+            path = self.path(kind, name)
+            if kind not in old and os.path.lexists(path):
+                raise UserError(f"{path}: was not written by predict.py, or was changed since: it is left as it is")
             path.parent.mkdir(parents=True, exist_ok=True)
-        for k, path in enumerate(old.get("masks", ())):
-            if os.path.lexists(path) and not np.array_equal(_pixels(path), np.uint8(255) * (label == k)):
-                raise _foreign(path)
         kept = [kind for kind in old if kind not in self.kinds and origin.items() <= record.items()]
-        for path in [path for kind in old if kind not in ("labels", *kept) for path in old[kind]]:
-            path.unlink(missing_ok=True)
+        for kind in set(old) - {"labels", *kept}:
+            self.path(kind, name).unlink(missing_ok=True)
         return kept
-
-
-def _foreign(path: Path) -> UserError:
-    return UserError(f"{path}: was not written by predict.py, or was changed since: it is left as it is")
 
 
 def _check_source(path: Path, record: Record, origin: Record):
@@ -113,17 +96,10 @@ def read_record(path: Path) -> Record:
     return text if text.get("Software") == SOFTWARE and "Classes" in text else {}
 
 
-def _own_label(path: Path) -> tuple[Record, np.ndarray | None]:
-    """The record and the pixels of a label map as it was written; ({}, None) for any other file."""
+def _own_record(path: Path) -> Record:
+    """The record of a label map that is as it was written; {} for any other file."""
     record = read_record(path)
-    label = _pixels(path) if record else None
-    return (record, label) if record and record.get("Pixels") == _digest(label) else ({}, None)
-
-
-def _pixels(path: Path) -> np.ndarray:
-    """The pixels of an image file, none of a damaged or other file."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image)
-    except Exception:
-        return np.empty(0, np.uint8)
+    if not record:
+        return {}
+    with Image.open(path) as image:
+        return record if record.get("Pixels") == _digest(np.asarray(image)) else {}

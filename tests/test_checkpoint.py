@@ -181,7 +181,7 @@ def test_out_of_memory_is_not_damage(saved, monkeypatch):
 
     monkeypatch.setattr(torch, "load", load)
     with pytest.raises(RuntimeError, match="allocate memory"):
-        checkpoint.read_last(saved.parent)
+        checkpoint.read(saved)
 
 
 def test_run_is_resolved_to_a_checkpoint(tmp_path, monkeypatch):

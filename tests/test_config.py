@@ -102,7 +102,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     assert load_config(None, ["out=runs/~x"]).out == "runs/~x" and user_path("~/x") == tmp_path / "x"
     home, found = tmp_path / "x", []
     monkeypatch.setattr(datasets, "check_data", lambda cfg, out: found.append(out))
-    datasets.main(["--out=~/x"])
+    datasets.main(["--cfg=~/my.yaml", "--out=~/x"])
     monkeypatch.setattr("sys.argv", ["draw", "--out=~/x", "--count=0"])
     draw.main()
     assert found == [home] and home.is_dir() and download.parse(["--dir=~/x"]).dir == home

@@ -1,13 +1,10 @@
 """datasets.py, viz/data_check.py: the data check, planted faults, labels that look wrong, training batches."""
 
 import itertools
-import multiprocessing
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +12,13 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from test_images import numbers, picture, save, written
-from tiny import wait_until
 
 import datasets
 from config import Config, from_dict
 from datasets import BatchOrder, TrainSet, label_set, open_split, sample_warning, train_loader
 from engine import workers
 from errors import UserError
-from files.images import ORIENTATION, read_photo
+from files.images import read_photo
 from synthetic.draw import draw
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +90,6 @@ def test_masks_of_0_and_255_are_faults_rare_classes_are_not(tmp_path, capsys, tr
     code, text = run_check(custom(root), tmp_path, capsys)
     found = re.findall(r"  .*labels/(\w+): .* 255", text)
     assert found == faults and code == (1 if faults else 0)
-    assert ("no hat" in val) == bool(re.search(r"no photo of val shows: 1\n  3 hat", text))
     for split in ("train", "val"):
         warning = sample_warning(open_split(custom(root), split), CLASSES)
         assert split not in faults or f"labels/{split}" in warning and " 255" in warning
@@ -103,7 +98,7 @@ def test_masks_of_0_and_255_are_faults_rare_classes_are_not(tmp_path, capsys, tr
 @pytest.mark.parametrize("way", (0, 4, 6))
 def test_exif_orientation(tmp_path, capsys, way):
     exif = Image.Exif()
-    exif[ORIENTATION] = way                                # some cameras write 0, which is undefined
+    exif[0x0112] = way                                     # some cameras write 0, which is undefined
     root = make_custom(tmp_path)
     picture(0).save(root / "images/train/p0.jpg", exif=exif)
     stored = Image.open(root / "images/train/p0.jpg")
@@ -113,8 +108,7 @@ def test_exif_orientation(tmp_path, capsys, way):
         save(numbers(0, drawn_on.shape[1::-1]), root / "labels/train/p0.png")
         image, label = open_split(custom(root), "train").read(0)
         assert np.array_equal(image, drawn_on if stored.shape != shown.shape else stored)
-    code, text = run_check(custom(root), tmp_path, capsys)
-    assert code == 0 and bool(re.search(r"EXIF.*: 1\n  .*p0\.jpg", text)) == (way in (2, 3, 4))
+    assert run_check(custom(root), tmp_path, capsys)[0] == 0
 
 
 WRONG = {"": lambda label: label,
@@ -215,7 +209,8 @@ def test_the_command(tmp_path, capsys):
     assert done.returncode == 1 and "Traceback" not in done.stderr and "p1.jpg: damaged or cut off" in done.stdout
     assert re.search(r"0 background +\d+\.\d+% +5 ", done.stdout)       # intact pairs are counted
     assert {"augmented.png", "train.png", "val.png"} <= {path.name for path in (tmp_path / "mine_data").iterdir()}
-    assert datasets.main(["dataset=cihp", "data_root=/nowhere"]) == 1 and "/nowhere" in capsys.readouterr().out
+    assert datasets.main(["--cfg", "configs/cihp.yaml", "data_root=/nowhere"]) == 1
+    assert "/nowhere" in capsys.readouterr().out
 
 
 def batches(cfg, count, start=0, world=1):
@@ -266,16 +261,8 @@ def test_epochs_are_shuffled_and_complete(count):
     assert [(iteration, slot) for _, iteration, slot in keys] == [divmod(p, 4) for p in range(16 * count)]
 
 
-def test_errors_in_workers_and_killed_workers_are_one_line(tmp_path):
+def test_a_bad_photo_is_one_line(tmp_path):
     root = make_custom(tmp_path)
-    cfg, others = custom(root, workers=1), set(multiprocessing.active_children())
-    loader = train_loader(cfg, open_split(cfg, "train"))
-    next(loader)
-    worker, = set(multiprocessing.active_children()) - others
-    os.kill(worker.pid, signal.SIGKILL)
-    time.sleep(0.5)                                        # the main process is busy and does not notice
-    with pytest.raises(UserError, match=r"\A[^\n]*fewer workers[^\n]*\Z"):
-        list(itertools.islice(loader, 100))
     (root / PHOTO).write_bytes(b"")
     cfg = custom(root, workers=2)
     with pytest.raises(UserError) as error:
@@ -283,31 +270,13 @@ def test_errors_in_workers_and_killed_workers_are_one_line(tmp_path):
     assert str(error.value) == f"{root / PHOTO}: an empty file (0 bytes)"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")       # torch: its loader is incomplete
-def test_too_few_open_files_are_one_line(tmp_path, monkeypatch):
-    """The third worker cannot be started: nothing waits for the other two."""
-    others, start, started = set(multiprocessing.active_children()), multiprocessing.Process.start, []
-
-    def limited(worker):
-        if len(started) == 2:
-            raise OSError(24, "Too many open files")
-        start(worker), started.append(worker)
-
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", limited)
-    cfg = custom(make_custom(tmp_path), workers=3)
-    with pytest.raises(UserError, match=r"open files.*fewer workers.*ulimit -n"):
-        next(train_loader(cfg, open_split(cfg, "train")))
-    wait_until(lambda: set(multiprocessing.active_children()) <= others, 4)
-
-
-def test_a_stalled_worker_is_one_line_with_the_names(tmp_path, monkeypatch):
+def test_a_stalled_disk_is_one_line_with_the_names(tmp_path, monkeypatch):
     root = make_custom(tmp_path)
     for path in root.rglob("images/train/*.jpg"):
         path.unlink(), os.mkfifo(path)
     monkeypatch.setattr(workers, "STALLED", 1)
-    monkeypatch.setattr(datasets, "LOOK_EVERY", 0.5)
     cfg = custom(root, workers=1)
-    with pytest.raises(UserError, match=r"\A[^\n]* 1 s.*\bp\d, p\d"):
+    with pytest.raises(UserError, match=r"\Ap\d, p\d.* 1 s\Z"):
         next(train_loader(cfg, open_split(cfg, "train")))
     pairs = open_split(cfg, "train")                       # in evaluation, read by threads
     with pytest.raises(UserError, match=r"p\d: .* 1 s"):

@@ -70,11 +70,10 @@ def server():
 
 @pytest.fixture(autouse=True)
 def specs(monkeypatch, server):
-    """Two small files replace the official ones, and no time is spent waiting."""
+    """Two small files replace the official ones."""
     digest = hashlib.sha256(CONTENT).hexdigest()
     found = [FileSpec(name, (f"{server.url}/official/{name}",), len(CONTENT), digest, f"file {name}") for name in NAMES]
     monkeypatch.setattr(download, "FILES", found)
-    monkeypatch.setattr(download.time, "sleep", lambda _: None)
     return found
 
 
@@ -111,15 +110,15 @@ def test_transient_faults_are_retried(folder, server, plan, ranges):
         assert server.requests[1][1] == f"bytes={len(CONTENT) // 2}-"
 
 
-@pytest.mark.parametrize("plan, message, requests", [
-    (["status 404"], "HTTP 404", 1), (["page"], r"\b27 bytes", 1), (["wrong"], "SHA-256", 1),
-    (["cut at once"] * 3, "cut.*3 tries", 3), (["status 500"] * 3, "HTTP 500", 3)])
-def test_permanent_faults_leave_no_file_and_do_not_stop_the_others(folder, server, capsys, plan, message, requests):
-    server.plan = list(plan)
+@pytest.mark.parametrize("fault, message", [
+    ("status 404", "404"), ("page", r"\b27 bytes"), ("wrong", "SHA-256"), ("cut at once", "cut"),
+    ("status 500", "500")])
+def test_permanent_faults_leave_no_file_and_do_not_stop_the_others(folder, server, capsys, fault, message):
+    server.plan = [fault] * download.TRIES
     assert run(folder) == 1 and complete(folder, "b.pth") and not (folder / "a.pt").exists()
     *_, line, error = [line for line in capsys.readouterr().err.splitlines() if "B/s" not in line]
     assert re.search(message, line) and f"{server.url}/official/a.pt: " in line and error.startswith("error: a.pt: ")
-    assert len(server.requests) == requests + 1
+    assert len(server.requests) == download.TRIES + 1
 
 
 def test_the_next_address_resumes_the_first_ones_download(folder, server, specs, capsys, monkeypatch):
@@ -128,14 +127,13 @@ def test_the_next_address_resumes_the_first_ones_download(folder, server, specs,
     monkeypatch.setenv("HF_ENDPOINT", f"{server.url}/hub/")
     urls = (f"{server.url}/gone/a.pt", *specs[0].urls, "https://hub.invalid/a.pt")
     specs[0] = dataclasses.replace(specs[0], urls=urls)
-    server.plan = ["status 404", "cut", "cut at once", "cut at once", ""]
+    server.plan = ["status 404", "cut", ""]
     assert run(folder, "a.pt") == 0 and complete(folder)
-    half = f"bytes={len(CONTENT) // 2}-"
-    assert server.requests == [("/gone/a.pt", None), ("/official/a.pt", None), *[("/official/a.pt", half)] * 2,
-                               ("/hub/a.pt", half)]
+    assert server.requests == [("/gone/a.pt", None), ("/official/a.pt", None),
+                               ("/hub/a.pt", f"bytes={len(CONTENT) // 2}-")]
     printed = capsys.readouterr().err
-    assert f"{server.url}/gone/a.pt: HTTP 404" in printed
-    assert f"{server.url}/official/a.pt: the connection was cut (3 tries)" in printed
+    assert re.search(f"{server.url}/gone/a.pt: .*404.*\n", printed)
+    assert f"{server.url}/official/a.pt: the connection was cut\n" in printed
 
 
 @pytest.mark.parametrize("part, requests", [
@@ -149,7 +147,7 @@ def test_old_partial_files_are_resumed_or_replaced(folder, server, part, request
 def test_a_wrong_file_is_kept_until_it_is_replaced(folder, server, capsys):
     folder.mkdir()
     (folder / "a.pt").write_bytes(b"?" + CONTENT[1:])
-    server.plan = ["status 404"]
+    server.plan = ["status 404"] * download.TRIES
     assert run(folder, "a.pt") == 1 and (folder / "a.pt").read_bytes() == b"?" + CONTENT[1:]
     (folder / "a.pt").write_bytes(b"<html>")
     assert run(folder, "a.pt") == 0 and complete(folder) and "6 bytes instead of 3,072,007" in capsys.readouterr().out
@@ -157,7 +155,7 @@ def test_a_wrong_file_is_kept_until_it_is_replaced(folder, server, capsys):
 
 def test_no_connection(folder, server, capsys):
     assert run(folder, "a.pt", "--mirror", "http://127.0.0.1:9") == 1
-    assert "http://127.0.0.1:9/a.pt: no connection" in capsys.readouterr().err
+    assert re.search("http://127.0.0.1:9/a.pt: .*refused", capsys.readouterr().err)
 
 
 def test_disk_full_in_the_middle(folder, server, monkeypatch, capsys):
@@ -188,7 +186,7 @@ def test_ctrl_c_leaves_a_partial_file_to_resume(folder, server, specs):
                                stderr=subprocess.PIPE)
     part, deadline = folder / "a.pt.part", time.monotonic() + 60
     while not (part.exists() and part.stat().st_size == len(CONTENT) // 2) and time.monotonic() < deadline:
-        threading.Event().wait(0.05)                       # time.sleep is replaced here
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, text = process.communicate(timeout=60)
     assert process.returncode == 130 and "stopped" in text and "Traceback" not in text

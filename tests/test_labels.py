@@ -111,9 +111,9 @@ ALL = {"name": "all", "colour": [1, 2, 3], "from": list(LIP.classes)}
 
 
 @pytest.mark.parametrize("content, says", [
-    ({"from": [*LIP.classes, "Tie"]}, "all takes 'Tie'"), ({"from": [*LIP.classes[1:], "Har"]}, "'Har'.*lip.*'Hair'"),
-    ({"from": [*LIP.classes, "Hat"]}, "Hat .* 2 times"), ({"from": list(LIP.classes[:19])}, "Right-shoe .* 0 times"),
-    ({"from": "Hat"}, "label 1 .*'Hat'"), ({"from": [1]}, r"label 1 .*\[1\]"), ({"name": False}, "label 1 .*False"),
+    ({"from": [*LIP.classes[:2], "Har", *LIP.classes[3:]]}, "Hair .* 0 times"),
+    ({"from": [*LIP.classes, "Hat"]}, "Hat .* 2 times"),
+    ({"from": "Hat"}, "label 1 .*'Hat'"), ({"name": False}, "label 1 .*False"),
     ({"colour": [0, 0]}, r"label 1 .*\[0, 0\]"), ({"colour": [0, 0, 256]}, "colours? .*0 to 255"),
     ({"color": [0, 0, 0]}, "label 1 .*'color'"),
     ({"name": "none"}, "duplicate name"), ({"colour": [9, 9, 9]}, "duplicate colour"), ("", "class map"),

@@ -97,16 +97,13 @@ def test_labels_are_the_argmax_of_the_networks_probabilities(small: Path, parse,
     assert expected.shape == (20, *size)
     np.testing.assert_allclose(expected.sum(0), 1, atol=1e-5)
     monkeypatch.setattr(fast, "CPU_STRIP", 4 * 20 * size[1] * 7)         # strips of 7 rows, as for huge photos
-    assert parse("x.png", "--out", "out", "--masks", "--probs", *["--tta"] * tta) == 0
+    assert parse("x.png", "--out", "out", "--probs", *["--tta"] * tta) == 0
     label, best = read("out/labels/x.png"), np.sort(expected, 0)
     assert (label == expected.argmax(0))[best[-1] - best[-2] > 1e-5].all()
     assert (parser.parse(image) == label).mean() > 0.999
     probs = np.load("out/probs/x.npy")
     assert probs.dtype == np.float16
     np.testing.assert_allclose(probs, expected, atol=1e-3)
-    masks = np.stack([read(path) for path in sorted(Path("out/masks/x").iterdir())])
-    assert masks.shape == (20, *size) and (masks.argmax(0) == label).all() and (np.sort(masks, 0)[-2] == 0).all()
-    assert files("out/masks/x")[5] == "05_Upper-clothes.png"
 
 
 @pytest.mark.parametrize("name", ["atr", "coarse"])
@@ -114,7 +111,7 @@ def test_all_results_use_the_class_map(small: Path, parse, here: Path, parser: P
     image, path = photo(50, 70), MAPS / f"{name}.yaml"
     save("x.png", image)
     target, merge = load_class_map(path, LABEL_SETS["lip"])
-    assert parse("x.png", "--map", path, "--out", "a", "--probs", "--masks") == 0
+    assert parse("x.png", "--map", path, "--out", "a", "--probs") == 0
     assert parse("x.png", "--map", path, "--out", "b") == 0
     expected = np.stack([parser.probabilities(image)[list(sources)].sum(0) for sources in merge])
     np.testing.assert_allclose(np.load("a/probs/x.npy"), expected, atol=1e-3)
@@ -123,8 +120,6 @@ def test_all_results_use_the_class_map(small: Path, parse, here: Path, parser: P
         assert (found == expected.argmax(0))[best[-1] - best[-2] > 1e-5].all()
     with Image.open("a/labels/x.png") as picture:
         assert picture.getpalette()[:3 * len(merge)] == [v for colour in target.palette for v in colour]
-    masks = np.stack([read(file) for file in sorted(Path("a/masks/x").iterdir())])
-    assert len(masks) == len(merge) and (masks.argmax(0) == label).all()
     drawn = pictures.with_legend(pictures.overlay(image, label, target.palette), target.classes, target.palette,
                                  pictures.present(label))
     assert np.abs(read("a/overlays/x.jpg").astype(int) - drawn).mean() < 3
@@ -141,12 +136,6 @@ def test_overrides_and_photos_may_be_mixed(parse, here: Path, monkeypatch, capsy
     cfg = parsers[0].model.cfg
     assert (cfg.precision, cfg.base_size) == ("bf16", 96)
     assert parse("precision=bf16") == 2 and "precision=bf16" in capsys.readouterr().err
-
-
-def test_a_panorama_wider_than_a_jpeg_can_be(parse, here: Path):
-    save("x.png", np.tile(photo(20, 100), (1, 660, 1)))
-    assert parse("x.png", "--out", "out") == 0
-    assert read("out/labels/x.png").shape == (20, 66_000) and read("out/overlays/x.jpg").shape[1] == 65_500
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -173,24 +162,23 @@ def test_a_failed_photo_does_not_stop_the_others(parse, here: Path, monkeypatch,
         save(f"in/{name}.png", photo(20 + n, 30))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)                 # Pillow refuses twice as many
     Image.new("RGB", (10_001, 1)).save("in/large.png")
-    for folder in ("labels/b.png", "overlays/d.jpg", "masks/e/00_Background.png"):
+    for folder in ("labels/b.png", "overlays/d.jpg", "probs/e.npy"):
         Path("out", folder, "full").mkdir(parents=True)
-    Path("out/masks/f").touch()
     Path("out", MARK).touch()
     work = Parser._parse
 
-    def scarce(self, images, tta):
+    def scarce(self, images):
         if any(len(image) == 22 for image in images):      # c
             raise MemoryError
-        return work(self, images, tta)
+        return work(self, images)
 
     monkeypatch.setattr(Parser, "_parse", scarce)
-    assert parse("in", "--out", "out", "--masks", "--batch", "1") == 1
+    assert parse("in", "--out", "out", "--probs", "--batch", "1") == 1
     printed = capsys.readouterr()
-    lines = printed.err.partition("6 not parsed:\n")[2].splitlines()
-    assert sorted(line.split(":")[0].strip() for line in lines) == [f"in/{n}.png" for n in [*"bcdef", "large"]]
-    assert "2 parsed" in printed.out and "/." not in printed.err and not list(Path("out").rglob(".*part*"))
-    assert all(len(files(f"out/masks/{name}")) == 20 and Path(f"out/labels/{name}.png").is_file() for name in "ag")
+    lines = printed.err.partition("5 not parsed:\n")[2].splitlines()
+    assert sorted(line.split(":")[0].strip() for line in lines) == [f"in/{n}.png" for n in [*"bcde", "large"]]
+    assert "3 parsed" in printed.out and "/." not in printed.err and not list(Path("out").rglob(".*part*"))
+    assert all(Path(f"out/{kind}").is_file() for name in "afg" for kind in (f"probs/{name}.npy", f"labels/{name}.png"))
     monkeypatch.setattr(pictures, "save_palette_png", Mock(side_effect=KeyError("a bug")))
     assert parse("in/a.png", "--out", "new") == 1 and "Traceback" in capsys.readouterr().err
 
@@ -211,7 +199,7 @@ def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(small: Path, album: Path, out: Path, *more: str) -> list[str]:
-    return [str(album), "--checkpoint", str(small), "--out", str(out), "--batch", "3", "--masks", *more]
+    return [str(album), "--checkpoint", str(small), "--out", str(out), "--batch", "3", "--probs", *more]
 
 
 @pytest.fixture(scope="module")

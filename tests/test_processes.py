@@ -39,14 +39,9 @@ def trained(config, tmp_path_factory) -> Path:
     return folder
 
 
-def has_two_checkpoints(folder: Path):
-    return lambda: (folder / "previous.pt").exists()       # after four iterations
-
-
 def saved_iteration(folder: Path) -> int:
-    for name in ("last.pt", "previous.pt", "last.pt"):     # absent for an instant while it becomes previous.pt
-        with contextlib.suppress(FileNotFoundError):
-            return torch.load(folder / name, weights_only=True)["progress"]["iteration"]
+    path = folder / "last.pt"
+    return torch.load(path, weights_only=True)["progress"]["iteration"] if path.exists() else 0
 
 
 def evaluated(config: str, world, batch: int) -> tuple:
@@ -107,12 +102,12 @@ def test_a_step_is_skipped_by_all_processes_or_none(config, tmp_path):
 
 
 def test_stop_resume_and_the_lock(config, tmp_path):
-    """A signal to one process group stops both; loaders ignore it. One process resumes; a second is refused."""
+    """A signal to one process group stops both. One process resumes; a second is refused."""
     folder, other = tmp_path / "run", tmp_path / "other"
     argv = ["--cfg", config, f"out={folder}", "workers=1", *ENDLESS, "--resume"]
     other.mkdir()
     with Processes(tmp_path, train.main, argv, count=2) as both:
-        wait_until(has_two_checkpoints(folder))
+        wait_until(lambda: saved_iteration(folder) >= 4)
         os.killpg(both.all[1].pid, signal.SIGTERM)
         assert both.wait() == [143, 143]
         stopped = int(re.search(r"SIGTERM after iteration (\d+); ", both.printed(0))[1])
@@ -185,7 +180,7 @@ def test_lost_output_loses_no_work(config, tmp_path):
             runs[kind] = stack.enter_context(Processes(tmp_path / kind, train_without_output, argv, kind))
         for kind, run in runs.items():
             folder = tmp_path / kind / "run"
-            wait_until(has_two_checkpoints(folder))
+            wait_until(lambda: saved_iteration(folder) >= 4)
             before = saved_iteration(folder)
             run.send(signal.SIGTERM)
             assert run.wait() == [143], kind
@@ -250,7 +245,7 @@ def test_when_one_process_dies_the_other_ends_with_torchs_message(config, tmp_pa
     folder, action = tmp_path / "run", train.main if fault == "kill" else train_until_a_bug
     with Processes(tmp_path, action, ["--cfg", config, f"out={folder}", *ENDLESS], count=2) as both:
         if fault == "kill":
-            wait_until(has_two_checkpoints(folder))
+            wait_until(lambda: saved_iteration(folder) >= 4)
             both.send(signal.SIGKILL, rank)
         codes = both.wait()
         assert codes[rank] == (-9 if fault == "kill" else 1) and codes[1 - rank] == 1
@@ -319,7 +314,7 @@ def test_a_killed_worker_and_ctrl_c_under_torchrun_change_nothing(config, tmp_pa
         return list(map(int, re.findall(rf"resuming from {folder / 'last.pt'}, iteration (\d+)", output.read_text())))
 
     with torchrun(output, [*argv, f"out={folder}"]) as agent:
-        wait_until(has_two_checkpoints(folder))
+        wait_until(lambda: saved_iteration(folder) >= 4)
         os.kill(workers(agent)[-1], signal.SIGKILL)
         killed = saved_iteration(folder)
         wait_until(resumed, 90)

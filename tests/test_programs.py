@@ -40,11 +40,11 @@ def test_names_that_the_terminal_cannot_display(tmp_path, monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("program, redirection, written", [
     ("evaluate.py --run {run} synthetic_val=3 --out {out}", "| head -1", "out/best_worst.png"),
-    ("datasets.py synthetic_size=32 synthetic_val=3 synthetic_train=3 --out {out}", ">/dev/full", "out/train.png"),
+    ("datasets.py --cfg {config} --out {out}", ">/dev/full", "out/train.png"),
     ("predict.py --run {run} {photo} --out {out}", ">&- 2>&-", "out/overlays/x.jpg")])
 def test_a_lost_output_loses_no_work(small, tmp_path, program, redirection, written):
     Image.new("RGB", (40, 30)).save(tmp_path / "x.png")
-    arguments = program.format(run=small, photo=tmp_path / "x.png", out=tmp_path / "out")
+    arguments = program.format(run=small, config=make_config(tmp_path), photo=tmp_path / "x.png", out=tmp_path / "out")
     command = f'set -o pipefail; {sys.executable} -c "{PROGRAM}" {ROOT}/{arguments} {redirection}'
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
@@ -69,7 +69,7 @@ def test_errors_are_one_line_and_bugs_keep_their_traceback(capsys, error, code, 
 
 @pytest.mark.parametrize("program, options", [
     (evaluate, "--checkpoint runs/x --tta --split train --batch 2 --device cpu --out y a=b"),
-    (predict, "x --checkpoint runs/x --out y --map m --skip-existing --tta --size 64 --masks --probs --batch 2 z")])
+    (predict, "x --checkpoint runs/x --out y --map m --skip-existing --tta --size 64 --probs --batch 2 z")])
 def test_torchrun_accepts_the_options_of_the_programs(program, options):
     """On Python 3.11, torchrun itself takes abbreviations: --run would be its --run-path."""
     from torch.distributed.run import parse_args

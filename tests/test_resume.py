@@ -153,7 +153,7 @@ def test_a_run_is_never_overwritten(config, uninterrupted, copied, capsys):
     assert "done: best mIoU" in capsys.readouterr().out and contents(uninterrupted) == before
 
 
-@pytest.mark.parametrize("how, words", (((), "--resume"), (("--resume",), "no usable checkpoint")))
+@pytest.mark.parametrize("how, words", (((), "--resume"), (("--resume",), "last.pt: no such checkpoint")))
 def test_a_folder_with_only_a_best_checkpoint_is_left_alone(config, uninterrupted, tmp_path, capsys, how, words):
     """It may be kept for prediction; it has no optimizer state to resume from."""
     for name in ("best.pt", "log.jsonl", "config.yaml"):
@@ -231,10 +231,10 @@ def test_a_checkpoint_that_could_not_be_written_is_not_the_best(config, tmp_path
     real, write = train.scores, checkpoint.write
     monkeypatch.setattr(train, "scores", lambda matrix: real(matrix) | {"miou": next(values)})
 
-    def refuse(path, content, keep=None):
+    def refuse(path, content):
         if path.name == "best.pt" and next(written) in failing:
             raise UserError(f"{path} could not be written (No space left on device)")
-        write(path, content, keep)
+        write(path, content)
 
     monkeypatch.setattr(checkpoint, "write", refuse)
     argv = ["--cfg", config, f"out={folder}", "eval_every=1"]
@@ -287,25 +287,12 @@ def test_a_transient_disk_error_is_not_damage(config, uninterrupted, copied, cap
     assert f"resuming from {copied / 'last.pt'}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ("cut off", "gone"))
-def test_a_damaged_checkpoint_is_named_and_the_previous_used(config, uninterrupted, copied, capsys, damage):
+def test_a_damaged_checkpoint_is_named(config, copied, capsys):
     content = (copied / "last.pt").read_bytes()
-    if damage == "gone":
-        (copied / "last.pt").unlink()
-        assert "--resume" in fails(capsys, "--cfg", config, f"out={copied}")
-    else:
-        (copied / "last.pt").write_bytes(content[:len(content) // 2])
-    train.main(["--cfg", config, f"out={copied}", "--resume"])
-    printed = capsys.readouterr().out
-    assert f"resuming from {copied / 'previous.pt'}" in printed
-    assert_same_run(copied, uninterrupted)
-    if damage == "cut off":
-        assert f"warning: {copied / 'last.pt'}: damaged" in printed
-        assert (copied / "last.damaged").stat().st_size == len(content) // 2
-        for name in ("last.pt", "previous.pt"):
-            (copied / name).write_bytes(content[:1000])
-        line = fails(capsys, "--cfg", config, f"out={copied}", "--resume")
-        assert "last.pt" in line and "previous.pt" in line and "out=FOLDER" in line
+    (copied / "last.pt").write_bytes(content[:len(content) // 2])
+    assert f"{copied / 'last.pt'}: damaged" in fails(capsys, "--cfg", config, f"out={copied}", "--resume")
+    (copied / "last.pt").unlink()
+    assert f"{copied / 'last.pt'}: no such" in fails(capsys, "--cfg", config, f"out={copied}", "--resume")
 
 
 def test_a_full_disk_is_reported_and_training_continues(config, uninterrupted, tmp_path, capsys, monkeypatch):
@@ -336,4 +323,4 @@ def test_a_full_disk_is_reported_and_training_continues(config, uninterrupted, t
 def test_a_folder_that_cannot_be_written(config, capsys):
     for folder, words in (("/proc/run", "No such file"), (config, "File exists")):
         line = fails(capsys, "--cfg", config, f"out={folder}")
-        assert line.startswith("error: out: ") and f"{folder} " in line and words in line
+        assert line.startswith(f"error: {folder}: ") and words in line

@@ -69,7 +69,7 @@ def curves(groups: dict[str, list[Path]]):
                 values = [[seed[it] for it in shared] for seed in points]
                 series[name] = shared, values if len(values) > 1 else values[0]
         panels[title] = series
-    return plots.curves(panels, smooth=["loss"], size=(360, 640))
+    return plots.curves(panels, size=(360, 640))
 
 
 def main(argv: list[str] | None = None):

@@ -17,14 +17,13 @@ from tqdm import tqdm
 from config import IGNORE, Config
 from errors import UserError
 from files.atomic import results_folder
-from files.images import PHOTO_SUFFIXES, orientation, read_label, read_photo, read_photo_of
+from files.images import PHOTO_SUFFIXES, read_label, read_photo, read_photo_of
 from files.labels import LabelSet, LabelStats, label_fault, label_warning
 from viz import pictures
 
 PAPER_COUNTS = {"lip": {"train": 30_462, "val": 10_000},   # §4.1: pairs of each split
                 "cihp": {"train": 28_280, "val": 5_000},
                 "ppp": {"train": 1_716, "val": 1_817}}
-DRAWN = 200                                                # drawings of the synthetic set: the same code draws them all
 SHOWN = 12                                                 # samples on a contact sheet
 
 Note = tuple[str, str]                                     # kind, and the file
@@ -44,7 +43,7 @@ class Pair:
 @dataclass
 class Split:
     name: str
-    source: object                                         # PairSet or DrawnSet of datasets.py; None: not found
+    source: object                                         # PairSet of datasets.py; None: not found
     faults: list[str]
     pairs: list[Pair] = field(default_factory=list)        # in the order of `source`
 
@@ -69,12 +68,12 @@ def report(cfg: Config, labels: LabelSet, found: list[tuple], augmented: Callabl
     faults += [fault for split in splits for fault in count_faults(cfg, split)]
     warnings = []
     for split in known:
-        where, stats = split.source.place.labels if split.source.place else split.name, split.stats()
+        where, stats = split.source.place.labels, split.stats()
         fault, warning = label_fault(stats, labels.classes), label_warning(stats, labels.classes)
         faults += [f"{where}: {fault}"] if fault else []
         warnings += [f"{where}: {warning}"] if warning and not fault else []
     notes = [note for split in splits for pair in split.pairs for note in pair.notes]
-    notes += side_notes(labels) + absent_notes(known, labels) + ignored_notes(splits)
+    notes += side_notes(labels) + ignored_notes(splits)
     shared, repeated = duplicates(splits)
     if cfg.dataset == "custom":
         faults += [f"{photo}: the same photo as {other}, which is in train" for photo, other in shared]
@@ -105,15 +104,12 @@ def report(cfg: Config, labels: LabelSet, found: list[tuple], augmented: Callabl
 def inspect(splits: list[Split], workers: int):
     """Fills in the pairs of all splits."""
     for split in splits:
-        source, work = split.source, inspect_files
+        source = split.source
         if source is None:
             continue
-        count = len(source)
-        if source.place is None:
-            work, count = inspect_drawn, min(DRAWN, len(source))
         with ThreadPool(max(1, workers)) as pool:
-            results = pool.imap(lambda i: work(source, i), range(count))
-            split.pairs += tqdm(results, split.name, count, unit="pair", disable=None)  # None: no bar if not a terminal
+            results = pool.imap(lambda i: inspect_files(source, i), range(len(source)))
+            split.pairs += tqdm(results, split.name, len(source), unit="pair", disable=None)    # None: only a terminal
 
 
 def inspect_files(source, i: int) -> Pair:
@@ -129,18 +125,6 @@ def inspect_files(source, i: int) -> Pair:
         pair.faults.append(str(error))
     if pair.faults:
         return pair
-    way = orientation(photo)
-    if way in (2, 3, 4) or (way != 1 and label.shape[0] == label.shape[1]):
-        pair.notes.append(("photos with an EXIF orientation that the label's size does not show, read as stored",
-                           photo))
-    return _measured(pair, rgb, label)
-
-
-def inspect_drawn(source, i: int) -> Pair:
-    return _measured(Pair(source.name(i)), *source.read(i))
-
-
-def _measured(pair: Pair, rgb: np.ndarray, label: np.ndarray) -> Pair:
     pair.size, pair.stats = (rgb.shape[1], rgb.shape[0]), LabelStats.of(label)
     pair.content = hashlib.blake2b(rgb, digest_size=16).digest() + bytes(str(pair.size), "ascii")
     if np.count_nonzero(pair.stats.counts[1:IGNORE]) == 0:
@@ -181,14 +165,9 @@ def side_notes(labels: LabelSet) -> list[Note]:
             for a, b in sides if frozenset((a, b)) not in pairs]
 
 
-def absent_notes(splits: list[Split], labels: LabelSet) -> list[Note]:
-    return [(f"classes that no photo of {split.name} shows", f"{k} {name}") for split in splits
-            for counts in [split.stats().counts] for k, name in enumerate(labels.classes) if not counts[k]]
-
-
 def ignored_notes(splits: list[Split]) -> list[Note]:
     """Files next to the photos of a split without a list that are not read."""
-    places = [split.source.place for split in splits if split.source is not None and split.source.place is not None]
+    places = [split.source.place for split in splits if split.source is not None]
     return [("beside the photos, not read: folders, which only a list can name, and files with other extensions",
              str(path))
             for place in places if not place.listing for path in sorted(place.images.iterdir())
@@ -204,10 +183,7 @@ def summary(cfg: Config, split: Split) -> str:
     expected = PAPER_COUNTS.get(cfg.dataset, {}).get(split.name)
     lines = [f"{split.name}: {len(split.source):,} pairs" + (f" (the paper: {expected:,})" if expected else "")]
     place = split.source.place
-    if place is not None:
-        lines += [f"  photos {place.images}", f"  labels {place.labels}", f"  list   {place.listing or 'none'}"]
-    else:
-        lines += [f"  drawn on demand; {len(split.pairs)} of them inspected"]
+    lines += [f"  photos {place.images}", f"  labels {place.labels}", f"  list   {place.listing or 'none'}"]
     sizes = np.array([split.pairs[i].size for i in split.good()])
     if len(sizes):
         low, middle, high = (" x ".join(f"{v:.0f}" for v in f(sizes, axis=0)) for f in (np.min, np.median, np.max))

@@ -4,9 +4,9 @@ A picture is an array (H, W, 3), uint8, RGB; a label map is (H, W), uint8, 255 =
 text.
 """
 
-import contextlib
 import io
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,6 @@ from files.atomic import atomic_write
 from files.labels import IGNORE_GREY
 
 WHITE, INK, FAINT = (255, 255, 255), (33, 37, 41), (108, 117, 125)
-LONGEST_JPEG = 65_500                                      # pixels a side, of libjpeg
 HATCH = ((IGNORE_GREY - 14,) * 3, (IGNORE_GREY + 14,) * 3) # diagonal stripes: ignored pixels, labels without a colour
 WRONG = (214, 0, 28)
 
@@ -98,35 +97,20 @@ def _hatch(height: int, width: int) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------------
 # text
 
-# Where Pillow's built-in font lacks a glyph: fonts that systems have, found by name.
-FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "PingFang.ttc",
-         "msyh.ttc", "arial.ttf")
-NO_GLYPH = "\U0010ffff"                                    # drawn as every character is that a font lacks
-
-
 @lru_cache
-def font(text: str, size: int) -> ImageFont.FreeTypeFont:
-    """The first font with all glyphs of the text; Pillow's built-in font is tried first, and used if there is none."""
-    built_in = ImageFont.load_default(size)
-    for name in ("", *FONTS):
-        with contextlib.suppress(OSError):                 # this machine does not have it
-            found = ImageFont.truetype(name, size) if name else built_in
-            missing = bytes(found.getmask(NO_GLYPH))
-            letters = "" if text.isascii() else "".join(set(text)).replace(" ", "")
-            if all(bytes(found.getmask(letter)) != missing for letter in letters):
-                return found
-    return built_in
+def font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
 
 
 def text_width(text: str, size: int) -> int:
     text = _drawable(text)
-    return math.ceil(font(text, size).getlength(text))
+    return math.ceil(font(size).getlength(text))
 
 
 def draw_text(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, size: int, anchor: str = "lm", colour=INK):
     """One line of text; `anchor` says where in it the point (x, y) is: l, m, r across, m down."""
     text = _drawable(text)
-    draw.text((x, y), text, fill=colour, font=font(text, size), anchor=anchor)
+    draw.text((x, y), text, fill=colour, font=font(size), anchor=anchor)
 
 
 def _drawable(text: str) -> str:
@@ -135,17 +119,8 @@ def _drawable(text: str) -> str:
 
 
 def wrap(text: str, size: int, width: int) -> list[str]:
-    """Lines of at most `width` pixels; words that are longer (file names) are broken."""
-    lines = [""]
-    for word in " ".join(text.split("\n")).split(" "):
-        if lines[-1] and text_width(f"{lines[-1]} {word}", size) > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}" if lines[-1] else word
-        while len(lines[-1]) > 1 and text_width(lines[-1], size) > width:
-            line = lines.pop()
-            keep = max((n for n in range(1, len(line)) if text_width(line[:n], size) <= width), default=1)
-            lines += [line[:keep], line[keep:]]
-    return lines
+    """Lines of about `width` pixels: a letter is 0.6 of its height wide, on average."""
+    return textwrap.wrap(text, max(1, 5 * width // (3 * size)))
 
 
 def blank(height: int, width: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -249,11 +224,7 @@ def save_png(path: str | Path, rgb: np.ndarray):
 
 
 def save_jpeg(path: str | Path, rgb: np.ndarray):
-    """For overlays of photos: a fifth of a PNG's size, a tenth of its time; no chroma subsampling, lines stay sharp.
-    A picture that is longer than a JPEG can be is made smaller."""
-    if max(rgb.shape) > LONGEST_JPEG:
-        size = [max(1, side * LONGEST_JPEG // max(rgb.shape)) for side in rgb.shape[1::-1]]
-        rgb = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
+    """For overlays of photos: a fifth of a PNG's size, a tenth of its time; no chroma subsampling, lines stay sharp."""
     _save(path, Image.fromarray(np.ascontiguousarray(rgb)), format="JPEG", quality=92, subsampling=0)
 
 
@@ -262,16 +233,11 @@ def save_palette_png(path: str | Path, label: np.ndarray, palette: Palette, text
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         info.add_text(key, value)
-    _save(path, palette_picture(label, palette), format="PNG", pnginfo=info)
-
-
-def palette_picture(label: np.ndarray, palette: Palette) -> Image.Image:
-    """A label map as an indexed image: the pixel values are the labels, a viewer shows the colours."""
     table = np.full((256, 3), HATCH[0][0], np.uint8)
     table[:len(palette)] = palette
     picture = Image.fromarray(np.ascontiguousarray(label))
     picture.putpalette(table.tobytes())
-    return picture
+    _save(path, picture, format="PNG", pnginfo=info)
 
 
 def _save(path: str | Path, picture: Image.Image, **options):

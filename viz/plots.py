@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw
 
 from viz.pictures import FAINT, INK, WHITE, blank, draw_text, text_width
 
@@ -20,21 +19,19 @@ Series = dict[str, tuple[Sequence[float], Sequence[float]]]
 # ----------------------------------------------------------------------------------------------------------------------
 # curves
 
-def curves(panels: dict[str, Series], xlabel: str = "iteration", smooth: Sequence[str] = (),
-           size: tuple[int, int] = (300, 480)) -> np.ndarray:
+def curves(panels: dict[str, Series], xlabel: str = "iteration", size: tuple[int, int] = (300, 480)) -> np.ndarray:
     """Line plots, two panels a row: {title: {series: (x values, y values)}}.
 
-    `smooth` names the panels whose noisy series are drawn pale under their running mean. Several rows of y values are
-    runs of one kind, drawn pale under their mean. Values that are not finite leave a gap.
+    Several rows of y values are runs of one kind, drawn pale under their mean. Values that are not finite leave a gap.
     """
-    drawn = [_panel(title, series, xlabel, title in smooth, size) for title, series in panels.items()]
+    drawn = [_panel(title, series, xlabel, size) for title, series in panels.items()]
     blank = np.full((*size, 3), 255, np.uint8)
     if len(drawn) % 2 and len(drawn) > 1:
         drawn.append(blank)
     return np.vstack([np.hstack(drawn[n:n + 2]) for n in range(0, len(drawn), 2)] or [blank])
 
 
-def _panel(title: str, series: Series, xlabel: str, smooth: bool, size: tuple[int, int]) -> np.ndarray:
+def _panel(title: str, series: Series, xlabel: str, size: tuple[int, int]) -> np.ndarray:
     data = {name: _usable(x, y) for name, (x, y) in series.items()}
     xs, ys = (np.concatenate([pair[n].ravel() for pair in data.values()] or [np.empty(0)]) for n in (0, 1))
     ys = ys[np.isfinite(ys)]
@@ -44,7 +41,7 @@ def _panel(title: str, series: Series, xlabel: str, smooth: bool, size: tuple[in
         return np.array(canvas)
     x_axis = _axis(xs.min(), xs.max(), 6)
     y_axis = _axis(ys.min(), ys.max(), 5)
-    legend = _legend_rows(list(data), size[1] - 40)
+    legend = list(data) if len(data) > 1 else []
     pixels, place = _frame(title, xlabel, x_axis, y_axis, legend, size)
     for n, (x, y) in enumerate(data.values()):
         colour = SERIES[n % len(SERIES)]
@@ -53,17 +50,14 @@ def _panel(title: str, series: Series, xlabel: str, smooth: bool, size: tuple[in
             for row in y:
                 _line(pixels, *place(x, row), pale)
             y = y.mean(0)
-        if smooth and len(y) > 40:
-            _line(pixels, *place(x, y), pale)
-            y = _running_mean(y, len(y) // 40)
         _line(pixels, *place(x, y), colour, 2)
     return pixels
 
 
-def _frame(title: str, xlabel: str, x_axis, y_axis, legend: list[list[str]], size: tuple[int, int]):
+def _frame(title: str, xlabel: str, x_axis, y_axis, legend: list[str], size: tuple[int, int]):
     """An empty panel, and the function from values to its pixels."""
     (x_low, x_high, x_ticks), (y_low, y_high, y_ticks) = x_axis, y_axis
-    names = [_number(tick) for tick in y_ticks]
+    names = [f"{tick:g}" for tick in y_ticks]
     left, right = 24 + max(text_width(name, 12) for name in names), size[1] - 22
     top, bottom = 40 + 18 * len(legend), size[0] - 48
 
@@ -79,28 +73,15 @@ def _frame(title: str, xlabel: str, x_axis, y_axis, legend: list[list[str]], siz
     for tick in x_ticks:
         x, _ = place(tick, y_low)
         draw.line((x, top, x, bottom), fill=GRID)
-        draw_text(draw, x, bottom + 14, _number(tick), 12, "mm", FAINT)
+        draw_text(draw, x, bottom + 14, f"{tick:g}", 12, "mm", FAINT)
     draw.line((left, bottom, right, bottom), fill=FAINT)
     draw_text(draw, (left + right) / 2, bottom + 33, xlabel, 12, "mm", FAINT)
     draw_text(draw, left, 20, title, 16)
-    n = 0
-    for row, entries in enumerate(legend):
-        x, y = left, 42 + 18 * row
-        for name in entries:
-            draw.line((x, y, x + 16, y), fill=SERIES[n % len(SERIES)], width=3)
-            draw_text(draw, x + 21, y, name, 12)
-            x, n = x + text_width(name, 12) + 36, n + 1
+    for n, name in enumerate(legend):
+        y = 42 + 18 * n
+        draw.line((left, y, left + 16, y), fill=SERIES[n % len(SERIES)], width=3)
+        draw_text(draw, left + 21, y, name, 12)
     return np.array(canvas), place
-
-
-def _legend_rows(names: list[str], width: int) -> list[list[str]]:
-    """The series' names on as many lines as they need; a panel with one series needs none."""
-    rows = [[]] if len(names) > 1 else []
-    for name in names if rows else ():
-        if rows[-1] and sum(text_width(other, 12) + 36 for other in (*rows[-1], name)) > width:
-            rows.append([])
-        rows[-1].append(name)
-    return rows
 
 
 def _usable(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -118,13 +99,6 @@ def _axis(low: float, high: float, count: int) -> tuple[float, float, list[float
     return first * step, last * step, [n * step for n in range(first, last + 1)]
 
 
-def _number(value: float) -> str:
-    if value and abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    return f"{value / 1000:g}k" if abs(value) >= 1e4 else f"{round(value, 6):g}"
-
-
 def _line(pixels: np.ndarray, x: np.ndarray, y: np.ndarray, colour: Sequence[int], width: int = 1):
     """A smooth line through the points; a gap where y is NaN, a dot at a point without neighbours."""
     finite = np.isfinite(y)
@@ -137,15 +111,6 @@ def _line(pixels: np.ndarray, x: np.ndarray, y: np.ndarray, colour: Sequence[int
         cv2.polylines(pixels, [run[:, None]], False, colour, width, cv2.LINE_AA, 4)
 
 
-def _running_mean(values: np.ndarray, half: int) -> np.ndarray:
-    """The mean over `half` neighbours to either side, fewer at the ends; NaNs do not count."""
-    good = np.isfinite(values)
-    sums, counts = (np.concatenate([[0], np.cumsum(v)]) for v in (np.where(good, values, 0), good))
-    n = np.arange(len(values))
-    low, high = np.maximum(n - half, 0), np.minimum(n + half + 1, len(values))
-    return np.where(good, (sums[high] - sums[low]) / np.maximum(counts[high] - counts[low], 1), np.nan)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # confusion matrix
 
@@ -153,21 +118,19 @@ def confusion_picture(matrix: np.ndarray, classes: Sequence[str], title: str = "
     """A confusion matrix (rows: ground truth, columns: prediction) in percent of each row; empty rows are grey."""
     matrix = np.asarray(matrix, float)
     size, cell, gap, caption = 13, 36, 8, "% of the true class's pixels; grey: the class does not occur"
-    names = max(text_width(name, size) for name in classes)
-    left, top = names + 30 + gap, names + 30 + gap + 34 * bool(title)
+    names = max(text_width(f"{n} {name}", size) for n, name in enumerate(classes))
+    left, top = names + 12 + gap, 60
     side = cell * len(classes)
     right = max(left + side + 16, text_width(title, 18) + 24, text_width(caption, size) + 24)
     canvas, draw = blank(top + side + 40, right)
     draw_text(draw, 12, 22, title, 18)
     draw_text(draw, 12, top + side + 20, caption, size, colour=FAINT)
-    draw_text(draw, left, top - names - 22, "predicted", size, colour=FAINT)
-    _draw_up(canvas, 14, top + text_width("true", size), "true", size, FAINT)
     totals = matrix.sum(1, keepdims=True)
     shares = np.divide(matrix, totals, out=np.full_like(matrix, np.nan), where=totals > 0)
     for n, name in enumerate(classes):
         middle = (n + 0.5) * cell
-        draw_text(draw, left - gap, top + middle, name, size, "rm")
-        _draw_up(canvas, left + middle, top - gap, name, size, INK)
+        draw_text(draw, left - gap, top + middle, f"{n} {name}", size, "rm")
+        draw_text(draw, left + middle, top - gap, str(n), size, "mm")
         for m, share in enumerate(shares[n]):
             x, y = left + m * cell, top + n * cell
             draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=GRID if math.isnan(share) else _shade(share))
@@ -180,11 +143,3 @@ def confusion_picture(matrix: np.ndarray, classes: Sequence[str], title: str = "
 def _shade(share: float) -> tuple[int, int, int]:
     """White to deep blue; the square root makes confusions of a few percent visible."""
     return tuple(round(255 + (dark - 255) * math.sqrt(share)) for dark in (8, 64, 129))
-
-
-def _draw_up(canvas: Image.Image, x: float, bottom: float, text: str, size: int, colour):
-    """Text that reads upwards from (x, bottom)."""
-    strip = Image.new("RGB", (text_width(text, size) + 2, math.ceil(size * 1.4)), WHITE)
-    draw_text(ImageDraw.Draw(strip), 1, strip.height / 2, text, size, colour=colour)
-    strip = strip.transpose(Image.Transpose.ROTATE_90)
-    canvas.paste(strip, (round(x - strip.width / 2), round(bottom - strip.height)))

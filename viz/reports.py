@@ -48,11 +48,6 @@ def table(result: dict, labels: LabelSet, tta: bool) -> str:
         elif key in paper:
             line += f"   paper {paper[key]:.2f} ({_difference(result[key], paper[key])})"
         lines.append(line)
-    shown = [name for name, acc in zip(labels.classes, result["acc"]) if not math.isnan(acc)]
-    if len(shown) < len(labels.classes):
-        absent = [name for name in labels.classes if name not in shown]
-        lines.append(f"note: {len(shown)} of {len(labels.classes)} classes occur in the labels, without "
-                     f"{', '.join(absent)}")
     return "\n".join(lines)
 
 
@@ -86,12 +81,3 @@ def draw(folder: Path, title: str, labels: LabelSet, matrix: np.ndarray,
     for name, picture in drawn.items():
         pictures.save_png(folder / name, picture)
     return [folder / name for name in drawn]
-
-
-def without_nan(value):
-    """JSON knows no nan: the score of a class that never occurs is null."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(item) for item in value]
-    return None if value != value else value

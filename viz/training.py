@@ -39,7 +39,7 @@ def curves(entries: Sequence[dict]) -> np.ndarray:
               "validation, %": {name: series(val, key, 100) for key, name in SCORES.items()},
               "learning rate": {"lr": series(train, "lr")},
               "gradient norm": {"grad": series(train, "grad")}}
-    return plots.curves(panels, smooth=["loss", "gradient norm"])
+    return plots.curves(panels)
 
 
 def validation(samples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], labels: LabelSet,
