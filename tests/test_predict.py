@@ -162,7 +162,7 @@ def test_a_failed_photo_does_not_stop_the_others(parse, here: Path, monkeypatch,
         save(f"in/{name}.png", photo(20 + n, 30))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)                 # Pillow refuses twice as many
     Image.new("RGB", (10_001, 1)).save("in/large.png")
-    for folder in ("labels/b.png", "overlays/d.jpg", "probs/e.npy"):
+    for folder in ("labels/b.png", "overlays/d.jpg"):
         Path("out", folder, "full").mkdir(parents=True)
     Path("out", MARK).touch()
     work = Parser._parse
@@ -173,12 +173,12 @@ def test_a_failed_photo_does_not_stop_the_others(parse, here: Path, monkeypatch,
         return work(self, images)
 
     monkeypatch.setattr(Parser, "_parse", scarce)
-    assert parse("in", "--out", "out", "--probs", "--batch", "1") == 1
+    assert parse("in", "--out", "out", "--batch", "1") == 1
     printed = capsys.readouterr()
-    lines = printed.err.partition("5 not parsed:\n")[2].splitlines()
-    assert sorted(line.split(":")[0].strip() for line in lines) == [f"in/{n}.png" for n in [*"bcde", "large"]]
-    assert "3 parsed" in printed.out and "/." not in printed.err and not list(Path("out").rglob(".*part*"))
-    assert all(Path(f"out/{kind}").is_file() for name in "afg" for kind in (f"probs/{name}.npy", f"labels/{name}.png"))
+    lines = printed.err.partition("4 not parsed:\n")[2].splitlines()
+    assert sorted(line.split(":")[0].strip() for line in lines) == [f"in/{n}.png" for n in [*"bcd", "large"]]
+    assert "4 parsed" in printed.out and "/." not in printed.err and not list(Path("out").rglob(".*part*"))
+    assert all(Path("out", file).is_file() for n in "aefg" for file in (f"labels/{n}.png", f"overlays/{n}.jpg"))
     monkeypatch.setattr(pictures, "save_palette_png", Mock(side_effect=KeyError("a bug")))
     assert parse("in/a.png", "--out", "new") == 1 and "Traceback" in capsys.readouterr().err
 
