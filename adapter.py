@@ -243,9 +243,7 @@ class ViTAdapter(nn.Module):
                 module.reset_parameters()
 
     def prior(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """image (B, 3, H, W), normalised -> map (B, C, H/4, W/4) and pyramid (B, N, C)."""
-        if image.shape[2] % 32 or image.shape[3] % 32:
-            raise ValueError(f"the sides of {tuple(image.shape)} must be multiples of 32")
+        """image (B, 3, H, W), normalised, sides in multiples of 32 -> map (B, C, H/4, W/4) and pyramid (B, N, C)."""
         c1, *maps = self.spm(image)
         tokens = [x.flatten(2).transpose(1, 2) + embed for x, embed in zip(maps, self.level_embed)]
         return c1, torch.cat(tokens, dim=1)

@@ -4,7 +4,6 @@
     python download.py sam_vit_b_01ec64.pth             # SAM ViT-B, for small cards
     python download.py bpe_simple_vocab_16e6.txt.gz     # the vocabulary alone, 1.4 MB
     python download.py --dir /data/weights              # elsewhere
-    python download.py --mirror https://example.org/w   # https://example.org/w/ViT-B-16.pt, ...
 
 Each file has several addresses: the authors', then public copies of the same bytes, which the SHA-256 makes safe.
 HF_ENDPOINT replaces https://huggingface.co, proxies are read from the environment. A broken download is resumed, by
@@ -76,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     for spec in (*FILES, *OTHER_FILES):
         if spec.name in (args.names or [spec.name for spec in FILES]):
             try:
-                print(f"{args.dir / spec.name}: {get(spec, args.dir, args.mirror)}", flush=True)
+                print(f"{args.dir / spec.name}: {get(spec, args.dir)}", flush=True)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
                 code = 1
@@ -88,7 +87,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help=f"files to get (the first three): {', '.join(names)}")
     parser.add_argument("--dir", type=user_path, default=Path("weights"), help="folder to put them in (weights)")
-    parser.add_argument("--mirror", metavar="URL", help="get URL/<name> instead of the known addresses")
     args = parser.parse_args(argv)
     for name in args.names:
         if name not in names:
@@ -96,7 +94,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def get(spec: FileSpec, folder: Path, mirror: str | None = None) -> str:
+def get(spec: FileSpec, folder: Path) -> str:
     """Puts the file into the folder unless it is there; returns a few words about what happened."""
     target, part = folder / spec.name, folder / f"{spec.name}.part"
     try:
@@ -106,7 +104,7 @@ def get(spec: FileSpec, folder: Path, mirror: str | None = None) -> str:
             if fault is None:
                 return "already there, SHA-256 checked"
             print(f"{target}: is not the official file ({fault}); getting it again", flush=True)
-        download([f"{mirror.rstrip('/')}/{spec.name}"] if mirror else addresses(spec), part, spec)
+        download(addresses(spec), part, spec)
         os.replace(part, target)
     except OSError as error:
         raise UserError(f"{error.filename or part}: {error.strerror or error}") from None
@@ -141,7 +139,7 @@ def download(urls: list[str], part: Path, spec: FileSpec):
             fault = error                                  # of the network; a full disk is another OSError
         print(f"{url}: {fault}", file=sys.stderr, flush=True)
     raise UserError(f"{spec.name}: none of {len(urls)} addresses served it (see above); run the same command to "
-                    "resume, or try --mirror or another format (--help)")
+                    "resume, or try another format (--help)")
 
 
 def receive(url: str, part: Path, spec: FileSpec):

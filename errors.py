@@ -5,7 +5,6 @@ A user's mistake ends in one line that names the file or key; a bug keeps its tr
 """
 
 import contextlib
-import importlib.util
 import io
 import os
 import sys
@@ -21,11 +20,6 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: OpenCV cannot be loaded ({error}). On a machine without a display:\n"
                      "    pip uninstall opencv-python; pip install opencv-python-headless") from None
-
-_datasets = importlib.util.find_spec("datasets").origin
-if not Path(_datasets).samefile(Path(__file__).with_name("datasets.py")):
-    raise ImportError(f"SCHNet's datasets.py clashes with {_datasets}: Hugging Face's `datasets` and `evaluate` have "
-                      "these names. Use a process that does not import them, with SCHNet's folder first in sys.path")
 
 # How torch, C++ and OpenCV report that memory is exhausted.
 NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed", "std::bad_alloc", "Insufficient memory")

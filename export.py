@@ -1,15 +1,15 @@
 """Export a trained SCHNet to ONNX, checked against PyTorch before the file gets its name.
 
     python export.py                                     # the newest run -> model.onnx in its folder
-    python export.py --run runs/lip --out lip.onnx --size 480x480 --size 480x320
+    python export.py --run runs/lip --out lip.onnx --size 480x320
 
     image           uint8 (N, H, W, 3), RGB              # any N; H and W are fixed
     probabilities   float32 (N, K, H, W)
 
 Height and width are fixed because the network's structure follows them: SAM's windows, the tables of positions, the
 bins of the pyramid pooling. predict.py shows the network a canvas of crop_size, with the photo's long side at
-`base_size` and the rest in the mean colour, as examples/onnx_predict.py does. Several --size give several files,
-NAME_480x320.onnx. The metadata hold classes, palette and what else a program needs, as JSON.
+`base_size` and the rest in the mean colour, as examples/onnx_predict.py does. The metadata hold classes, palette and
+what else a program needs, as JSON.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import io
 import json
 import logging
 import re
-import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -55,25 +54,13 @@ class Deployed(nn.Module):
         return self.model(image.permute(0, 3, 1, 2).float() / 255).softmax(1)
 
 
-@contextlib.contextmanager
-def _whole(target: Path):
-    """A path to write to: at the end it and the files beside it are moved to `target`'s place, all or none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".export", dir=target.parent))
-    try:
-        part = folder / target.name
-        yield part
-        for file in sorted(folder.iterdir(), key=lambda file: file == part):     # the weights first
-            file.replace(target.parent / file.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def export(model: nn.Module, labels: LabelSet, source: Path, target: Path,
            size: tuple[int, int]) -> tuple[float, float]:
     """Write `target` (and `target`.data beside it if it is large); returns the largest difference and the agreement."""
     model = Deployed(model).eval().requires_grad_(False)
-    with _whole(target) as part:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export", dir=target.parent) as folder:
+        part = Path(folder, target.name)
         program = _translate(model, size)
         program.model.metadata_props.update(metadata(model.model.cfg, labels, source, size))
         program.save(part, external_data=sum(p.nbytes for p in model.state_dict().values()) > ONE_FILE_BYTES)
@@ -81,6 +68,8 @@ def export(model: nn.Module, labels: LabelSet, source: Path, target: Path,
         if not (difference <= MAX_DIFFERENCE and agreement >= MIN_AGREEMENT):
             raise UserError(f"{target} was not written: probabilities differ from PyTorch's by {difference:.1e}, "
                             f"{agreement:.2%} of the pixels have the same class")
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file == part):      # the weights first
+            file.replace(target.parent / file.name)
     return difference, agreement
 
 
@@ -150,8 +139,7 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", help="folder of a run, or a checkpoint; the newest run if not given")
     parser.add_argument("--out", type=user_path, help="the file; model.onnx in the run's folder if not given")
-    parser.add_argument("--size", type=parse_size, action="append", metavar="HxW",
-                        help="height and width in pixels; may be repeated")
+    parser.add_argument("--size", type=parse_size, metavar="HxW", help="height and width in pixels")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run's config")
     args = parser.parse_intermixed_args(argv)
     if args.out is not None and args.out.is_dir():
@@ -167,14 +155,12 @@ def main(argv: list[str] | None = None):
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install onnx onnxruntime onnxscript") from None
     model, labels, source = load_run(args.run, [*args.overrides, "precision=fp32"], "cpu")
-    sizes = args.size or [default_size(model.cfg)]
+    height, width = size = args.size or default_size(model.cfg)
     target = args.out or source.parent / "model.onnx"
     print(f"{source}: {len(labels.classes)} classes of {labels.name}")
-    for height, width in sizes:
-        path = target if len(sizes) == 1 else target.with_stem(f"{target.stem}_{height}x{width}")
-        difference, agreement = export(model, labels, source, path, (height, width))
-        print(f"{path}: {height} x {width}; beside PyTorch the probabilities differ by at most {difference:.1e}, "
-              f"{agreement:.2%} of the pixels have the same class")
+    difference, agreement = export(model, labels, source, target, size)
+    print(f"{target}: {height} x {width}; beside PyTorch the probabilities differ by at most {difference:.1e}, "
+          f"{agreement:.2%} of the pixels have the same class")
 
 
 if __name__ == "__main__":

@@ -56,26 +56,14 @@ def load_run(run: str | Path | None = None, overrides: Sequence[str] = (),
 
     On a CPU the network runs in fp32 unless `precision=bf16` is among the overrides: few CPUs have bf16 units.
     """
-    content, path = open_run(run, overrides)
-    return *load_content(content, path, overrides, device), path
-
-
-def open_run(run: str | Path | None, overrides: Sequence[str]) -> tuple[dict, Path]:
-    """A run's checkpoint and its path; an error in `overrides` is reported first."""
-    config.parse_overrides(overrides)
+    given = config.parse_overrides(overrides)              # a mistake in them is reported before the file is read
     path = checkpoint.find(run)
-    return checkpoint.read(path), path
-
-
-def load_content(content: dict, path: Path, overrides: Sequence[str] = (),
-                 device: str | torch.device = "") -> tuple[SCHNet, LabelSet]:
-    """As `load_run`, of a checkpoint that has been read."""
     target = device if isinstance(device, torch.device) else pick_device(device)
-    if target.type == "cpu" and "precision" not in config.parse_overrides(overrides):
+    if target.type == "cpu" and "precision" not in given:
         overrides = [*overrides, "precision=fp32"]
-    model, labels = restore(content, path, overrides)
+    model, labels = restore(checkpoint.read(path), path, overrides)
     cast_frozen(model, model.cfg.precision)
-    return model.to(target), labels
+    return model.to(target), labels, path
 
 
 def restore(content: dict, path: Path, overrides: Sequence[str] = ()) -> tuple[SCHNet, LabelSet]:

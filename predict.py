@@ -136,7 +136,7 @@ class Parser:
         if image.shape[:2] != label.shape:
             raise UserError(f"the label map has {label.shape} pixels, its photo {image.shape[:2]}")
         given, label = label, label.astype(np.uint8)
-        present = pictures.present(label)
+        present = np.unique(label).tolist()
         if (given != label).any() or not {*present} <= {*range(len(self.classes)), IGNORE}:
             raise UserError(f"the label map has other values than 0 to {len(self.classes) - 1} and {IGNORE}")
         shown = present if shown is None else shown

@@ -54,8 +54,6 @@ def memory(device: torch.device) -> float:
     """Peak memory of this process in GiB: on the GPU, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    if sys.platform == "win32":                            # its standard library has no such counter
-        return 0.0
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 

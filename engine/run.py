@@ -11,6 +11,7 @@ Only the main process opens and writes the folder: the others may be on machines
 
 import dataclasses
 import errno
+import fcntl
 import json
 import math
 import os
@@ -94,9 +95,6 @@ class Run:
 
     def _lock(self):
         """An exclusive lock on the folder, released by the system when the process ends."""
-        if sys.platform == "win32":
-            return
-        import fcntl
         self.lock = open(self.folder / ".lock", "a")       # lockf works on NFS too
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

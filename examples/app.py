@@ -14,6 +14,7 @@ from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr  # noqa: E402
+import numpy as np  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import user_path  # noqa: E402
@@ -35,7 +36,7 @@ def build(parser: Parser) -> gr.Blocks:
             raise gr.Error(str(error).replace(photo, "the photo") or "the photo does not fit in memory") from None
         png = Path(tempfile.mkdtemp()) / f"{Path(photo).stem}_labels.png"
         pictures.save_palette_png(png, label, parser.palette)
-        shown = [k for k in pictures.present(label) if any(parser.palette[k])]       # without a black background
+        shown = [k for k in np.unique(label) if any(parser.palette[k])]       # without a black background
         return (image, [(label == k, parser.classes[k]) for k in shown]), str(png)
 
     colours = {name: "#{:02x}{:02x}{:02x}".format(*colour) for name, colour in zip(parser.classes, parser.palette)}

@@ -42,14 +42,10 @@ def write_text(path: str | Path, text: str):
 
 
 def mark_folder(folder: str | Path):
-    """Makes a folder for results, and marks it as such. UserError, before the work, if it is not writable."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            (folder / MARK).touch()
-    except OSError as error:
-        raise UserError(f"{folder} is not writable ({error.strerror or error})") from None
+    """Makes a folder for results, and marks it as such; an OSError, before the work, if it is not writable."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        Path(folder, MARK).touch()
 
 
 def results_folder(folder: str | Path):

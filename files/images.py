@@ -8,7 +8,6 @@ numbers.
 
 import errno
 import io
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -94,7 +93,7 @@ def _decoded(source: Source, formats: tuple[str, ...], decode: Callable[[Image.I
             raise UserError(f"{name}: {error}") from None
         except Exception as error:                         # decoders raise many exception types on damaged files
             if delay is None or getattr(error, "errno", None) not in TRANSIENT:
-                raise UserError(f"{name}: {_fault(source, error, formats)}") from None
+                raise UserError(f"{name}: {_fault(error, formats)}") from None
             time.sleep(delay)
 
 
@@ -102,14 +101,12 @@ def _open(source: str | Path | bytes) -> io.BufferedIOBase:
     return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
 
 
-def _fault(source: Source, error: Exception, formats: tuple[str, ...]) -> str:
+def _fault(error: Exception, formats: tuple[str, ...]) -> str:
     """Why an image could not be read."""
     if isinstance(error, MemoryError):
         return "does not fit in memory"
     if isinstance(error, Image.UnidentifiedImageError):
-        empty = not (len(source) if isinstance(source, bytes) else os.path.getsize(source))
-        return "an empty file (0 bytes)" if empty else (
-            f"not an image in {', '.join(formats)} format, or damaged in its first bytes: convert it first")
+        return f"not an image in {', '.join(formats)} format, or damaged in its first bytes: convert it first"
     if isinstance(error, OSError) and error.errno:
         return f"cannot be read ({error.strerror})"
     if isinstance(error, Image.DecompressionBombError):

@@ -6,7 +6,6 @@ The name of a result depends only on its own file and on the folder it was asked
 
 import glob
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -47,16 +46,11 @@ def list_inputs(arguments: list[str]) -> Inputs:
             inputs.photos.append(Input(path, os.path.splitext(name)[0]))
     taken = {}
     for found in inputs.photos:
-        first = taken.setdefault(_folded(found.name), found)
+        first = taken.setdefault(found.name.casefold(), found)           # some file systems ignore case
         if first is not found:
             raise UserError(f"{first.path} and {found.path} would both be saved as {found.name}: parse them with an "
                             "--out folder each, or rename one")
     return inputs
-
-
-def _folded(name: str) -> str:
-    """Some file systems ignore case, or how an accent is stored."""
-    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _matching(text: str, inputs: Inputs) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,6 @@ The official layouts come first, then the ways in which people unpack and other 
 
 import os
 import re
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,15 +159,12 @@ def _pair(line: str, photos: "_Finder", labels: "_Finder") -> tuple[str, Path, P
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, list[str]]:
     """{name without extension: files} of a folder, of these extensions in any case; hidden files (._x.jpg) do not
-    count.
-
-    Names are compared in Unicode's composed form: a Mac stores an accent as a separate character.
-    """
+    count."""
     files: dict[str, list[str]] = {}
     with reading(folder, "folder"):
         names = sorted(os.listdir(folder))
     for file in names:
-        name, suffix = os.path.splitext(composed(file))
+        name, suffix = os.path.splitext(file)
         if suffix.lower() in suffixes and not file.startswith("."):
             files.setdefault(name, []).append(file)
     return files
@@ -187,7 +183,7 @@ class _Finder:
         path = Path(os.path.normpath(path))
         if path.parent not in self.folders:
             self.folders[path.parent] = _files(path.parent, self.suffixes) if path.parent.is_dir() else {}
-        files, (stem, suffix) = self.folders[path.parent], os.path.splitext(composed(path.name))
+        files, (stem, suffix) = self.folders[path.parent], os.path.splitext(path.name)
         same = [file for file in files.get(stem, ()) if os.path.splitext(file)[1].lower() == suffix.lower()]
         return [path.parent / file for file in same or files.get(stem + suffix, ())]
 
@@ -206,7 +202,3 @@ class _Finder:
             raise UserError(f"no {kind} {text} in {self.below}" + " or above it" * above
                             + f" ({', '.join(self.suffixes)})")
         return found[0]
-
-
-def composed(name: str) -> str:
-    return unicodedata.normalize("NFC", name)

@@ -70,8 +70,6 @@ def _read_file(path: Path):
         head = file.read(20)
     if head.startswith(b"PK\x03\x04"):
         return _read_zip(path)
-    if head.startswith(b"\x80"):                           # torch.save before 1.6
-        return torch.load(path, map_location="cpu", weights_only=True)
     if head[8:9] == b"{":
         return _read_safetensors(path)
     raise ValueError(f"it begins with {head!r}")

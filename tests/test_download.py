@@ -91,9 +91,10 @@ def complete(folder, name="a.pt"):
     return (folder / name).read_bytes() == CONTENT
 
 
-def test_a_mirror_and_files_that_are_already_there(folder, server, capsys):
-    assert run(folder, "b.pth", "--mirror", f"{server.url}/mirror/") == 0
-    assert server.requests == [("/mirror/b.pth", None)] and complete(folder, "b.pth") and not (folder / "a.pt").exists()
+def test_files_by_name_and_files_that_are_already_there(folder, server, capsys):
+    assert run(folder, "b.pth") == 0
+    assert server.requests == [("/official/b.pth", None)]
+    assert complete(folder, "b.pth") and not (folder / "a.pt").exists()
     assert "SHA-256 checked" in capsys.readouterr().out
     assert run(folder) == 0 and complete(folder) and server.requests[1:] == [("/official/a.pt", None)]
     capsys.readouterr()
@@ -153,8 +154,9 @@ def test_a_wrong_file_is_kept_until_it_is_replaced(folder, server, capsys):
     assert run(folder, "a.pt") == 0 and complete(folder) and "6 bytes instead of 3,072,007" in capsys.readouterr().out
 
 
-def test_no_connection(folder, server, capsys):
-    assert run(folder, "a.pt", "--mirror", "http://127.0.0.1:9") == 1
+def test_no_connection(folder, specs, capsys):
+    specs[0] = dataclasses.replace(specs[0], urls=("http://127.0.0.1:9/a.pt",))
+    assert run(folder, "a.pt") == 1
     assert re.search("http://127.0.0.1:9/a.pt: .*refused", capsys.readouterr().err)
 
 

@@ -40,7 +40,7 @@ def test_inputs_are_found_once_by_folder_pattern_and_name(here: Path):
 
 @pytest.mark.parametrize("first, second, arguments", [
     ("p/a.jpg", "q/a.jpg", ["p/a.jpg", "q/a.jpg"]), ("p/a.jpg", "q/A.jpg", ["*/*.jpg"]), ("p/a.jpg", "p/a.png", ["p"]),
-    ("p/x/a.jpg", "x/a.jpg", ["p", "."]), ("p/\u00e9.jpg", "q/e\u0301.jpg", ["p", "q"])])
+    ("p/x/a.jpg", "x/a.jpg", ["p", "."])])
 def test_two_inputs_with_the_same_result_name_are_refused(here: Path, first: str, second: str, arguments: list[str]):
     for name in (first, second):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -296,7 +296,7 @@ def test_the_example_of_the_docstring_and_overlays(small: Path, parser: Parser, 
     assert np.array_equal(names["photo"], np.where(chosen[..., None], 255, original))
     drawn = pictures.overlay(original, label, parser.palette)
     assert np.array_equal(parser.overlay("photo.jpg", label), pictures.with_legend(
-        drawn, parser.classes, parser.palette, pictures.present(label)))
+        drawn, parser.classes, parser.palette, np.unique(label)))
     assert np.array_equal(parser.overlay(original, label.astype(int)), parser.overlay("photo.jpg", label))
     for wrong, words in ((label.T, "70.*50"), (label + 20, "19"), (label.astype(int) + 256, "19")):
         with pytest.raises(UserError, match=words):

@@ -29,11 +29,6 @@ Palette = Sequence[Sequence[int]]
 # ----------------------------------------------------------------------------------------------------------------------
 # label maps
 
-def present(label: np.ndarray) -> list[int]:
-    """The labels that occur, rising; ignore (255) among them."""
-    return np.flatnonzero(cv2.calcHist([label], [0], None, [256], [0, 256])).tolist()
-
-
 def colourise(label: np.ndarray, palette: Palette) -> np.ndarray:
     """A label map in its colours; ignore and labels the palette does not know are hatched in grey."""
     table = np.zeros((256, 1, 3), np.uint8)
@@ -133,7 +128,7 @@ def blank(height: int, width: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
 
 def with_legend(picture: np.ndarray, classes: Sequence[str], palette: Palette, shown: Iterable[int] | None = None,
                 size: int | None = None) -> np.ndarray:
-    """The picture with a legend of the classes `shown` (None: all; see `present`), beside or below it by its shape.
+    """The picture with a legend of the classes `shown` (None: all), beside or below it by its shape.
 
     `size`: height of the text in pixels; if None it grows with the picture, but never gets smaller than 12.
     """
