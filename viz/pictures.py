@@ -92,9 +92,7 @@ def _hatch(height: int, width: int) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------------
 # text
 
-@lru_cache
-def font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
+font = lru_cache(ImageFont.load_default)                   # Pillow's own, of a size
 
 
 def text_width(text: str, size: int) -> int:

@@ -117,7 +117,8 @@ def _line(pixels: np.ndarray, x: np.ndarray, y: np.ndarray, colour: Sequence[int
 def confusion_picture(matrix: np.ndarray, classes: Sequence[str], title: str = "") -> np.ndarray:
     """A confusion matrix (rows: ground truth, columns: prediction) in percent of each row; empty rows are grey."""
     matrix = np.asarray(matrix, float)
-    size, cell, gap, caption = 13, 36, 8, "% of the true class's pixels; grey: the class does not occur"
+    size, cell, gap = 13, 36, 8
+    caption = "rows: true class, columns: predicted class, in % of the row; grey: does not occur"
     names = max(text_width(f"{n} {name}", size) for n, name in enumerate(classes))
     left, top = names + 12 + gap, 60
     side = cell * len(classes)
