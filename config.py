@@ -114,7 +114,7 @@ class Config:
     precision: Annotated[str, "bf16", "fp16", "fp32"] = "bf16"
     checkpointing: bool = False                            # recompute the layers in the backward pass: less memory
     sync_bn: bool = True                                   # ViT-Adapter: BatchNorm over all GPUs (no effect on a CPU)
-    seed: Annotated[int, 0, 2**31 - 3] = 0                 # the next two seeds draw validation and demo images
+    seed: Annotated[int, 0, 2**31 - 3] = 0                 # 2**31 - 1 draws validation images, - 2 the demo's
 
     # the run
     init: Place = ""                                       # a trained run to start from: a folder or checkpoint
@@ -152,7 +152,8 @@ CUSTOM = ("train_images", "train_labels", "val_images", "val_labels", "train_lis
 # Keys that may change on resume: paths, intervals, how the work is split, the length of the run.
 RESUMABLE = {"iters", "data_root", "sam_weights", "clip_weights", "clip_activation", "vocab", "init", "workers",
              "log_every", "eval_every", "save_every", "out", "checkpointing", "tta_scales", "accum_steps"}
-# Keys that may be overridden for a trained network: paths, data, computation. Its weights fix all others.
+# Keys that may be overridden for a trained network: paths, data, precision, and what an ablation may switch off in it
+# (ftm_residual, ftm_scale_logits, srm_sites). Its weights fix all others.
 OVERRIDABLE = {*CUSTOM, "dataset", "data_root", "synthetic_size", "synthetic_train", "synthetic_val", "crop_size",
                "base_size", "workers", "sam_weights", "clip_weights", "clip_activation", "vocab", "ftm_residual",
                "ftm_scale_logits", "srm_sites", "precision", "tta_scales"}

@@ -7,8 +7,8 @@
     probabilities   float32 (N, K, H, W)
 
 Height and width are fixed because the network's structure follows them: SAM's windows, the tables of positions, the
-bins of the pyramid pooling. predict.py shows the network a canvas of crop_size, with the photo's long side at
-`base_size` and the rest in the mean colour, as examples/onnx_predict.py does. The metadata hold classes, palette and
+bins of the pyramid pooling. predict.py shows the network a canvas of at least crop_size, with the photo's long side
+at `base_size` and the rest in the mean colour, as examples/onnx_predict.py does. The metadata hold classes, palette and
 what else a program needs, as JSON.
 """
 

@@ -49,7 +49,7 @@ def sam_attention(self, x: Tensor) -> Tensor:
         return self.proj(_attend(self, self.qkv(x)))
     qkv = window_partition(F.linear(x, self.qkv.weight), self.window)
     windows = _attend(self, qkv + self.qkv.bias.to(qkv.dtype))
-    return self.proj(window_unpartition(windows, *x.shape[1:3]))
+    return self.proj(window_unpartition(windows, *x.shape[1:3]).contiguous())        # one product, not one per row
 
 
 def _attend(self, qkv: Tensor) -> Tensor:
@@ -161,39 +161,39 @@ def lovasz_weights(errors: Tensor, truth: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 # inference.probabilities and inference.label_map, in strips of rows: memory does not grow with the photo
 
-def strips(views: list[Tensor], size: tuple[int, int],
+def strips(logits: list[Tensor], size: tuple[int, int],
            merge: Sequence[Sequence[int]] | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Yields (rows, probabilities (K, rows, W)) of a photo (H, W), from top to bottom.
 
     Rows are interpolated by hand: F.interpolate on a cut-out strip would differ at its edges.
     """
-    (height, width), device = size, views[0].device
+    (height, width), device = size, logits[0].device
     limit = CPU_STRIP if device.type == "cpu" else GPU_STRIP
-    step = max(1, limit // (4 * width * views[0].shape[0]))
+    step = max(1, limit // (4 * width * logits[0].shape[0]))
     for top in range(0, height, step):
         rows, total = slice(top, min(top + step, height)), 0
-        for view in views:
+        for view in logits:
             h = view.shape[1]
             y = ((torch.arange(rows.start, rows.stop, device=device) + 0.5) * (h / height) - 0.5).clamp(0, h - 1)
             above = y.floor().long()
             strip = torch.lerp(view[:, above], view[:, (above + 1).clamp(max=h - 1)], (y - above)[:, None])
             strip = F.interpolate(strip[None], (len(y), width), mode="bilinear", align_corners=False)[0]
             total = total + strip.softmax(0)
-        total = total / len(views)
+        total = total / len(logits)
         yield rows, total if merge is None else torch.stack([total[list(sources)].sum(0) for sources in merge])
 
 
-def probabilities(views: list[Tensor], size: tuple[int, int], merge: Sequence[Sequence[int]] | None = None) -> Tensor:
+def probabilities(logits: list[Tensor], size: tuple[int, int], merge: Sequence[Sequence[int]] | None = None) -> Tensor:
     """As inference.probabilities: (K, H, W)."""
-    result = views[0].new_empty(len(views[0] if merge is None else merge), *size)
-    for rows, strip in strips(views, size, merge):
+    result = logits[0].new_empty(len(logits[0] if merge is None else merge), *size)
+    for rows, strip in strips(logits, size, merge):
         result[:, rows] = strip
     return result
 
 
-def label_map(views: list[Tensor], size: tuple[int, int], merge: Sequence[Sequence[int]] | None = None) -> Tensor:
+def label_map(logits: list[Tensor], size: tuple[int, int], merge: Sequence[Sequence[int]] | None = None) -> Tensor:
     """As inference.label_map: (H, W) uint8 on the CPU."""
     label = torch.empty(size, dtype=torch.uint8)           # preallocated: many small parts would fragment memory
-    for rows, strip in strips(views, size, merge):
+    for rows, strip in strips(logits, size, merge):
         label[rows] = strip.max(0).indices.byte().cpu()    # argmax(0) is 4x slower on a CPU
     return label

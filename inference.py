@@ -4,7 +4,7 @@
     probabilities = predict(model, image, *tta_views(model.cfg, labels.flip_pairs))    # (K, H, W)
 
 A photo is an RGB array (H, W, 3), uint8. Its views have the long side at `base_size` times each scale, padded as in
-training, and with `flip_pairs` each is also mirrored. Their softmax at the photo's size is averaged.
+training, and with `flip_pairs` each is also flipped. Their softmax at the photo's size is averaged.
 """
 
 import argparse
@@ -35,7 +35,7 @@ Views = tuple[Sequence[float], Sequence[tuple[int, int]] | None]         # scale
 # the network of a run
 
 def add_run_options(parser: argparse.ArgumentParser, batch: int | None = None):
-    """The options of every program that uses a trained run; `batch`: the default of --batch, None: no such option."""
+    """The options of the programs that use a trained run; `batch`: the default of --batch, None: no such option."""
     parser.add_argument("--run", "--checkpoint", help="folder of a run, or a checkpoint; the newest run if not given. "
                         "Under torchrun, which has options that begin with --run, only --checkpoint")
     parser.add_argument("--tta", action="store_true", help="average over scales and flips (§4.4), slower")
@@ -78,7 +78,7 @@ def restore(content: dict, path: Path, overrides: Sequence[str] = ()) -> tuple[S
     for key in official:
         if not Path(getattr(cfg, key)).exists():
             raise UserError(f"{path} needs {getattr(cfg, key)}: run `python download.py`, or set {key}=PATH")
-    known = {key: "" for key in ("sam_weights", "clip_weights") if key not in official}  # in `state`
+    known = {key: "" for key in ("sam_weights", "clip_weights") if key not in official}  # the tensors are in `content`
     known |= {"clip_activation": official["clip_weights"]["activation"]} if "clip_weights" in official else {}
     model = build_model(dataclasses.replace(cfg, **known), labels.classes, content["model"])
     checkpoint.check_official(model, official, path)
@@ -98,16 +98,16 @@ def canvas(image: np.ndarray, cfg: Config, scale: float) -> tuple[np.ndarray, tu
     """The padded photo that the network gets at `scale`, and the size of the photo in it.
 
     Its long side is base_size * scale; it is padded at the bottom and right to the size of training samples, in
-    multiples of 32 (480: 384, 480, 608, 736).
+    multiples of 32 (TTA scales of 480: 384, 480, 608, 736).
     """
     size = scaled_size(image.shape[:2], cfg.base_size * scale)
     sides = [round_up(max(side, round(crop * scale))) for side, crop in zip(size, cfg.crop_size)]
     return pad(resize_photo(image, size), sides, MEAN_COLOUR), size
 
 
-def views(model: nn.Module, images: list[np.ndarray], scales: Sequence[float],
-          flip_pairs: Sequence[tuple[int, int]] | None) -> list[list[Tensor]]:
-    """For each image a list of logits (K, h, w), one per scale; with `flip_pairs` also of its mirror image."""
+def view_logits(model: nn.Module, images: list[np.ndarray], scales: Sequence[float],
+                flip_pairs: Sequence[tuple[int, int]] | None) -> list[list[Tensor]]:
+    """For each image a list of logits (K, h, w), one per scale; with `flip_pairs` also of the flipped image."""
     device = next(model.parameters()).device
     result = [[] for _ in images]
     for scale in scales:
@@ -121,7 +121,7 @@ def views(model: nn.Module, images: list[np.ndarray], scales: Sequence[float],
             with autocast(device, model.cfg.precision):
                 logits = [model(batch)]
                 if flip_pairs is not None:
-                    flipped = model(torch.stack([_mirror(x, size[1]) for x, (_, _, size) in zip(batch, group)]))
+                    flipped = model(torch.stack([_flip(x, size[1]) for x, (_, _, size) in zip(batch, group)]))
                     logits.append(flipped[:, flip_order(flipped.shape[1], flip_pairs)])
             for k, (n, _, (h, w)) in enumerate(group):
                 result[n].append(logits[0][k, :, :h, :w].float())
@@ -130,27 +130,27 @@ def views(model: nn.Module, images: list[np.ndarray], scales: Sequence[float],
     return result
 
 
-def _mirror(image: Tensor, width: int) -> Tensor:
-    """Mirrors the photo within its own width; the padding stays on the right."""
+def _flip(image: Tensor, width: int) -> Tensor:
+    """Flips the photo within its own width; the padding stays on the right."""
     return torch.cat([image[..., :width].flip(-1), image[..., width:]], -1)
 
 
 @fast.replaced_by(fast.probabilities)
-def probabilities(views: list[Tensor], size: tuple[int, int], merge: Sequence[Sequence[int]] | None = None) -> Tensor:
-    """(K, H, W): the softmax of every view (K, h, w) at the photo's size, averaged (§4.4).
+def probabilities(logits: list[Tensor], size: tuple[int, int], merge: Sequence[Sequence[int]] | None = None) -> Tensor:
+    """(K, H, W): the softmax of every view's logits (K, h, w) at the photo's size, averaged (§4.4).
 
     `merge`: sums of the network's classes, see files/labels.py. They are added before the maximum is taken: 40 % skirt,
     35 % shirt and 25 % coat is an upper garment.
     """
-    full = [F.interpolate(view[None], size, mode="bilinear", align_corners=False)[0] for view in views]
+    full = [F.interpolate(view[None], size, mode="bilinear", align_corners=False)[0] for view in logits]
     mean = torch.stack([view.softmax(0) for view in full]).mean(0)
     return mean if merge is None else torch.stack([mean[list(sources)].sum(0) for sources in merge])
 
 
 @fast.replaced_by(fast.label_map)
-def label_map(views: list[Tensor], size: tuple[int, int], merge: Sequence[Sequence[int]] | None = None) -> Tensor:
+def label_map(logits: list[Tensor], size: tuple[int, int], merge: Sequence[Sequence[int]] | None = None) -> Tensor:
     """(H, W) uint8 on the CPU: the most probable class of each pixel."""
-    return probabilities(views, size, merge).argmax(0).byte().cpu()
+    return probabilities(logits, size, merge).argmax(0).byte().cpu()
 
 
 @torch.inference_mode()
@@ -161,7 +161,7 @@ def predict(model: nn.Module, image: np.ndarray, scales: Sequence[float] = (1.0,
 
     `scales` and `flip_pairs` (None: no flip; (): a flip without left and right) are §4.4's test-time augmentation.
     """
-    return probabilities(views(model, [image], scales, flip_pairs)[0], image.shape[:2], merge)
+    return probabilities(view_logits(model, [image], scales, flip_pairs)[0], image.shape[:2], merge)
 
 
 @torch.inference_mode()
@@ -170,4 +170,4 @@ def predict_labels(model: nn.Module, images: list[np.ndarray], scales: Sequence[
                    merge: Sequence[Sequence[int]] | None = None) -> list[np.ndarray]:
     """Label maps (H, W) uint8 of RGB photos of any sizes."""
     return [label_map(logits, image.shape[:2], merge).numpy()
-            for image, logits in zip(images, views(model, images, scales, flip_pairs))]
+            for image, logits in zip(images, view_logits(model, images, scales, flip_pairs))]

@@ -104,7 +104,7 @@ class FTM(nn.Module):
                 mlp.reset_parameters()
 
     def forward(self, f: Tensor, i: int) -> Tensor:
-        # The rows of a softmax sum to 1: Eq. 5's outer MLP may act on m values, not on h w pixels.
+        # The rows of a softmax sum to 1, so MLP(A V) = A MLP(V), bias included: m tokens, not h w pixels.
         values = self.out(self.value(self.tokens[i]))       # (m, C)
         logits = self.logit_scale * matmul_fp32(f, self.tokens[i].T)    # (B, h, w, m)
         f_prime = self.rho * (logits.softmax(-1) @ values) + f          # Eq. 5: f'_i
@@ -224,8 +224,8 @@ def build_model(cfg: Config, classes: Sequence[str],
                 state: dict[str, Tensor] | None = None) -> SCHNet:
     """SCHNet for these class names, with the weight files named in `cfg`; no name: random weights.
 
-    `state`: the tensors of a checkpoint that the caller loads next. The tensors that they replace
-    are on the meta device, without random numbers, and the vocabulary is not needed.
+    `state`: the tensors of a checkpoint that the caller loads next. What they will fill is built on
+    the meta device, without random numbers, and the vocabulary is not needed.
     """
     for key, sizes in (("sam", sam_vit.SIZES), ("clip", clip_vit.SIZES)):
         if getattr(cfg, key) not in sizes:

@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None):
             dry_run(cfg, world)
 
     run_together(work, less_memory="checkpointing=true (recomputes the encoder layers in the backward pass), "
-                                   "accum_steps=2 (the same batch in two halves), or fewer workers")
+                                   "accum_steps=2 (the same batch in two halves)")
 
 
 if __name__ == "__main__":

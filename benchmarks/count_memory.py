@@ -25,7 +25,6 @@ from errors import run_program
 from files.labels import label_set
 from layers import autocast, cast_frozen
 from model import SCHNet, build_model
-from sam_vit import Attention
 
 CASES = (("configs/lip.yaml", ()), ("configs/lip.yaml", ("checkpointing=true",)),
          *((f"configs/ablation/{name}.yaml", ()) for name in ("sam_clip_srm", "sam", "clip")))
@@ -102,7 +101,6 @@ def main(argv: list[str] | None = None):
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-    Attention.forward = Attention.forward.plain            # a GPU uses the plain version, with `attend` fused
     if args.modules:
         print("\n".join(module_table()))
         return

@@ -58,7 +58,7 @@ def complete(row: Row, args: argparse.Namespace):
     """Trains a row, or resumes its training, and scores it."""
     run, overrides = args.runs / row.config, [*args.overrides, f"out={args.runs / row.config}"]
     for program, *options in (("train.py", "--cfg", f"{ROOT}/configs/{row.config}.yaml", "--resume", *overrides),
-                              ("evaluate.py", "--run", str(run), *["--tta"] * row.tta)):
+                              ("evaluate.py", "--checkpoint", str(run), *["--tta"] * row.tta)):
         print(f"\n{program} {' '.join(options)}", flush=True)
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(args.gpus)] if args.gpus > 1 else []
         if code := subprocess.run([sys.executable, *launcher, str(ROOT / program), *options]).returncode:

@@ -39,7 +39,7 @@ Source = str | Path | bytes | Image.Image                  # a path, the bytes o
 # How a PNG stores its pixels, in Pillow's words (raw modes).
 LABEL_KINDS = ("L", "P", "P;1", "P;2", "P;4")
 
-# Pillow's limits against small files that fill the memory are for the process, its threads and forks.
+# Pillow's limits against small files that fill the memory are for the whole process.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2                   # it refuses twice as many, and would warn from here on
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY           # image generators keep a workflow in one

@@ -5,7 +5,7 @@
     probs/NAME.npy       with --probs: probabilities (classes, H, W) in float16
 
 A file that has no record is never replaced, nor is a label map whose pixels were changed since, nor a result of another
-file that still exists. A photo's label map is written before its other results, whose record it is.
+file that still exists. A photo's label map is written first: its metadata are the record of all its results.
 """
 
 import hashlib

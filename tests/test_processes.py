@@ -123,7 +123,7 @@ def test_stop_resume_and_the_lock(config, tmp_path):
     before = saved_iteration(folder)
     with Processes(other, train.main, argv) as third:      # the lock ended with its owner
         wait_until(lambda: saved_iteration(folder) > before)
-        os.killpg(third.all[0].pid, signal.SIGINT)         # Ctrl-C reaches the loaders too
+        os.killpg(third.all[0].pid, signal.SIGINT)
         assert third.wait() == [130] and "Traceback" not in third.printed()
 
 

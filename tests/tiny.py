@@ -292,7 +292,7 @@ class Processes:
         for process in self.all:
             process.kill()
             process.join()
-            with contextlib.suppress(ProcessLookupError):  # its data loaders
+            with contextlib.suppress(ProcessLookupError):  # its children
                 os.killpg(process.pid, signal.SIGKILL)
 
     def wait(self, seconds: float = 180) -> list[int]:
