@@ -108,7 +108,7 @@ def open_split(cfg: Config, split: str) -> PairSet | DrawnSet:
         return DrawnSet(cfg, split)
     _, pairs, faults = find_pairs(cfg, split)
     if faults:
-        more = f" (and {len(faults) - 1} more: python datasets.py lists them all)" if len(faults) > 1 else ""
+        more = f" (and {len(faults) - 1} more: python datasets.py --cfg ... lists them all)" if len(faults) > 1 else ""
         raise UserError(faults[0] + more)
     return pairs
 

@@ -18,8 +18,10 @@ import http.client
 import os
 import ssl
 import sys
+import time
 import urllib.error
 import urllib.request
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,17 +128,23 @@ def mismatch(path: Path, spec: FileSpec) -> str | None:
 
 def download(urls: list[str], part: Path, spec: FileSpec):
     """Fills `part`, from address to address: each goes on where the one before broke off."""
-    for url in TRIES * urls:
+    waiting, failures = deque(urls), 0                     # failures in a row without a mebibyte of progress
+    while waiting and failures < TRIES * len(urls):
+        url, before = waiting[0], size(part)
         try:
-            if size(part) < spec.bytes:
+            if before < spec.bytes:
                 receive(url, part, spec)
             fault = mismatch(part, spec)
             if fault is None:
                 return
             part.unlink()
             fault = f"serves another file than the official {spec.name} ({fault})"
+            waiting.rotate(-1) if before else waiting.popleft()          # it may be an old beginning that is wrong
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
             fault = error                                  # of the network; a full disk is another OSError
+            failures = 0 if size(part) - before >= CHUNK else failures + 1
+            waiting.rotate(-1)
+            time.sleep(1)
         print(f"{url}: {fault}", file=sys.stderr, flush=True)
     raise UserError(f"{spec.name}: none of {len(urls)} addresses served it (see above); run the same command to "
                     "resume, or try another format (--help)")

@@ -36,7 +36,7 @@ from engine.workers import read_ahead
 from errors import UserError
 from files import weights
 from files.atomic import results_folder, write_text
-from inference import add_run_options, load_run, predict_labels, tta_views
+from inference import add_run_options, load_content, predict_labels, tta_views
 from model import SCHNet
 from viz import reports
 
@@ -153,8 +153,9 @@ def claim(folder: Path, identity: dict):
 
 def run(args: argparse.Namespace, world: World):
     with world.all_or_none():
-        model, labels, path = load_run(args.run, args.overrides, world.device)
+        path = checkpoint.find(args.run)
         content = checkpoint.read(path)
+        model, labels = load_content(content, path, args.overrides, world.device)
         progress, trained = content.get("progress", {}), from_dict(content["config"], str(path))
         sha256, pairs = weights.sha256(path), open_labelled(model, labels, path, args.split)
         scales, flip_pairs = tta_views(model.cfg, labels.flip_pairs, args.tta)

@@ -13,13 +13,9 @@ what else a program needs, as JSON.
 """
 
 import argparse
-import contextlib
-import io
 import json
-import logging
 import re
 import tempfile
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -85,13 +81,9 @@ def _translate(model: Deployed, size: tuple[int, int]):
 
     image = torch.zeros(2, *size, 3, dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=1024)
-    for name in ("torch.onnx", "onnxscript"):              # about their own steps, nothing a user can act on
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            model, (image,), dynamo=True, opset_version=OPSET, input_names=["image"],
-            output_names=["probabilities"], dynamic_shapes={"image": {0: batch}}, optimize=False, verbose=False)
+    program = torch.onnx.export(
+        model, (image,), dynamo=True, opset_version=OPSET, input_names=["image"],
+        output_names=["probabilities"], dynamic_shapes={"image": {0: batch}}, optimize=False, verbose=False)
     optimizer.inline(program.model)
     optimizer.fold_constants(program.model)
     optimizer.remove_unused_nodes(program.model)

@@ -55,7 +55,7 @@ def sam_attention(self, x: Tensor) -> Tensor:
 def _attend(self, qkv: Tensor) -> Tensor:
     """Attention within each window or grid: (B, h, w, 3C) -> (B, h, w, C)."""
     B, h, w, _ = qkv.shape
-    q, k, v = qkv.view(B, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)               # (B, n, h w, d)
+    q, k, v = qkv.reshape(B, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)            # (B, n, h w, d)
     rows, columns, place = _folded_positions(self.rel_pos_h, self.rel_pos_w, h, w, q.dtype)
     by_row = torch.einsum("bnhwd,hkd->bnhwk", q.unflatten(2, (h, w)), rows).flatten(2, 3)
     by_column = torch.einsum("bnhwd,wkd->bnhwk", q.unflatten(2, (h, w)), columns).flatten(2, 3)

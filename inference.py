@@ -56,14 +56,20 @@ def load_run(run: str | Path | None = None, overrides: Sequence[str] = (),
 
     On a CPU the network runs in fp32 unless `precision=bf16` is among the overrides: few CPUs have bf16 units.
     """
-    given = config.parse_overrides(overrides)              # a mistake in them is reported before the file is read
+    config.parse_overrides(overrides)                      # a mistake in them is reported before the file is read
     path = checkpoint.find(run)
+    return *load_content(checkpoint.read(path), path, overrides, device), path
+
+
+def load_content(content: dict, path: Path, overrides: Sequence[str] = (),
+                 device: str | torch.device = "") -> tuple[SCHNet, LabelSet]:
+    """As `load_run`, of a checkpoint that has been read."""
     target = device if isinstance(device, torch.device) else pick_device(device)
-    if target.type == "cpu" and "precision" not in given:
+    if target.type == "cpu" and "precision" not in config.parse_overrides(overrides):
         overrides = [*overrides, "precision=fp32"]
-    model, labels = restore(checkpoint.read(path), path, overrides)
+    model, labels = restore(content, path, overrides)
     cast_frozen(model, model.cfg.precision)
-    return model.to(target), labels, path
+    return model.to(target), labels
 
 
 def restore(content: dict, path: Path, overrides: Sequence[str] = ()) -> tuple[SCHNet, LabelSet]:

@@ -191,9 +191,9 @@ def train(cfg: Config, world: World, resume: bool):
     with world.all_or_none():
         run.start(learner, content, train_pairs, val_pairs)
     world.print0(first_screen(model, cfg, world, (len(train_pairs), len(val_pairs))))
-    batches = train_loader(cfg, train_pairs, world.rank, world.size, run.progress.iteration)
+    loader = train_loader(cfg, train_pairs, world.rank, world.size, run.progress.iteration)
 
-    with StopSignal(world.main) as stop, run.bar:
+    with contextlib.closing(loader) as batches, StopSignal(world.main) as stop, run.bar:
         if run.progress.iteration > run.progress.validated and run.due(cfg.eval_every):
             validate(learner, val_pairs, run, stop)                      # the run was stopped before its validation
         for it in range(run.progress.iteration, cfg.iters):
@@ -240,15 +240,15 @@ def dry_run(cfg: Config, world: World, steps: int = 4):
         model = build_model(cfg, labels.classes)
     learner = Learner(model, cfg, world)
     world.print0(first_screen(model, cfg, world, (len(train_pairs), len(val_pairs))))
-    batches = train_loader(cfg, train_pairs, world.rank, world.size)
-    for it in range(steps):
-        start = time.monotonic()
-        with world.all_or_none():
-            micro_batches = [next(batches) for _ in range(cfg.accum_steps)]
-        losses, _ = learner.step(micro_batches, it)
-        seconds = time.monotonic() - start
-        values = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-        world.print0(f"step {it + 1}: {seconds:.2f} s, {values}")
+    with contextlib.closing(train_loader(cfg, train_pairs, world.rank, world.size)) as batches:
+        for it in range(steps):
+            start = time.monotonic()
+            with world.all_or_none():
+                micro_batches = [next(batches) for _ in range(cfg.accum_steps)]
+            losses, _ = learner.step(micro_batches, it)
+            seconds = time.monotonic() - start
+            values = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            world.print0(f"step {it + 1}: {seconds:.2f} s, {values}")
     world.print0(f"dry run ok; {memory(world.device):.1f} GiB per process; 10,000 iterations take about "
                  f"{10_000 * seconds / 3600:.1f} hours")     # the first step also waits for photos
 

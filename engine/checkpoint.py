@@ -105,7 +105,7 @@ def write(path: Path, content: dict):
 def read(path: Path) -> dict:
     """A checkpoint, on the CPU. UserError if it is missing, damaged or not a checkpoint of SCHNet."""
     try:
-        with reading(path, "checkpoint", f" to resume; init={path.parent} out=FOLDER starts a new run from {BEST}"):
+        with reading(path, "checkpoint"):
             with zipfile.ZipFile(path) as archive:         # torch.load ignores the checksums
                 damaged = archive.testzip()
             if damaged:

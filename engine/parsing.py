@@ -98,10 +98,10 @@ class Job:
     def _write(self, photo: Photo, label: np.ndarray | None, progress: Callable[[], object]):
         results, parser, name = self.results, self.parser, photo.found.name
         with self.report.work_on(photo.found):
-            kept = results.claim(photo.origin, name)
             if label is None:
                 probabilities = parser.probabilities(photo.image)
                 label = probabilities.argmax(0).astype(np.uint8)
+            kept = results.claim(photo.origin, name)
             pictures.save_palette_png(results.path("labels", name), label, parser.palette,
                                       results.record(photo.origin, label, kept))
             if "probs" in results.kinds:

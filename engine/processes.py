@@ -10,7 +10,6 @@ import os
 import platform
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -18,12 +17,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from errors import UserError, exit_code, print_error, protect_output
+from errors import UserError, exit_code, in_one_line, print_error, protect_output
 
 TIMEOUT = timedelta(minutes=30)                            # of a collective: a process that does not answer is lost
 SIGNALS = (signal.SIGTERM, signal.SIGINT, *(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1")
                                             if hasattr(signal, name)))   # Windows has the first two
-GRACE = 5.0                                                # seconds in which repeated signals are one request
 
 
 def run_together(work: Callable[["World"], None], device: str = "", less_memory: str = "",
@@ -140,8 +138,10 @@ class World:
         mine = None
         try:
             yield
-        except UserError as error:
-            mine = str(error)
+        except (UserError, OSError) as error:
+            mine = in_one_line(error, "")
+            if not mine:
+                raise
         errors = self.gather(mine)
         failed = [rank for rank, error in enumerate(errors) if error]
         if failed:
@@ -156,12 +156,12 @@ class Stop(Exception):
 class StopSignal:
     """Requests a stop with a save on SIGTERM, SIGINT, SIGHUP or SIGUSR1: after the current step, or while waiting.
 
-    A second signal ends the process at once; a repeated one within GRACE seconds does not count, as a launcher, a
-    terminal and a scheduler may all send their own. A signal that was ignored at the start (nohup) stays ignored.
+    A second Ctrl-C ends the process at once, but under torchrun; other repetitions do not count, as a launcher and a
+    scheduler may both send their own. A signal that was ignored at the start (nohup) stays ignored.
     """
 
     def __init__(self, main: bool = True):
-        self.main, self.number, self.since, self.waiting = main, 0, 0.0, False
+        self.main, self.number, self.waiting = main, 0, False
 
     def __enter__(self) -> "StopSignal":
         self.before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -186,16 +186,12 @@ class StopSignal:
             self.waiting = False
 
     def _receive(self, number: int, frame):
-        again = time.monotonic() - self.since
-        typed = number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ
-        if self.number and again >= (0 if typed else GRACE):
-            self._print(f"second signal, {signal.Signals(number).name}: exiting without saving")
+        if self.number and number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
+            self._print("second Ctrl-C: exiting without saving")
             os._exit(128 + number)
-        if not self.number:
-            self.number, self.since = number, time.monotonic()
-            if self.main:
-                self._print(f"{signal.Signals(number).name}: saving and stopping after this step; a second signal "
-                            "exits without saving")
+        if not self.number and self.main:
+            self._print(f"{signal.Signals(number).name}: saving and stopping after this step")
+        self.number = self.number or number
         if self.waiting:
             self.waiting = False
             raise Stop

@@ -105,7 +105,11 @@ class Run:
 
     def _resume(self) -> dict:
         path = self.folder / checkpoint.LAST
-        content = checkpoint.read(path)
+        try:
+            content = checkpoint.read(path)
+        except UserError as error:
+            hint = f"; init={self.folder} out=FOLDER starts a new run from {checkpoint.BEST}"
+            raise UserError(str(error) + hint * (self.folder / checkpoint.BEST).exists()) from None
         old = dataclasses.asdict(Config()) | content["config"]           # a key may be newer than the checkpoint
         changed = {key: f"{key} {old[key]!r} -> {new!r}" for key, new in vars(self.cfg).items() if old[key] != new}
         refused = [text for key, text in changed.items() if key not in RESUMABLE]

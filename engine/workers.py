@@ -20,14 +20,18 @@ def read_ahead(read: Callable, items: Iterable, threads: int, name: Callable[...
     with ThreadPool(max(1, threads)) as pool:              # of daemon threads: a process can end while they are blocked
         items = iter(items)
         waiting = deque((item, pool.apply_async(read, (item,))) for item in islice(items, threads + 1))
-        while waiting:
-            item, result = waiting.popleft()
-            waiting.extend((item, pool.apply_async(read, (item,))) for item in islice(items, 1))
-            end = time.monotonic() + STALLED
-            while not result.ready():
-                if interrupted():
-                    return
-                if time.monotonic() > end:
-                    raise UserError(f"{name(item)}: not read within {STALLED} s")
-                result.wait(0.5)
-            yield item, result.get()
+        try:
+            while waiting:
+                item, result = waiting.popleft()
+                waiting.extend((item, pool.apply_async(read, (item,))) for item in islice(items, 1))
+                end = time.monotonic() + STALLED
+                while not result.ready():
+                    if interrupted():
+                        return
+                    if time.monotonic() > end:
+                        raise UserError(f"{name(item)}: not read within {STALLED} s")
+                    result.wait(0.5)
+                yield item, result.get()
+        finally:                                           # a process that ends while a thread is in OpenCV aborts
+            for _, result in waiting:
+                result.wait(1)

@@ -126,7 +126,10 @@ def _rgb(image: Image.Image, turn: bool) -> np.ndarray:
     if tags.get(REDUCED, 0) & 1 or tags.get(COMPRESSION) == OLD_JPEG or DNG_VERSION in tags:
         raise UserError("a camera's raw file, of which only a thumbnail could be read: convert it first")
     kind, clear = _kind(image), image.info.get("transparency")          # a value as it is stored, or alpha of a palette
-    image = ImageOps.exif_transpose(image) if turn else image
+    if turn:
+        image.getexif()                                    # the image keeps it; exif_transpose would write it anew,
+        image.info.pop("exif", None)                       # which fails for a damaged tag
+        image = ImageOps.exif_transpose(image)
     if kind == "I;16B" or image.mode.startswith("I;16"):   # grey of more than 8 bits, which Pillow would clip at 255
         values, bits = np.asarray(image), tags.get(BITS_PER_SAMPLE, (16,))[0]
         grey = np.where(values == clear, 255, values >> (bits - 8)).astype(np.uint8)
@@ -135,7 +138,7 @@ def _rgb(image: Image.Image, turn: bool) -> np.ndarray:
     if image.mode in ("I", "F", "LAB"):
         raise UserError(f"unsupported pixel format (Pillow's {image.mode}): convert it to 8-bit RGB")
     image.load()
-    if image.mode in ("RGBA", "LA") or clear is not None:
+    if image.mode in ("RGBA", "LA") or clear is not None and kind != "RGB;16B":             # whose key Pillow misreads
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (0, 0):   # all transparent: clipboard tools leave alpha at 0
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

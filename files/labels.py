@@ -24,7 +24,7 @@ from config import IGNORE, Config, read_yaml, user_path
 from errors import UserError
 
 TARGET = "{name: TEXT, colour: [r, g, b], from: [CLASS, ...]}"
-IGNORE_GREY = 172                                          # mean of the two greys that ignored pixels are hatched in
+IGNORE_GREY = 172                                          # of ignored pixels; no class has a colour near it
 Merge = tuple[tuple[int, ...], ...]                        # for each target class the network's labels it merges
 
 

@@ -62,7 +62,7 @@ class Results:
         """
         record = _own_record(self.path("labels", name))
         _check_source(self.path("labels", name), record, origin)
-        old = record.get("Results", "").split()
+        old = [kind for kind in record.get("Results", "").split() if kind in KINDS]
         for kind in self.kinds:
             path = self.path(kind, name)
             if kind not in old and os.path.lexists(path):

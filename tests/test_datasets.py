@@ -267,6 +267,15 @@ def test_a_bad_photo_is_one_line(tmp_path):
     assert str(error.value).startswith(f"{root / PHOTO}: not an image")
 
 
+def test_a_process_ends_while_its_threads_read():
+    """Python would end threads inside OpenCV with a signal."""
+    program = ("import contextlib, config, datasets\ncfg = config.Config(workers=4, synthetic_size=(480, 480))\n"
+               "with contextlib.closing(datasets.train_loader(cfg, datasets.open_split(cfg, 'train'))) as batches:\n"
+               "    next(batches)\n    raise KeyError('a bug')\n")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.endswith("KeyError: 'a bug'\n")
+
+
 def test_a_stalled_disk_is_one_line_with_the_names(tmp_path, monkeypatch):
     root = make_custom(tmp_path)
     for path in root.rglob("images/train/*.jpg"):

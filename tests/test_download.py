@@ -74,6 +74,7 @@ def specs(monkeypatch, server):
     digest = hashlib.sha256(CONTENT).hexdigest()
     found = [FileSpec(name, (f"{server.url}/official/{name}",), len(CONTENT), digest, f"file {name}") for name in NAMES]
     monkeypatch.setattr(download, "FILES", found)
+    monkeypatch.setattr(download.time, "sleep", lambda _: None)
     return found
 
 
@@ -112,14 +113,25 @@ def test_transient_faults_are_retried(folder, server, plan, ranges):
 
 
 @pytest.mark.parametrize("fault, message", [
-    ("status 404", "404"), ("page", r"\b27 bytes"), ("wrong", "SHA-256"), ("cut at once", "cut"),
-    ("status 500", "500")])
+    ("status 404", "404"), ("page", r"\b27 bytes"), ("cut at once", "cut"), ("status 500", "500")])
 def test_permanent_faults_leave_no_file_and_do_not_stop_the_others(folder, server, capsys, fault, message):
     server.plan = [fault] * download.TRIES
     assert run(folder) == 1 and complete(folder, "b.pth") and not (folder / "a.pt").exists()
     *_, line, error = [line for line in capsys.readouterr().err.splitlines() if "B/s" not in line]
     assert re.search(message, line) and f"{server.url}/official/a.pt: " in line and error.startswith("error: a.pt: ")
     assert len(server.requests) == download.TRIES + 1
+
+
+def test_an_address_of_another_file_is_asked_once(folder, server, capsys):
+    server.plan = ["wrong"]
+    assert run(folder, "a.pt") == 1 and len(server.requests) == 1 and not list(folder.iterdir())
+    assert "official/a.pt: serves another file" in capsys.readouterr().err
+
+
+def test_a_line_that_breaks_often_is_resumed_while_there_is_progress(folder, server, monkeypatch):
+    monkeypatch.setattr(download, "CHUNK", 1)
+    server.plan = ["cut"] * 8
+    assert run(folder, "a.pt") == 0 and complete(folder) and len(server.requests) == 9
 
 
 def test_the_next_address_resumes_the_first_ones_download(folder, server, specs, capsys, monkeypatch):
@@ -188,7 +200,7 @@ def test_ctrl_c_leaves_a_partial_file_to_resume(folder, server, specs):
                                stderr=subprocess.PIPE)
     part, deadline = folder / "a.pt.part", time.monotonic() + 60
     while not (part.exists() and part.stat().st_size == len(CONTENT) // 2) and time.monotonic() < deadline:
-        time.sleep(0.05)
+        threading.Event().wait(0.05)                       # time.sleep is replaced here
     process.send_signal(signal.SIGINT)
     _, text = process.communicate(timeout=60)
     assert process.returncode == 130 and "stopped" in text and "Traceback" not in text

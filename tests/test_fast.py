@@ -16,14 +16,14 @@ BOUNDS = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 3e-2}      
 SLOPES = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 6e-2}          # ... and of gradients
 
 
-def sam(h, w, window, grid, dim, heads):
+def sam(h, w, window, grid, dim, heads, b=2):
     """A block's attention over h x w tokens, in windows or (window 0) over the complete grid."""
     def make(random, dtype):
         module = Attention(dim, heads, window, window or grid)
         for p in module.parameters():
             p.data = random(p.shape) * (0.2 if p.ndim < 2 or len(p) < dim else dim ** -0.5)
         module.to(dtype)
-        x = random((2, h, w, dim)).to(dtype).requires_grad_()
+        x = random((b, h, w, dim)).to(dtype).requires_grad_()
         return (module, x), [x, *module.parameters()]
     return Attention.forward, make
 
@@ -39,6 +39,7 @@ def fusion(sizes, dim, b=2):
 PAIRS = {
     "SAM, windows": sam(8, 13, 5, 12, 48, 3),
     "SAM, a grid smaller than a window": sam(2, 3, 5, 12, 48, 3),
+    "SAM, one image, one row of windows": sam(5, 13, 5, 12, 48, 3, b=1),
     "SAM, complete grid": sam(8, 13, 0, 12, 48, 3),
     "SAM, windows, ViT-L at 480 px": sam(30, 30, 14, 64, 1024, 16),
     "SAM, complete grid, ViT-L at 480 px": sam(30, 30, 0, 64, 1024, 16),

@@ -110,6 +110,15 @@ def test_pngs_of_every_depth_with_transparent_pixels_white(tmp_path, channels, d
     assert read_photo(stored)[0, :, 0].tolist() == [255, 0x12, 0x12]     # one of 65,536 greys
 
 
+def test_a_damaged_exif_tag_does_not_make_the_photo_unusable(tmp_path):
+    turned = (0x112, 3, 1, struct.pack("<H", 6))
+    for damaged in ((0x11A, 2, 4, b"abc"), (0x11A, 9, 1, struct.pack("<i", -5)), (0x128, 2, 2, b"a")):
+        entries = b"".join(struct.pack("<HHI4s", *tag) for tag in (turned, damaged))
+        exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+        Image.new("RGB", (40, 30)).save(tmp_path / "x.jpg", exif=exif)
+        assert read_photo(tmp_path / "x.jpg").shape == (40, 30, 3)
+
+
 @pytest.mark.parametrize("header", [40, 108, 124])
 @pytest.mark.parametrize("alpha", ["unused", "full", "some"])
 def test_32_bit_bmp(tmp_path, header, alpha):

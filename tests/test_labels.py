@@ -61,7 +61,7 @@ def test_generated_colours_are_distinct(count):
     colours = np.array(distinct_colours(count), float)
     apart = np.linalg.norm(colours[:, None] - colours[None], axis=2) + 999 * np.eye(count)
     assert colours.shape == (count, 3) and apart.min() > (60 if count <= 20 else 25) and not colours[0].any()
-    assert np.abs(colours - IGNORE_GREY).max(1).min() > (40 if count <= 20 else 15)    # the hatching of ignored pixels
+    assert np.abs(colours - IGNORE_GREY).max(1).min() > (40 if count <= 20 else 15)    # ignored pixels
 
 
 @pytest.mark.parametrize("labels", (LIP, CIHP), ids=("lip", "cihp"))

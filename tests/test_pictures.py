@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from files.labels import IGNORE_GREY
 from viz import pictures, plots
 
 CLASSES = ("Background", "Hat", "Hair", "Upper-clothes")
@@ -32,16 +33,16 @@ def where(picture: np.ndarray, colour) -> np.ndarray:  # (H, W)
     return (picture == colour).all(-1)
 
 
-def test_labels_have_the_palettes_colours_and_unknown_labels_are_hatched():
+def test_labels_have_the_palettes_colours_and_unknown_labels_are_grey():
     label = np.array([[0, 1, 2, 3], [255, 4, 254, 0]], np.uint8)
     rgb = pictures.colourise(label, PALETTE)
     assert [tuple(v) for v in rgb[0]] == list(PALETTE)
-    assert all(tuple(v) in pictures.HATCH for v in rgb[1, :3]) and tuple(rgb[1, 3]) == PALETTE[0]
+    assert (rgb[1, :3] == IGNORE_GREY).all() and tuple(rgb[1, 3]) == PALETTE[0]
     image, label = drawing(16, 16)
     label[15], prediction = 255, label.copy()
     prediction[0, 0], prediction[15, 3] = 1, 3
     rgb = pictures.errors(image, label, prediction)
-    assert where(rgb, pictures.WRONG).nonzero() == (0, 0) and all(tuple(v) in pictures.HATCH for v in rgb[15])
+    assert where(rgb, pictures.WRONG).nonzero() == (0, 0) and (rgb[15] == IGNORE_GREY).all()
 
 
 def test_overlay_blends_colours_and_draws_outlines():
@@ -76,7 +77,7 @@ def test_legend_lists_the_labels_shown():
     image, label = drawing(50, 50)
     label[0, 0] = 255
     some = colours(pictures.with_legend(image, CLASSES, PALETTE, shown=np.unique(label)))
-    assert some >= {PALETTE[2], *pictures.HATCH} and PALETTE[1] not in some
+    assert some >= {PALETTE[2], (IGNORE_GREY,) * 3} and PALETTE[1] not in some
     assert PALETTE[1] in colours(pictures.with_legend(image, CLASSES, PALETTE))
     assert pictures.with_legend(image, CLASSES, PALETTE, shown=[]).shape == image.shape
 
@@ -118,4 +119,4 @@ def test_palette_png_keeps_labels_colours_and_text(tmp_path: Path):
     with Image.open(tmp_path / "a.png") as image:
         assert image.mode == "P" and (np.asarray(image) == label).all() and image.info["Source"] == "ä b.jpg"
         colour = image.convert("RGB").getpixel
-    assert [colour((n, 0)) for n in range(4)] == list(PALETTE) and colour((15, 15)) == pictures.HATCH[0]
+    assert [colour((n, 0)) for n in range(4)] == list(PALETTE) and colour((15, 15)) == (IGNORE_GREY,) * 3

@@ -160,8 +160,9 @@ def test_a_failed_photo_does_not_stop_the_others(parse, here: Path, monkeypatch,
     """Out of memory, too many pixels, a folder in place of a result file; a bug keeps its traceback."""
     for n, name in enumerate("abcdefg"):
         save(f"in/{name}.png", photo(20 + n, 30))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)                 # Pillow refuses twice as many
-    Image.new("RGB", (10_001, 1)).save("in/large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 70_000)               # Pillow refuses twice as many
+    Image.new("RGB", (140_001, 1)).save("in/large.png")
+    save("in/panorama.png", np.zeros((1, 66_000, 3), np.uint8))          # longer than a JPEG can be
     for folder in ("labels/b.png", "overlays/d.jpg"):
         Path("out", folder, "full").mkdir(parents=True)
     Path("out", MARK).touch()
@@ -175,8 +176,9 @@ def test_a_failed_photo_does_not_stop_the_others(parse, here: Path, monkeypatch,
     monkeypatch.setattr(Parser, "_parse", scarce)
     assert parse("in", "--out", "out", "--batch", "1") == 1
     printed = capsys.readouterr()
-    lines = printed.err.partition("4 not parsed:\n")[2].splitlines()
-    assert sorted(line.split(":")[0].strip() for line in lines) == [f"in/{n}.png" for n in [*"bcd", "large"]]
+    lines = printed.err.partition("5 not parsed:\n")[2].splitlines()
+    failed = sorted(line.split(":")[0].strip() for line in lines)
+    assert failed == [f"in/{name}.png" for name in ("b", "c", "d", "large", "panorama")]
     assert "4 parsed" in printed.out and "/." not in printed.err and not list(Path("out").rglob(".*part*"))
     assert all(Path("out", file).is_file() for n in "aefg" for file in (f"labels/{n}.png", f"overlays/{n}.jpg"))
     monkeypatch.setattr(pictures, "save_palette_png", Mock(side_effect=KeyError("a bug")))

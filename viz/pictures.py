@@ -20,7 +20,6 @@ from files.atomic import atomic_write
 from files.labels import IGNORE_GREY
 
 WHITE, INK, FAINT = (255, 255, 255), (33, 37, 41), (108, 117, 125)
-HATCH = ((IGNORE_GREY - 14,) * 3, (IGNORE_GREY + 14,) * 3) # diagonal stripes: ignored pixels, labels without a colour
 WRONG = (214, 0, 28)
 
 Palette = Sequence[Sequence[int]]
@@ -30,14 +29,10 @@ Palette = Sequence[Sequence[int]]
 # label maps
 
 def colourise(label: np.ndarray, palette: Palette) -> np.ndarray:
-    """A label map in its colours; ignore and labels the palette does not know are hatched in grey."""
-    table = np.zeros((256, 1, 3), np.uint8)
+    """A label map in its colours; ignore and labels the palette does not know are grey."""
+    table = np.full((256, 1, 3), IGNORE_GREY, np.uint8)
     table[:len(palette), 0] = palette
-    rgb = cv2.LUT(cv2.merge([label] * 3), table)           # a fifth of the time of table[label]
-    unknown = label >= len(palette)
-    if unknown.any():
-        rgb[unknown] = _hatch(*label.shape)[unknown]
-    return rgb
+    return cv2.LUT(cv2.merge([label] * 3), table)          # a fifth of the time of table[label]
 
 
 def overlay(image: np.ndarray, label: np.ndarray, palette: Palette, alpha: float = 0.6) -> np.ndarray:
@@ -58,13 +53,11 @@ def drawn_label(label: np.ndarray, palette: Palette) -> np.ndarray:
 
 
 def errors(image: np.ndarray, label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """Where a prediction is wrong, in red on the pale grey photo; pixels to ignore are hatched."""
+    """Where a prediction is wrong, in red on the pale grey photo; pixels to ignore are grey."""
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     rgb = cv2.cvtColor(cv2.convertScaleAbs(grey, alpha=0.35, beta=160), cv2.COLOR_GRAY2RGB)
-    ignored = label == IGNORE
     rgb[label != prediction] = WRONG
-    if ignored.any():
-        rgb[ignored] = _hatch(*label.shape)[ignored]
+    rgb[label == IGNORE] = IGNORE_GREY
     return rgb
 
 
@@ -82,11 +75,6 @@ def _outlines(label: np.ndarray) -> np.ndarray:
     edge = edge.astype(np.uint8) * 255
     width = round(math.sqrt(label.size) / 600)
     return cv2.dilate(edge, np.ones((width, width), np.uint8)) if width > 1 else edge
-
-
-def _hatch(height: int, width: int) -> np.ndarray:
-    stripe = (np.arange(height, dtype=np.int32)[:, None] + np.arange(width, dtype=np.int32)) >> 2 & 1
-    return np.array(HATCH, np.uint8)[stripe]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,8 +120,8 @@ def with_legend(picture: np.ndarray, classes: Sequence[str], palette: Palette, s
     """
     height, width = picture.shape[:2]
     labels = range(len(classes)) if shown is None else sorted({int(label) for label in shown})
-    entries = [(classes[i], palette[i]) if i < len(classes) else ("ignore" if i == IGNORE else f"label {i}", None)
-               for i in labels]
+    entries = [(classes[i], tuple(palette[i])) if i < len(classes) else
+               ("ignore" if i == IGNORE else f"label {i}", (IGNORE_GREY,) * 3) for i in labels]
     if not entries:
         return picture.copy()
     size = size or max(12, round(math.sqrt(height * width) / 40))
@@ -155,9 +143,7 @@ def with_legend(picture: np.ndarray, classes: Sequence[str], palette: Palette, s
     rows = math.ceil(len(entries) / columns)
     for n, (name, colour) in enumerate(entries):
         x, y = left + n // rows * column, top + n % rows * step + (step - size) // 2
-        if colour is None:
-            canvas.paste(Image.fromarray(_hatch(size, size)), (x, y))
-        draw.rectangle((x, y, x + size - 1, y + size - 1), fill=colour and tuple(colour), outline=FAINT)
+        draw.rectangle((x, y, x + size - 1, y + size - 1), fill=colour, outline=FAINT)
         draw_text(draw, x + size + gap, y + size / 2, name, size)
     return np.array(canvas)
 
@@ -226,7 +212,7 @@ def save_palette_png(path: str | Path, label: np.ndarray, palette: Palette, text
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         info.add_text(key, value)
-    table = np.full((256, 3), HATCH[0][0], np.uint8)
+    table = np.full((256, 3), IGNORE_GREY, np.uint8)
     table[:len(palette)] = palette
     picture = Image.fromarray(np.ascontiguousarray(label))
     picture.putpalette(table.tobytes())
@@ -235,6 +221,6 @@ def save_palette_png(path: str | Path, label: np.ndarray, palette: Palette, text
 
 def _save(path: str | Path, picture: Image.Image, **options):
     content = io.BytesIO()                                 # Pillow does not notice a JPEG that a full disk cut off
-    picture.save(content, **options)
     with atomic_write(path) as part:
+        picture.save(content, **options)
         part.write_bytes(content.getvalue())

@@ -59,7 +59,7 @@ def _frame(title: str, xlabel: str, x_axis, y_axis, legend: list[str], size: tup
     (x_low, x_high, x_ticks), (y_low, y_high, y_ticks) = x_axis, y_axis
     names = [f"{tick:g}" for tick in y_ticks]
     left, right = 24 + max(text_width(name, 12) for name in names), size[1] - 22
-    top, bottom = 40 + 18 * len(legend), size[0] - 48
+    top, bottom = 40 + 18 * -(-len(legend) // 2), size[0] - 48
 
     def place(x, y):
         return (left + (np.asarray(x) - x_low) / (x_high - x_low) * (right - left),
@@ -78,9 +78,9 @@ def _frame(title: str, xlabel: str, x_axis, y_axis, legend: list[str], size: tup
     draw_text(draw, (left + right) / 2, bottom + 33, xlabel, 12, "mm", FAINT)
     draw_text(draw, left, 20, title, 16)
     for n, name in enumerate(legend):
-        y = 42 + 18 * n
-        draw.line((left, y, left + 16, y), fill=SERIES[n % len(SERIES)], width=3)
-        draw_text(draw, left + 21, y, name, 12)
+        x, y = left + n % 2 * size[1] // 2, 42 + 18 * (n // 2)
+        draw.line((x, y, x + 16, y), fill=SERIES[n % len(SERIES)], width=3)
+        draw_text(draw, x + 21, y, name, 12)
     return np.array(canvas), place
 
 
