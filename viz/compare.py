@@ -43,10 +43,6 @@ def table(groups: dict[str, list[Path]]) -> str:
                            for key in ("miou", "mean_acc", "pixel_acc")),
                          ", ".join(sorted({str(result.get("iteration")) for result in found})),
                          spread([result.get("training", {}).get("hours") or math.nan for result in found])))
-        if not kinds:
-            scores = [max((entry["miou"] or 0 for entry in log if "miou" in entry), default=math.nan)
-                      for log in read_logs(runs)]
-            rows.append((name, "best validation", spread([100 * score for score in scores]), "", "", "", ""))
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
