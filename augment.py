@@ -79,6 +79,8 @@ def largest_share(label: np.ndarray) -> float:
 def pad(array: np.ndarray, size: tuple[int, int], value: int | tuple[int, int, int]) -> np.ndarray:
     """Pads (h, w, ...) to `size` at the bottom and right with `value`."""
     h, w = array.shape[:2]
+    if (h, w) == tuple(size):
+        return array
     return cv2.copyMakeBorder(array, 0, size[0] - h, 0, size[1] - w, cv2.BORDER_CONSTANT, value=value)
 
 

@@ -1,8 +1,8 @@
 """CLIP ViT-B/16: the image tower with taps, and the text tower.
 
 Paper §3.1, §4.2. Reference: github.com/openai/CLIP (MIT). Modules have the names of the official
-file; the smaller sizes are for the demo, configs/custom.yaml and the tests. Different from the reference: images
-of any size (the position table is resampled); the raw outputs of the blocks `taps` are returned.
+file; smaller sizes are for training from scratch. Different from the reference: images of any
+size (the position table is resampled); the raw outputs of the blocks `taps` are returned.
 
 Shapes: B images of H x W pixels, h = H/16, w = W/16, N tokens, D width, K texts, E output width.
 """

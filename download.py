@@ -127,8 +127,9 @@ def mismatch(path: Path, spec: FileSpec) -> str | None:
 
 
 def download(urls: list[str], part: Path, spec: FileSpec):
-    """Fills `part`, from address to address: each goes on where the one before broke off."""
+    """Fills `part` from one address after another; each continues where the last connection broke."""
     waiting, failures = deque(urls), 0                     # failures in a row without a mebibyte of progress
+    old = size(part) > 0                                   # its beginning may be that of another file
     while waiting and failures < TRIES * len(urls):
         url, before = waiting[0], size(part)
         try:
@@ -139,7 +140,8 @@ def download(urls: list[str], part: Path, spec: FileSpec):
                 return
             part.unlink()
             fault = f"serves another file than the official {spec.name} ({fault})"
-            waiting.rotate(-1) if before else waiting.popleft()          # it may be an old beginning that is wrong
+            waiting.rotate(-1) if old else waiting.popleft()
+            old = False
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
             fault = error                                  # of the network; a full disk is another OSError
             failures = 0 if size(part) - before >= CHUNK else failures + 1

@@ -156,8 +156,8 @@ class Stop(Exception):
 class StopSignal:
     """Requests a stop with a save on SIGTERM, SIGINT, SIGHUP or SIGUSR1: after the current step, or while waiting.
 
-    A second Ctrl-C ends the process at once, but under torchrun; other repetitions do not count, as a launcher and a
-    scheduler may both send their own. A signal that was ignored at the start (nohup) stays ignored.
+    A second Ctrl-C ends the process at once, except under torchrun; other repeated signals do not count, as a launcher
+    and a scheduler may both send their own. A signal that was ignored at the start (nohup) stays ignored.
     """
 
     def __init__(self, main: bool = True):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from config import IGNORE
 from errors import UserError
@@ -36,6 +36,8 @@ OLD_JPEG, WHITE_IS_ZERO = 6, 0                             # values of two of th
 T = TypeVar("T")
 Source = str | Path | bytes | Image.Image                  # a path, the bytes of a file, an image that was opened
 
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+         8: "ROTATE_90"}                                   # EXIF orientation: Pillow's name of the turn
 # How a PNG stores its pixels, in Pillow's words (raw modes).
 LABEL_KINDS = ("L", "P", "P;1", "P;2", "P;4")
 
@@ -126,10 +128,8 @@ def _rgb(image: Image.Image, turn: bool) -> np.ndarray:
     if tags.get(REDUCED, 0) & 1 or tags.get(COMPRESSION) == OLD_JPEG or DNG_VERSION in tags:
         raise UserError("a camera's raw file, of which only a thumbnail could be read: convert it first")
     kind, clear = _kind(image), image.info.get("transparency")          # a value as it is stored, or alpha of a palette
-    if turn:
-        image.getexif()                                    # the image keeps it; exif_transpose would write it anew,
-        image.info.pop("exif", None)                       # which fails for a damaged tag
-        image = ImageOps.exif_transpose(image)
+    way = image.getexif().get(0x0112)                      # ImageOps.exif_transpose fails for any damaged tag
+    image = image.transpose(Image.Transpose[TURNS[way]]) if turn and way in TURNS else image
     if kind == "I;16B" or image.mode.startswith("I;16"):   # grey of more than 8 bits, which Pillow would clip at 255
         values, bits = np.asarray(image), tags.get(BITS_PER_SAMPLE, (16,))[0]
         grey = np.where(values == clear, 255, values >> (bits - 8)).astype(np.uint8)

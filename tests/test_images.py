@@ -117,6 +117,8 @@ def test_a_damaged_exif_tag_does_not_make_the_photo_unusable(tmp_path):
         exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
         Image.new("RGB", (40, 30)).save(tmp_path / "x.jpg", exif=exif)
         assert read_photo(tmp_path / "x.jpg").shape == (40, 30, 3)
+    with Image.open(tmp_path / "x.jpg") as photo:          # the caller's image stays as it is
+        assert read_photo(photo).shape == (40, 30, 3) and photo.info["exif"] == exif
 
 
 @pytest.mark.parametrize("header", [40, 108, 124])

@@ -211,7 +211,7 @@ def test_an_interrupt_leaves_complete_files(parse, here: Path, monkeypatch, caps
 def test_results_of_other_settings_are_removed(parse, here: Path):
     save("x.png")
     assert parse("x.png", "--probs", "--map", MAPS / "coarse.yaml", "--out", "out") == 0
-    with Image.open("out/labels/x.png") as image:          # a kind of result that is no more
+    with Image.open("out/labels/x.png") as image:          # as by an earlier version that wrote masks
         info = {key: value.replace("labels", "labels masks") if key == "Results" else value
                 for key, value in image.info.items() if isinstance(value, str)}
         label = np.array(image)

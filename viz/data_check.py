@@ -103,13 +103,10 @@ def report(cfg: Config, labels: LabelSet, found: list[tuple], augmented: Callabl
 
 def inspect(splits: list[Split], workers: int):
     """Fills in the pairs of all splits."""
-    for split in splits:
-        source = split.source
-        if source is None:
-            continue
+    for split in [split for split in splits if split.source is not None]:
         with ThreadPool(max(1, workers)) as pool:
-            results = pool.imap(lambda i: inspect_files(source, i), range(len(source)))
-            split.pairs += tqdm(results, split.name, len(source), unit="pair", disable=None)    # None: only a terminal
+            results = pool.imap(lambda i: inspect_files(split.source, i), range(len(split.source)))
+            split.pairs += tqdm(results, split.name, len(split.source), unit="pair", disable=None)  # on a terminal only
 
 
 def inspect_files(source, i: int) -> Pair:
