@@ -83,22 +83,22 @@ class Canvas:
     def chain(self, discs, cls: int, colour: np.ndarray, pattern: str = ""):
         """Paints the hulls of consecutive discs (x, y, radius), lighter inside."""
         discs = np.array(discs, float)
+        centres, radii = discs[:, None, :2], discs[:, 2, None, None]
         before = self.label.copy() if pattern else None
-        for size, light in ((1, 0.8), (0.65, 1.05)):
-            points = discs[:, None, :2] + CIRCLE * discs[:, 2, None, None] * size
-            if size < 1:
-                points -= discs[:, 2, None, None] * 0.12   # the light comes from above, on the left
-            for part in zip(points, points[1:]) if len(points) > 1 else [points]:
-                self.fill(np.concatenate(part), cls if size == 1 else None, colour * light)
+        self._fill(centres + CIRCLE * radii, cls, colour * 0.8)
+        self._fill(centres + CIRCLE * radii * 0.65 - radii * 0.12, None, colour * 1.05)    # light from above, on the left
         if pattern:
             self._print(discs, cls, before, colour, pattern)
 
-    def fill(self, points: np.ndarray, cls: int | None, colour: np.ndarray):
-        """Fills the hull of points (n, 2); `cls` None: in the image only."""
-        hull = cv2.convexHull((points * 16).astype(np.int32))            # sixteenths of a pixel: the shift of 4 below
-        if cls is not None:
-            cv2.fillConvexPoly(self.label, hull, cls, cv2.LINE_8, 4)
-        cv2.fillConvexPoly(self.image, hull, np.minimum(colour, 255).tolist(), cv2.LINE_AA, 4)
+    def _fill(self, circles: np.ndarray, cls: int | None, colour: np.ndarray):
+        """Fills the hulls of consecutive circles (n, 16, 2), or of one; `cls` None: in the image only."""
+        colour = np.minimum(colour, 255).tolist()
+        circles = (circles * 16).astype(np.int32)          # sixteenths of a pixel: the shift of 4 below
+        for n in range(max(1, len(circles) - 1)):
+            hull = cv2.convexHull(circles[n:n + 2].reshape(-1, 2))
+            if cls is not None:
+                cv2.fillConvexPoly(self.label, hull, cls, cv2.LINE_8, 4)
+            cv2.fillConvexPoly(self.image, hull, colour, cv2.LINE_AA, 4)
 
     def _print(self, discs: np.ndarray, cls: int, before: np.ndarray, colour: np.ndarray, pattern: str):
         """Paints a darker or lighter pattern on a chain, along its axis."""
