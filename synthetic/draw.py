@@ -86,7 +86,8 @@ class Canvas:
         centres, radii = discs[:, None, :2], discs[:, 2, None, None]
         before = self.label.copy() if pattern else None
         self._fill(centres + CIRCLE * radii, cls, colour * 0.8)
-        self._fill(centres + CIRCLE * radii * 0.65 - radii * 0.12, None, colour * 1.05)    # light from above, on the left
+        # the light comes from above, on the left
+        self._fill(CIRCLE * (0.65 * radii) + (centres - 0.12 * radii), None, colour * 1.05)
         if pattern:
             self._print(discs, cls, before, colour, pattern)
 

@@ -54,12 +54,12 @@ def test_sizes_types_and_values(size):
 
 def test_the_label_matches_the_painted_shapes(monkeypatch):
     """With one flat colour per class, no background and no exposure, image and label agree except at smooth edges."""
-    def flat(self, points, cls, colour):
+    def flat(self, circles, cls, colour):
         if cls is not None:
-            fill(self, points, cls, np.full(3, cls * 12.0))
+            fill(self, circles, cls, np.full(3, cls * 12.0))
 
-    fill = Canvas.fill
-    monkeypatch.setattr(Canvas, "fill", flat)
+    fill = Canvas._fill
+    monkeypatch.setattr(Canvas, "_fill", flat)
     monkeypatch.setattr(Canvas, "_print", lambda *args: None)
     monkeypatch.setattr(drawing, "backdrop", lambda dice, rng, h, w: np.zeros((h, w, 3), np.uint8))
     monkeypatch.setattr(drawing, "expose", lambda image, dice, rng: image)
