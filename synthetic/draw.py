@@ -81,12 +81,11 @@ class Canvas:
         self.image, self.label = image, np.zeros(image.shape[:2], np.uint8)
 
     def chain(self, discs, cls: int, colour: np.ndarray, pattern: str = ""):
-        """Paints the hulls of consecutive discs (x, y, radius), lighter inside."""
+        """Paints the hulls of consecutive discs (x, y, radius); the light comes from above, on the left."""
         discs = np.array(discs, float)
         centres, radii = discs[:, None, :2], discs[:, 2, None, None]
         before = self.label.copy() if pattern else None
         self._fill(centres + CIRCLE * radii, cls, colour * 0.8)
-        # the light comes from above, on the left
         self._fill(CIRCLE * (0.65 * radii) + (centres - 0.12 * radii), None, colour * 1.05)
         if pattern:
             self._print(discs, cls, before, colour, pattern)
