@@ -12,8 +12,8 @@ BIN    := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE :=
 INSTALL := -m pip install --no-compile --quiet --disable-pip-version-check
 PIP    := $(BIN)/python $(INSTALL) --constraint constraints.txt
-# two processes of one thread are twice as fast as one of two threads; a test file is never split between them
-PYTEST := -m pytest -q -n 2 --dist loadfile
+# processes of one thread for two cores, the third for while a test waits; a test file is never split between them
+PYTEST := -m pytest -q -n 3 --dist loadfile
 # the demo as well, on the CPU even if there is a GPU
 DEMO   := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2
 
