@@ -12,8 +12,8 @@ BIN    := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE :=
 INSTALL := -m pip install --no-compile --quiet --disable-pip-version-check
 PIP    := $(BIN)/python $(INSTALL) --constraint constraints.txt
-# processes of one thread for two cores, the third for while a test waits; a test file is never split between them
-PYTEST := -m pytest -q -n 3 --dist loadfile
+# two processes of one thread: faster than one of two threads or three; a test file is never split between them
+PYTEST := -m pytest -q -n 2 --dist loadfile
 # the demo as well, on the CPU even if there is a GPU
 DEMO   := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2
 
