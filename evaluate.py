@@ -13,6 +13,7 @@ score on the validation set: where that set is scored, last.pt is scored too.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -87,7 +88,8 @@ def evaluate_split(model: SCHNet, pairs: PairSet | DrawnSet, num_classes: int, w
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     per_image = []
     samples = read_ahead(pairs.read, order, model.cfg.workers, pairs.name, interrupted)
-    with tqdm(total=len(order) * world.size, desc="evaluate", unit="image", disable=not progress, leave=False) as bar:
+    bar = tqdm(total=len(order) * world.size, desc="evaluate", unit="image", disable=not progress, leave=False)
+    with contextlib.closing(samples), bar:
         for chunk in chunks:
             read = [*islice(samples, len(chunk))]
             if interrupted():

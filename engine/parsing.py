@@ -69,7 +69,7 @@ class Job:
         """A label can depend, in the last bits, on what else is in its batch. So batches are always the same, whichever
         process parses them: photos of a batch that are `done` go through the network too, but are not written again."""
         reading = read_ahead(self._read, itertools.chain.from_iterable(batches), THREADS, lambda found: found.path)
-        with ThreadPoolExecutor(THREADS) as pool:
+        with contextlib.closing(reading), ThreadPoolExecutor(THREADS) as pool:
             writing = []
             try:
                 for batch in batches:

@@ -17,13 +17,17 @@ def read_ahead(read: Callable, items: Iterable, threads: int, name: Callable[...
 
     UserError with the `name` of an item that cannot be read for STALLED seconds.
     """
+    stopped = False
+
+    def read_unless_stopped(item):
+        return None if stopped else read(item)
+
     with ThreadPool(max(1, threads)) as pool:              # of daemon threads: a process can end while they are blocked
-        items = iter(items)
-        waiting = deque((item, pool.apply_async(read, (item,))) for item in islice(items, threads + 1))
+        results = ((item, pool.apply_async(read_unless_stopped, (item,))) for item in items)
+        waiting = deque(islice(results, threads + 2))
         try:
             while waiting:
-                item, result = waiting.popleft()
-                waiting.extend((item, pool.apply_async(read, (item,))) for item in islice(items, 1))
+                item, result = waiting[0]
                 end = time.monotonic() + STALLED
                 while not result.ready():
                     if interrupted():
@@ -31,7 +35,10 @@ def read_ahead(read: Callable, items: Iterable, threads: int, name: Callable[...
                     if time.monotonic() > end:
                         raise UserError(f"{name(item)}: not read within {STALLED} s")
                     result.wait(0.5)
+                waiting.popleft()
+                waiting.extend(islice(results, 1))
                 yield item, result.get()
         finally:                                           # a process that ends while a thread is in OpenCV aborts
+            stopped, end = True, time.monotonic() + STALLED / 20
             for _, result in waiting:
-                result.wait(1)
+                result.wait(max(0, end - time.monotonic()))
