@@ -68,12 +68,6 @@ def param_groups(model: SCHNet) -> list[dict]:
 
 # ------------------------------------------------------------------------------------------------------------ the step
 
-def seed_step(seed: int, it: int, micro_batch: int):
-    """Dropout and DropPath as a function of the seed, the iteration and the micro-batch's place in the batch.
-    Reseeding each step leaves no random state to save: a resumed run draws what an uninterrupted one would have."""
-    torch.manual_seed((seed * 1_000_003 + it) * 4_096 + micro_batch)
-
-
 def uses_sync_bn(cfg: Config, world: World) -> bool:
     return world.size > 1 and world.device.type == "cuda" and cfg.sync_bn
 
@@ -130,7 +124,8 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         count, totals = len(micro_batches), {}
         for n, (image, label, _) in enumerate(micro_batches):
-            seed_step(self.cfg.seed, it, self.world.rank * self.cfg.accum_steps + n)
+            # dropout and DropPath follow from the iteration and the place in the batch: no random state to save
+            torch.manual_seed((self.cfg.seed * 1_000_003 + it) * 4_096 + self.world.rank * self.cfg.accum_steps + n)
             wait = self.world.size > 1 and n < count - 1             # gradients are all-reduced once, with the last one
             with self.network.no_sync() if wait else contextlib.nullcontext():
                 losses = self.losses(image, label)

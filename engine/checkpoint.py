@@ -29,12 +29,6 @@ BY_CLASS = {"head.conv_seg.weight": 0, "head.conv_seg.bias": 0, "aux.conv_seg.we
             "srm.expand.weight": 1}                        # tensors with a row or column per class, and that dimension
 
 
-def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that a checkpoint holds: all but the frozen ones that an official file holds already."""
-    left_out = set(official_names(model))
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
-
-
 def official_names(model: nn.Module) -> list[str]:
     """Names of the frozen tensors that came out of an official file."""
     cfg = model.cfg
@@ -67,8 +61,10 @@ def check_official(model: nn.Module, saved: dict[str, dict[str, str]], path: Pat
 
 
 def pack(model: nn.Module, labels, official: dict, training: dict) -> dict:
-    """A checkpoint as a plain dict; `training`: what a run adds (progress, optimizer, ...)."""
-    return {"format": FORMAT, "model": model_state(model), "official": official, "labels": dataclasses.asdict(labels),
+    """A checkpoint as a plain dict, without the tensors of official files; `training`: progress, optimizer, ..."""
+    left_out = set(official_names(model))
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+    return {"format": FORMAT, "model": state, "official": official, "labels": dataclasses.asdict(labels),
             "config": dataclasses.asdict(model.cfg), **training}
 
 

@@ -129,7 +129,7 @@ def test_an_address_of_another_file_is_asked_once(folder, server, capsys):
 
 
 def test_a_line_that_breaks_often_is_resumed_while_there_is_progress(folder, server, monkeypatch):
-    monkeypatch.setattr(download, "CHUNK", 1)
+    monkeypatch.setattr(download, "CHUNK", 5000)
     server.plan = ["cut"] * 8
     assert run(folder, "a.pt") == 0 and complete(folder) and len(server.requests) == 9
 

@@ -236,7 +236,7 @@ def assert_same_run(a: Path, b: Path):
 # ---- processes, forked from a server that has already imported the program
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["tiny"])
+FORKSERVER.set_forkserver_preload(["tiny", "torch._dynamo"])           # the first optimizer would import it
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)       # the server imports `tiny` before sys.path is set
 
 

@@ -17,10 +17,6 @@ from errors import UserError, run_program
 from viz import pictures, plots, training
 
 
-def read_logs(runs: list[Path]) -> list[list[dict]]:
-    return [training.read_log(run / "log.jsonl") for run in runs]
-
-
 def group(runs: list[Path]) -> dict[str, list[Path]]:
     """{name: runs}: those whose config differs in seed and folder alone are together."""
     groups: dict[tuple, list[Path]] = {}
@@ -55,7 +51,8 @@ def spread(values: list[float]) -> str:
 
 def curves(groups: dict[str, list[Path]]):
     """Loss and validation mIoU of every group; of several seeds the mean, each seed pale."""
-    panels, logs = {}, {name: read_logs(runs) for name, runs in groups.items()}
+    panels = {}
+    logs = {name: [training.read_log(run / "log.jsonl") for run in runs] for name, runs in groups.items()}
     for title, key, factor in (("loss", "loss", 1), ("validation mIoU, %", "miou", 100)):
         series = {}
         for name, entries in logs.items():
