@@ -5,17 +5,16 @@ sizes and how often each class occurs, and names every fault by its file; notes 
 Leaves contact sheets: photos beside their labels, and samples as training sees them.
 """
 
-import contextlib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from config import IGNORE, Config
-from engine.workers import read_ahead
 from errors import UserError
 from files.atomic import results_folder
 from files.images import PHOTO_SUFFIXES, read_label, read_photo, read_photo_of
@@ -105,11 +104,9 @@ def report(cfg: Config, labels: LabelSet, found: list[tuple], augmented: Callabl
 def inspect(splits: list[Split], workers: int):
     """Fills in the pairs of all splits."""
     for split in [split for split in splits if split.source is not None]:
-        source = split.source
-        with contextlib.closing(read_ahead(lambda i: inspect_files(source, i), range(len(source)), workers,
-                                           source.name)) as reading:
-            bar = tqdm(reading, split.name, len(source), unit="pair", disable=None)  # on a terminal only
-            split.pairs += [pair for _, pair in bar]
+        with ThreadPool(max(1, workers)) as pool:
+            results = pool.imap(lambda i: inspect_files(split.source, i), range(len(split.source)))
+            split.pairs += tqdm(results, split.name, len(split.source), unit="pair", disable=None)  # on a terminal only
 
 
 def inspect_files(source, i: int) -> Pair:
