@@ -13,7 +13,7 @@ export PYTHONDONTWRITEBYTECODE :=
 INSTALL := -m pip install --no-compile --quiet --disable-pip-version-check
 PIP    := $(BIN)/python $(INSTALL) --constraint constraints.txt
 # two processes of one thread: faster than one of two threads or three; a test file is never split between them
-PYTEST := -m pytest -q -n 2 --dist loadfile
+PYTEST := -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 # the demo as well, on the CPU even if there is a GPU
 DEMO   := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2
 

@@ -82,5 +82,5 @@ def parse(small: Path):
 
 def pytest_collection_modifyitems(items: list[pytest.Item]):
     """The longest files first: workers that take files in turn then end at about the same time."""
-    longest = ("test_export", "test_processes", "test_programs", "test_formats")
+    longest = ("test_export", "test_processes", "test_formats", "test_resume")
     items.sort(key=lambda item: item.path.stem not in longest)

@@ -1,6 +1,7 @@
 """examples/app.py: its API through gradio_client, its page in a real browser."""
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -11,7 +12,7 @@ from tiny import free_port, photo, read
 
 from predict import Parser
 
-pytest.importorskip("gradio")
+pytestmark = pytest.mark.skipif(not find_spec("gradio"), reason="needs gradio")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
