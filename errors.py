@@ -12,9 +12,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-import torch.distributed
-
 try:
     import cv2  # noqa: F401
 except ImportError as error:
@@ -58,6 +55,7 @@ def in_one_line(error: BaseException, less_memory: str) -> str:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "stopped by Ctrl-C; all files written so far are complete"
+    import torch.distributed                               # takes seconds: not before it is needed
     if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_GPU_MEMORY):
         return f"out of GPU memory, here or in another program: try {less_memory}"
     if any(words in str(error) for words in GPU_FAULTS):
