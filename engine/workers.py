@@ -24,7 +24,7 @@ def read_ahead(read: Callable, items: Iterable, threads: int, name: Callable[...
 
     with ThreadPool(max(1, threads)) as pool:              # of daemon threads: a process can end while they are blocked
         results = ((item, pool.apply_async(read_unless_stopped, (item,))) for item in items)
-        waiting = deque(islice(results, threads + 2))
+        waiting = deque(islice(results, threads + 1))
         try:
             while waiting:
                 item, result = waiting[0]
@@ -39,6 +39,6 @@ def read_ahead(read: Callable, items: Iterable, threads: int, name: Callable[...
                 waiting.extend(islice(results, 1))
                 yield item, result.get()
         finally:                                           # a process that ends while a thread is in OpenCV aborts
-            stopped, end = True, time.monotonic() + STALLED / 20
+            stopped, end = True, time.monotonic() + STALLED / 20         # a blocked thread must not hold it up for long
             for _, result in waiting:
                 result.wait(max(0, end - time.monotonic()))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import pty
 import re
 import shutil
 import signal
@@ -14,8 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import (ALONE, Processes, assert_same_run, gradients, logged, make_config, wait_until, with_faults,
-                  without_output, worst)
+from tiny import (ALONE, Processes, assert_same_run, gradients, logged, make_config, wait_until, with_faults, worst)
 
 import evaluate
 import train
@@ -157,13 +157,27 @@ def test_of_two_concurrent_starts_in_a_new_folder_one_succeeds(config, tmp_path)
         assert len(list((tmp_path / "runs" / str(n)).glob(LEFTOVERS))) == 1
 
 
+def train_without_output(argv: list[str], kind: str):
+    """Output to a full disk, closed as by `>&-`, to a pipe without a reader, or to a closed terminal."""
+    if kind == "closed":
+        os.close(1), os.close(2)
+        sys.stdout = sys.stderr = None
+    else:
+        reader, end = {"pipe": os.pipe, "terminal": pty.openpty,
+                       "full disk": lambda: (os.dup(0), os.open("/dev/full", os.O_WRONLY))}[kind]()
+        os.dup2(end, 1), os.dup2(end, 2)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        os.close(reader)
+    train.main(argv)
+
+
 def test_lost_output_loses_no_work(config, tmp_path):
     with contextlib.ExitStack() as stack:
         runs = {}
         for kind in ("full disk", "closed", "pipe", "terminal"):
             (tmp_path / kind).mkdir()
             argv = ["--cfg", config, f"out={tmp_path / kind / 'run'}", *ENDLESS]
-            runs[kind] = stack.enter_context(Processes(tmp_path / kind, without_output, train.main, argv, kind))
+            runs[kind] = stack.enter_context(Processes(tmp_path / kind, train_without_output, argv, kind))
         for kind, run in runs.items():
             folder = tmp_path / kind / "run"
             wait_until(lambda: saved_iteration(folder) >= 4)

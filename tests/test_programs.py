@@ -2,11 +2,13 @@
 
 import io
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny import Processes, make_config, without_output
+from tiny import make_config
 
 import datasets
 import errors
@@ -15,6 +17,8 @@ import predict
 import train
 from errors import UserError
 
+ROOT = Path(errors.__file__).parent
+PROGRAM = "import tiny, runpy, sys; sys.argv[:] = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 def test_names_that_the_terminal_cannot_display(tmp_path, monkeypatch):
@@ -34,16 +38,17 @@ def test_names_that_the_terminal_cannot_display(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("program, arguments, kind, written", [
-    (evaluate, "--run {run} synthetic_val=3 --out {out}", "pipe", "best_worst.png"),
-    (datasets, "--cfg {config} --out {out}", "full disk", "train.png"),
-    (predict, "--run {run} {photo} --out {out}", "closed", "overlays/x.jpg")])
-def test_a_lost_output_loses_no_work(config, small, tmp_path, program, arguments, kind, written):
+@pytest.mark.parametrize("program, redirection, written", [
+    ("evaluate.py --run {run} synthetic_val=3 --out {out}", "| head -1", "out/best_worst.png"),
+    ("datasets.py --cfg {config} --out {out}", ">/dev/full", "out/train.png"),
+    ("predict.py --run {run} {photo} --out {out}", ">&- 2>&-", "out/overlays/x.jpg")])
+def test_a_lost_output_loses_no_work(small, tmp_path, program, redirection, written):
     Image.new("RGB", (40, 30)).save(tmp_path / "x.png")
-    argv = arguments.format(run=small, config=config, photo=tmp_path / "x.png", out=tmp_path / "out").split()
-    with Processes(tmp_path, without_output, program.main, argv, kind) as one:
-        assert one.wait() == [0], one.printed()
-    assert (tmp_path / "out" / written).exists()
+    arguments = program.format(run=small, config=make_config(tmp_path), photo=tmp_path / "x.png", out=tmp_path / "out")
+    command = f'set -o pipefail; {sys.executable} -c "{PROGRAM}" {ROOT}/{arguments} {redirection}'
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "Error" not in done.stderr and (tmp_path / written).exists()
 
 
 @pytest.mark.parametrize("error, code, words", [

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import pty
 import re
 import signal
 import socket
@@ -28,7 +27,6 @@ import train
 from config import Config, to_yaml
 from engine import checkpoint
 from engine.processes import World
-from errors import run_program
 from files.labels import LABEL_SETS
 from model import build_model
 
@@ -311,20 +309,6 @@ class Processes:
 
     def send(self, number: signal.Signals, rank: int = 0):
         os.kill(self.all[rank].pid, number)
-
-
-def without_output(program, argv: list[str], kind: str):
-    """Output to a full disk, closed as by `>&-`, to a pipe without a reader, or to a closed terminal."""
-    if kind == "closed":
-        os.close(1), os.close(2)
-        sys.stdout = sys.stderr = None
-    else:
-        reader, end = {"pipe": os.pipe, "terminal": pty.openpty,
-                       "full disk": lambda: (os.dup(0), os.open("/dev/full", os.O_WRONLY))}[kind]()
-        os.dup2(end, 1), os.dup2(end, 2)
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
-        os.close(reader)
-    run_program(lambda: program(argv))
 
 
 def wait_until(true, seconds: float = 180):
